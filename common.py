@@ -1,0 +1,46 @@
+"""What every floor of the house needs: an error for the user, names looked up kindly, seeds, safe writing."""
+
+import difflib
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: shown as one line, without a traceback, exit code 2."""
+
+
+def check_name(argument: str, name: str, known: Iterable[str]) -> str:
+    """Return `name` if it is one of `known`; otherwise raise UserError with the nearest known names."""
+    known = sorted(known)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+    raise UserError(f"{argument}: unknown name '{name}'; {hint}")
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from `parts`, the same on every machine and in every Python version.
+
+    Everything random in a run is drawn from a generator seeded this way by what it is for, for example
+    (run seed, "paths", iteration). Hence no generator has a state that a checkpoint would have to carry,
+    and every process can draw the same numbers without talking to the others.
+    """
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader, or a crash, finds either the old content or all of the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,164 @@
+"""The complete state of a run in one safetensors file: tensors, and JSON in the file's metadata.
+
+One file, so that replacing it is atomic; no pickle, so that loading it runs nothing. Generators have no
+state worth saving: whatever is drawn is a function of the run's seed and of the position stored here.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from common import UserError, write_atomically
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    epoch, batch: the next batch to train on; iteration: batches trained on so far, gate batches included.
+    best: top-1 in percent and epoch chosen so far. history: rows of metrics.jsonl. seconds: of training.
+    partial: sums of the epoch under way, where a run was stopped inside one.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    iteration: int = 0
+    best: dict = field(default_factory=lambda: {"top1": -1.0, "epoch": -1})
+    history: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
+    partial: dict = field(default_factory=dict)
+
+
+def save_checkpoint(
+    path: Path,
+    objective: nn.Module,
+    optimizers: Mapping[str, Optimizer],
+    others: Mapping[str, object],
+    progress: Progress,
+    config: Mapping,
+) -> None:
+    """Write everything a run needs to go on, atomically.
+
+    `others` are things with a JSON-ready state_dict: schedulers, a gradient scaler.
+    """
+    tensors = {f"objective/{name}": tensor for name, tensor in state_tensors(objective).items()}
+    groups = {}
+    for name, optimizer in optimizers.items():
+        state = optimizer.state_dict()
+        groups[name] = state["param_groups"]
+        for index, values in state["state"].items():
+            for key, value in values.items():
+                if value is not None:
+                    tensors[f"optimizer/{name}/{index}/{key}"] = torch.as_tensor(value)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    state = {
+        "progress": asdict(progress),
+        "config": dict(config),
+        "param_groups": groups,
+        "others": {name: other.state_dict() for name, other in others.items()},
+    }
+    document = json.dumps(state)
+    metadata = {"state": document, "sha256": _digest(tensors, document)}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def load_checkpoint(
+    path: Path,
+    objective: nn.Module,
+    optimizers: Mapping[str, Optimizer],
+    others: Mapping[str, object],
+    config: Mapping,
+    free: set[str],
+) -> Progress:
+    """Restore what `save_checkpoint` wrote, in place, and return where the run was.
+
+    Args:
+        config: that of the run to be resumed; it must equal the checkpoint's but for the keys in `free`.
+
+    Raises:
+        UserError: no such file, a damaged file or one of another kind, or a configuration that differs (the
+            field is named). Nothing is changed then.
+    """
+    if not path.is_file():
+        raise UserError(f"--resume_from_checkpoint: there is no checkpoint '{path}'")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
+        document = metadata["state"]
+        if metadata["sha256"] != _digest(tensors, document):
+            raise UserError(f"--resume_from_checkpoint: '{path}' is damaged: its checksum does not fit")
+        state = json.loads(document)
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--resume_from_checkpoint: '{path}' is no checkpoint of ours ({reason})") from None
+    _check_config(state["config"], config, free)
+    _restore(objective, _under(tensors, "objective"))
+    for name, optimizer in optimizers.items():
+        values: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in _under(tensors, f"optimizer/{name}").items():
+            index, _, what = key.partition("/")
+            values.setdefault(int(index), {})[what] = tensor
+        optimizer.load_state_dict({"state": values, "param_groups": state["param_groups"][name]})
+    for name, other in others.items():
+        other.load_state_dict(state["others"][name])
+    return Progress(**state["progress"])
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, atomically and without a second copy of the bytes where the
+    file system can link."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def state_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; what two modules share appears once."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+@torch.no_grad()
+def _restore(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    own = state_tensors(module)
+    if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
+        raise UserError("--resume_from_checkpoint: the checkpoint's networks are not those of this run")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(prefix + "/")}
+
+
+def _check_config(saved: Mapping, now: Mapping, free: set[str]) -> None:
+    for key in sorted((saved.keys() | now.keys()) - free):
+        if saved.get(key) != now.get(key):
+            raise UserError(
+                f"--resume_from_checkpoint: --{key} is {now.get(key)}, but the checkpoint was made with {saved.get(key)}"
+            )
+
+
+def _digest(tensors: Mapping[str, Tensor], document: str) -> str:
+    digest = hashlib.sha256(document.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(str((tensors[name].dtype, tuple(tensors[name].shape))).encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

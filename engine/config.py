@@ -1,0 +1,219 @@
+"""The command line: dataclasses become flags, a recipe sets their defaults, flags win over the recipe."""
+
+import difflib
+import re
+import sys
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Literal, TypeVar, get_type_hints
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+from common import UserError
+
+Config = TypeVar("Config", bound="RunConfig")
+
+
+@dataclass
+class RunConfig:
+    """Options that every run has, whatever its method.
+
+    Args:
+        dataset: digits, cifar10, cifar100, parquet:GLOB or folder:PATH.
+        image_size: side that images are resized to; default: the data set's own.
+        crop_padding: padding of the random crop; default: an eighth of the side.
+        flip: random horizontal flips; default: what suits the data set (none for digits).
+        val_fraction: part of the training split kept apart to choose the best epoch on; 0: none.
+        epochs: passes over the training split.
+        batch_size: images a step over all processes together.
+        lr: peak learning rate of SGD.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of SGD.
+        nesterov: Nesterov momentum.
+        lr_schedule: multistep (x lr_gamma at lr_milestones), cosine (to 0 over all epochs) or constant.
+        lr_milestones: epochs after which the learning rate falls, for multistep.
+        lr_gamma: factor of each fall, for multistep.
+        seed: seeds everything random in the run.
+        output_dir: the run folder; default: runs/DATE-METHOD-MODEL-DATASET.
+        overwrite: replace what an earlier run left in output_dir.
+        resume_from_checkpoint: a checkpoint file, or "latest" for the one in output_dir.
+        checkpointing_epochs: epochs between checkpoints.
+        mixed_precision: no, fp16 or bf16; default: what accelerate launch says.
+        with_tracking: also log to the trackers of --report_to.
+        report_to: tracker names known to Accelerate, comma-separated.
+    """
+
+    dataset: str = "digits"
+    image_size: int | None = None
+    crop_padding: int | None = None
+    flip: bool | None = None
+    val_fraction: float = 0.0
+    epochs: int = 30
+    batch_size: int = 64
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+    lr_schedule: Literal["multistep", "cosine", "constant"] = "cosine"
+    lr_milestones: list[int] = field(default_factory=lambda: [150, 180, 210])
+    lr_gamma: float = 0.1
+    seed: int = 0
+    output_dir: str | None = None
+    overwrite: bool = False
+    resume_from_checkpoint: str | None = None
+    checkpointing_epochs: int = 1
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    with_tracking: bool = False
+    report_to: str = "tensorboard"
+
+    def check(self) -> None:
+        """Raise UserError for the first value outside its range."""
+        limits = {
+            "image_size": (self.image_size is None or self.image_size >= 8, "at least 8"),
+            "crop_padding": (self.crop_padding is None or self.crop_padding >= 0, "at least 0"),
+            "val_fraction": (0 <= self.val_fraction < 1, "in [0, 1)"),
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 2, "at least 2"),
+            "lr": (self.lr > 0, "above 0"),
+            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "nesterov": (not self.nesterov or self.momentum > 0, "off when --momentum is 0"),
+            "lr_gamma": (0 < self.lr_gamma <= 1, "in (0, 1]"),
+            "checkpointing_epochs": (self.checkpointing_epochs >= 1, "at least 1"),
+            "seed": (self.seed >= 0, "at least 0"),
+        }
+        for name, (fine, wanted) in limits.items():
+            if not fine:
+                raise UserError(f"--{name} {getattr(self, name)}: must be {wanted}")
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+# Where and whether a run is written, not what is computed: free to differ when a run is resumed.
+NOT_COMPUTED = {"output_dir", "overwrite", "resume_from_checkpoint", "with_tracking", "report_to"}
+NOT_COMPUTED |= {"checkpointing_epochs", "config"}
+
+
+def parse(config_class: type[Config], usage: str, listings: dict[str, list[str]], argv=None) -> Config:
+    """The command line as an instance of `config_class`.
+
+    Args:
+        config_class: a dataclass whose docstring describes its fields under "Args:".
+        usage: example commands, shown by --help.
+        listings: names to print for each flag --list_<key>.
+        argv: arguments; default: those of the process.
+
+    Raises:
+        UserError: an unknown flag or recipe key (with the nearest known one), or a value of the wrong type.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for name, values in listings.items():
+        if f"--list_{name}" in argv:
+            print("\n".join(values))
+            raise SystemExit(0)
+    parser = ArgumentParser(description=usage, exit_on_error=False, env_prefix=None)
+    parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file of these options")
+    parser.add_class_arguments(config_class, fail_untyped=True)
+    for name in listings:
+        parser.add_argument(f"--list_{name}", action="store_true", help=f"print the known {name} and stop")
+    known = {name for action in parser._actions for name in action.option_strings}
+    try:
+        _check_flags(argv, known)
+        _check_recipe(argv, known)
+        namespace = parser.parse_args(_recipe_first(_spell_out(argv, config_class)))
+        for name in ["config", *(f"list_{name}" for name in listings)]:
+            namespace.pop(name, None)
+        config = config_class(**vars(parser.instantiate_classes(namespace)))
+    except (ArgumentError, TypeError) as error:
+        raise UserError(_in_words(error)) from None
+    config.check()
+    return config
+
+
+def _recipe_first(argv: list[str]) -> list[str]:
+    """jsonargparse lets the later of recipe and flag win; flags shall win wherever they stand."""
+    recipes, rest = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            recipes += [argument, next(arguments, "")]
+        else:
+            (recipes if argument.startswith("--config=") else rest).append(argument)
+    return recipes + rest
+
+
+def _spell_out(argv: list[str], config_class: type) -> list[str]:
+    """`--flag` alone is `--flag=true` for a boolean, `--list 1 2` is `--list=[1,2]` for a list."""
+    kinds = {f"--{name}": hint for name, hint in _field_types(config_class)}
+    spelled, rest = [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        values = []
+        while rest and not re.match(r"--[a-z]", rest[0]):
+            values.append(rest.pop(0))
+        hint = str(kinds.get(argument, ""))
+        if "bool" in hint and not values:
+            argument += "=true"
+        elif "list" in hint and values and not values[0].startswith("["):
+            argument, values = f"{argument}=[{','.join(values)}]", []
+        spelled += [argument, *values]
+    return spelled
+
+
+def _field_types(config_class: type) -> list[tuple[str, object]]:
+    """(dotted name, type) of every field, those of nested dataclasses included."""
+    found = []
+    for name, hint in get_type_hints(config_class).items():
+        found.append((name, hint))
+        if is_dataclass(hint):
+            found += [(f"{name}.{inner}", inner_hint) for inner, inner_hint in _field_types(hint)]
+    return found
+
+
+def _check_flags(argv: list[str], known: set[str]) -> None:
+    for argument in argv:
+        flag = argument.split("=")[0]
+        if flag.startswith("--") and flag not in known:
+            raise UserError(f"unknown option {flag}{_nearest(flag, known)}")
+
+
+def _check_recipe(argv: list[str], known: set[str]) -> None:
+    recipes = _recipe_first(argv)
+    for flag, value in zip(recipes, recipes[1:], strict=False):
+        if flag != "--config":
+            continue
+        if not value:
+            raise UserError("--config: name a recipe, for example --config recipes/digits_gtn.yaml")
+        try:
+            content = yaml.safe_load(Path(value).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"--config {value}: cannot read the recipe ({_one_line(str(error))})") from None
+        if not isinstance(content, dict):
+            raise UserError(f"--config {value}: a recipe is a YAML mapping of options")
+        for key in content:
+            if f"--{key}" not in known:
+                raise UserError(f"--config {value}: unknown key '{key}'{_nearest(f'--{key}', known)}")
+
+
+def _nearest(flag: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else "; --help lists the options"
+
+
+def _in_words(error: Exception) -> str:
+    message = _one_line(str(error))
+    if match := re.search(r"""Parser key "(.+?)": Expected a (.+?)\. Got value: (.*)""", message):
+        name, wanted, value = match.groups()
+        wanted = re.sub(r"<class '(\w+)'>", r"\1", wanted.replace("typing.Literal", "one of "))
+        return f"--{name} {value}: expected {wanted}"
+    if match := re.search(r"""Parser key "(.+?)": .*Subtypes: \[(.+?)\] .*Given value: (.*)""", message):
+        name, wanted, value = match.groups()
+        wanted = re.sub(r"<class '(\w+)'>", r"\1", wanted).replace("NoneType", "null").replace("typing.Literal", "")
+        return f"--{name} {value}: expected one of {wanted}"
+    return message
+
+
+def _one_line(message: str) -> str:
+    return re.sub(r"\s+", " ", message).strip()

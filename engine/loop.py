@@ -1,0 +1,323 @@
+"""The training loop. It knows objectives (losses/objective.py), not methods."""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from common import derive_seed
+from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint
+from engine.config import NOT_COMPUTED, RunConfig
+from engine.data import ImageSet, Split
+from engine.loader import Batch, Loader, evaluation_batches
+from engine.processes import Interrupted, RunError, StopSignals
+from engine.tracking import RunFolder, Screen
+
+READ_EVERY = 20  # iterations between two looks at the losses: each look waits for the device
+EVALUATION_BATCH = 500
+
+
+def learning_rate(config: RunConfig, epoch: int) -> float:
+    """The learning rate in epoch `epoch`, counted from 0."""
+    if config.lr_schedule == "multistep":
+        return config.lr * config.lr_gamma ** sum(epoch >= milestone for milestone in config.lr_milestones)
+    if config.lr_schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
+    return config.lr
+
+
+class Loop:
+    """Trains `objective` on `data` as `config` says, recording into `folder`.
+
+    After `run` the objective is trained and in eval mode, and `progress` tells what happened.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        data: ImageSet,
+        config: RunConfig,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        screen: Screen,
+    ):
+        self.config, self.accelerator, self.folder, self.screen = config, accelerator, folder, screen
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.objective = objective.to(accelerator.device, memory_format=torch.channels_last)
+        self.network = accelerator.prepare_model(self.objective)  # averages weight gradients over processes
+        weights = torch.optim.SGD(
+            objective.weight_parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+        )
+        self.optimizers = {"weights": weights} | objective.extra_optimizers()
+        self.steppers = {name: accelerator.prepare_optimizer(each) for name, each in self.optimizers.items()}
+        self.scalers = {"scaler": accelerator.scaler} if accelerator.scaler else {}
+        self._load_data(data)
+        self.progress = Progress()
+
+    def _load_data(self, data: ImageSet) -> None:
+        config, device = self.config, self.accelerator.device
+        padding = data.image_size // 8 if config.crop_padding is None else config.crop_padding
+        flip = data.flip if config.flip is None else config.flip
+
+        def loader(split: Split, batch_size: int) -> Loader:
+            where = (self.rank, self.world)
+            split = split.to(device)
+            return Loader(split, batch_size, data.mean, data.std, padding, flip, config.seed, *where)
+
+        self.train = loader(data.train, config.batch_size)
+        self.gates = loader(data.gates, min(config.batch_size, len(data.gates))) if data.gates else None
+        self.test = data.test.to(device)
+        self.val = data.val.to(device) if data.val else None
+
+    def run(self) -> Progress:
+        """Train to the last epoch.
+
+        Raises:
+            UserError: a checkpoint to resume from that does not fit.
+            RunError: a loss that is not finite, or processes that fell out of step.
+            Interrupted: Ctrl-C or SIGTERM, after the step under way has finished and was saved.
+        """
+        if self.accelerator.is_main_process:
+            self.folder.lock()
+        self._resume()
+        if self.accelerator.is_main_process:
+            self.folder.begin(self.config.as_dict())
+        if self.config.with_tracking:
+            self.accelerator.init_trackers("tensorboard")
+        with StopSignals() as signals:
+            while self.progress.epoch < self.config.epochs:
+                self._epoch(signals)
+        self.objective.eval()
+        return self.progress
+
+    def _resume(self) -> None:
+        wanted = self.config.resume_from_checkpoint
+        if wanted is None:
+            return
+        path = self.folder.last if wanted == "latest" else Path(wanted)
+        if wanted == "latest" and not path.is_file():
+            self.screen.say(f"no checkpoint in {self.folder.path} yet: starting from the beginning")
+            return
+        self.progress = load_checkpoint(
+            path, self.objective, self.optimizers, self.scalers, self.config.as_dict(), NOT_COMPUTED
+        )
+        if self.accelerator.is_main_process:
+            self.folder.write_history(self.progress.history)
+        else:
+            self.progress.partial = {}
+        where = f"epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1}"
+        self.screen.say(f"resuming from {path} at {where}")
+
+    def _epoch(self, signals: StopSignals) -> None:
+        progress = self.progress
+        lr = learning_rate(self.config, progress.epoch)
+        for group in self.optimizers["weights"].param_groups:
+            group["lr"] = lr
+        totals, stop = _Totals(progress.partial), 0
+        start = time.perf_counter()
+        self.objective.train()
+        with self.screen.bar(len(self.train), progress.batch, progress.epoch) as bar:
+            for batch in self.train.epoch(progress.epoch, progress.batch):
+                while self.gates and self.objective.phase(progress.iteration) != "weights":
+                    number = progress.iteration - progress.epoch * len(self.train) - progress.batch
+                    self._step(self.gates.one(number), totals)
+                self._step(batch, totals)
+                progress.batch += 1
+                bar.update()
+                if progress.batch % READ_EVERY == 0:
+                    bar.set_postfix(self._read(totals))
+                if stop := self._asked_to_stop(signals):
+                    break
+        self._read(totals)
+        totals.seconds += time.perf_counter() - start
+        if stop and progress.batch < len(self.train):
+            self._stop(stop, totals)
+        self._finish_epoch(lr, totals)
+        if stop:
+            self._stop(stop, None)
+
+    def _step(self, batch: Batch, totals: "_Totals") -> None:
+        iteration, objective = self.progress.iteration, self.objective
+        torch.manual_seed(derive_seed(self.config.seed, "step", iteration, self.rank))
+        phase = objective.phase(iteration)
+        # Only the weights' gradients go through DDP; another phase averages what it needs by itself.
+        network = self.network if phase == "weights" else objective
+        terms = network(batch.images, batch.labels, iteration)
+        loss = sum(objective.term_weights[name] * term for name, term in terms.items())
+        self.accelerator.backward(loss * batch.share, inputs=objective.leaves(phase))
+        objective.before_update(phase, self._average)
+        self.steppers[phase].step()
+        self.steppers[phase].zero_grad()
+        objective.after_update(phase)
+        totals.add(iteration, terms, len(batch.labels))
+        self.progress.iteration += 1
+
+    def _average(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "mean")
+
+    def _read(self, totals: "_Totals") -> dict[str, str]:
+        """Fetch the losses since the last look; raises RunError at the first that is not finite."""
+        latest = {}
+        for iteration, name, value in totals.read():
+            if not math.isfinite(value):
+                saved = self.folder.last if self.folder.last.is_file() else "none yet"
+                raise RunError(
+                    f"the loss term '{name}' became {value} in iteration {iteration} (epoch {self.progress.epoch + 1}); "
+                    f"last good checkpoint: {saved}. A lower --lr usually helps."
+                )
+            latest[name] = f"{value:.3f}"
+        return latest
+
+    def _asked_to_stop(self, signals: StopSignals) -> int:
+        if self.world == 1:
+            return signals.received
+        if self.progress.batch % READ_EVERY and self.progress.batch < len(self.train):
+            return 0
+        # All processes must stop after the same step: they agree every few.
+        flag = torch.tensor([signals.received], device=self.accelerator.device)
+        return int(self.accelerator.gather(flag).max())
+
+    def _stop(self, signum: int, totals: "_Totals | None") -> None:
+        if totals is not None:
+            self.progress.partial = self._gather(totals).as_dict()
+        self._save()
+        raise Interrupted(
+            signum, f"interrupted; saved. Continue with the same command and --output_dir {self.folder.path} "
+            "--resume_from_checkpoint latest"
+        )
+
+    def _finish_epoch(self, lr: float, totals: "_Totals") -> None:
+        progress, config = self.progress, self.config
+        self._check_in_step()
+        totals = self._gather(totals)
+        accuracy, top5 = self._evaluate(self.test)
+        progress.seconds += totals.seconds
+        row = {
+            "epoch": progress.epoch + 1,
+            "lr": lr,
+            "losses": totals.means(),
+            "accuracy": accuracy,
+            "top5": top5,
+            "images": totals.images,
+            "images_per_second": totals.images / totals.seconds,
+            "seconds": totals.seconds,
+        }
+        chosen_on, top1 = "test", next(iter(accuracy.values()))
+        if self.val is not None:
+            row["val_accuracy"], _ = self._evaluate(self.val)
+            chosen_on, top1 = "val", next(iter(row["val_accuracy"].values()))
+        row |= self.objective.record()
+        better = top1 > progress.best["top1"]
+        if better:
+            progress.best = {"top1": top1, "epoch": row["epoch"], "chosen_on": chosen_on}
+        progress.history.append(row)
+        progress.epoch, progress.batch, progress.partial = progress.epoch + 1, 0, {}
+        if better or progress.epoch % config.checkpointing_epochs == 0 or progress.epoch == config.epochs:
+            self._save()
+        if self.accelerator.is_main_process:
+            if better:
+                copy_checkpoint(self.folder.last, self.folder.best)
+            self.folder.write_history(progress.history)
+        self.screen.row(row)
+        self._track(row)
+
+    def _track(self, row: dict) -> None:
+        if self.config.with_tracking:  # trackers want flat plain numbers
+            values = {f"loss/{name}": value for name, value in row["losses"].items()}
+            values |= {f"accuracy/{name}": value for name, value in row["accuracy"].items()}
+            values |= {name: row[name] for name in ("lr", "images_per_second")}
+            self.accelerator.log(values, step=row["epoch"])
+
+    @torch.no_grad()
+    def _evaluate(self, split: Split) -> tuple[dict[str, float], dict[str, float]]:
+        """Top-1 and top-5 in percent, by network name, over all images of `split` exactly once."""
+        self.objective.eval()
+        correct: dict[str, Tensor] = {}
+        batches = evaluation_batches(split, self.train.normalise, EVALUATION_BATCH, self.rank, self.world)
+        for number, (images, labels) in enumerate(batches):
+            with self.accelerator.autocast():
+                answers = self.objective.predict(images, derive_seed(self.progress.epoch, number))
+            for name, logits in answers.items():
+                ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+                counts = torch.stack([ranked[:, 0].sum(), ranked.sum()])
+                correct[name] = correct.get(name, 0) + counts
+        names = list(correct)
+        sums = self.accelerator.reduce(torch.stack([correct[name] for name in names]).double(), "sum")
+        percent = (100 * sums / len(split)).tolist()
+        tops = [{name: top[k] for name, top in zip(names, percent, strict=True)} for k in (0, 1)]
+        return tops[0], tops[1]
+
+    @torch.no_grad()
+    def _check_in_step(self) -> None:
+        """Average BatchNorm statistics over processes, and make sure that the weights are the same in all."""
+        if self.world == 1:
+            return
+        for buffer in self.objective.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(self._average(buffer))
+        sums = torch.stack([parameter.double().sum() for parameter in self.objective.parameters()])
+        everyone = self.accelerator.gather(sums[None])
+        if not torch.equal(everyone, everyone[:1].expand_as(everyone)):
+            raise RunError(f"the processes no longer hold the same weights (epoch {self.progress.epoch + 1})")
+
+    def _gather(self, totals: "_Totals") -> "_Totals":
+        """Sums over all processes, in all processes; the time is the main process's own."""
+        if self.world == 1:
+            return totals
+        names = sorted(totals.sums)
+        local = [totals.images, *(number for name in names for number in totals.sums[name])]
+        numbers = torch.tensor(local, dtype=torch.float64, device=self.accelerator.device)
+        images, *rest = self.accelerator.reduce(numbers, "sum").tolist()
+        sums = {name: [rest[2 * i], rest[2 * i + 1]] for i, name in enumerate(names)}
+        return _Totals({"sums": sums, "images": int(images), "seconds": totals.seconds})
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            config = self.config.as_dict()
+            save_checkpoint(
+                self.folder.last, self.objective, self.optimizers, self.scalers, self.progress, config
+            )
+        self.accelerator.wait_for_everyone()
+
+
+class _Totals:
+    """Loss sums of an epoch. Terms stay on the device until `read`."""
+
+    def __init__(self, partial: dict):
+        self.sums: dict[str, list[float]] = dict(partial.get("sums", {}))  # term: [sum over images, images]
+        self.images: int = partial.get("images", 0)
+        self.seconds: float = partial.get("seconds", 0.0)
+        self._pending: list[tuple[int, dict[str, Tensor], int]] = []
+
+    def add(self, iteration: int, terms: dict[str, Tensor], images: int) -> None:
+        self._pending.append((iteration, {name: term.detach() for name, term in terms.items()}, images))
+        self.images += images
+
+    def read(self) -> list[tuple[int, str, float]]:
+        """(iteration, term, value) of everything added since the last call, in one transfer."""
+        if not self._pending:
+            return []
+        values = iter(torch.stack([term for _, terms, _ in self._pending for term in terms.values()]).tolist())
+        found = []
+        for iteration, terms, images in self._pending:
+            for name in terms:
+                value = next(values)
+                total = self.sums.setdefault(name, [0.0, 0])
+                total[0] += value * images
+                total[1] += images
+                found.append((iteration, name, value))
+        self._pending.clear()
+        return found
+
+    def means(self) -> dict[str, float]:
+        return {name: total / images for name, (total, images) in self.sums.items()}
+
+    def as_dict(self) -> dict:
+        return {"sums": self.sums, "images": self.images, "seconds": self.seconds}

@@ -1,0 +1,104 @@
+"""The processes of a run: one accelerator each, checked; and the way every script ends."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from common import UserError
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, through no mistake in its command: one line, exit code 1."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop by a signal, and has saved itself."""
+
+    def __init__(self, signum: int, advice: str):
+        super().__init__(advice)
+        self.signum = signum
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main and turn what it raises into one line and an exit code.
+
+    0 done, 1 a run that failed, 2 a mistake of the user's, 130 Ctrl-C, 143 SIGTERM. A traceback is for bugs.
+    """
+    try:
+        main()
+    except UserError as error:
+        _leave(f"error: {error}", 2)
+    except RunError as error:
+        _leave(f"stopped: {error}", 1)
+    except OSError as error:
+        _leave(f"stopped: {error}", 1)
+    except Interrupted as interruption:
+        _leave(str(interruption), 128 + interruption.signum)
+    except KeyboardInterrupt:
+        _leave("interrupted while not training; what was saved is whole", 130)
+
+
+def _leave(message: str, code: int) -> None:
+    # Every process meets a user's mistake alike; one of them says it. What only another meets, it says too.
+    if int(os.environ.get("RANK", 0)) == 0 or code == 1:
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def start_accelerator(mixed_precision: str | None, report_to: str | None, logging_dir: str, sparse_gradients: bool):
+    """The run's Accelerator, after checking that the processes know of each other and have a device each.
+
+    Raises:
+        UserError: more processes than GPUs, several processes each of which believes to be alone, an unknown
+            tracker, or a precision that the device lacks.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    gpus = 0 if on_cpu else torch.cuda.device_count()
+    if gpus and local > gpus:
+        raise UserError(f"--num_processes: {local} processes on this machine, but it has {gpus} GPU(s)")
+    if not gpus:
+        # Launchers set one thread a process; on a CPU a process should use its share of the cores.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    # Buffers are averaged once an epoch by the loop instead of being broadcast before every forward pass.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=sparse_gradients, broadcast_buffers=False)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            log_with=report_to.split(",") if report_to else None,
+            project_dir=logging_dir if report_to else None,
+            kwargs_handlers=[ddp],
+        )
+    except ValueError as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    if accelerator.num_processes != world:
+        raise UserError(
+            f"{world} processes were launched that do not know of each other (each sees {accelerator.num_processes}). "
+            "On CPUs launch with: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes "
+            f"{world} SCRIPT ..."
+        )
+    return accelerator
+
+
+class StopSignals:
+    """Within it Ctrl-C and SIGTERM are noted instead of obeyed, so that the step under way can finish."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> "StopSignals":
+        self.received = 0
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        self.received = number

@@ -1,0 +1,67 @@
+"""The contract between the training loop and what it trains."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Average = Callable[[Tensor], Tensor]
+
+
+class Objective(nn.Module):
+    """Owns the networks of a method and turns a batch into named loss terms.
+
+    The loop asks, for every iteration (a count of batches over the whole run), which `phase` it belongs to,
+    calls the objective for the terms of that phase, weights and sums them with `term_weights`, and steps
+    that phase's optimiser. The "weights" phase always exists: its optimiser is the loop's, over
+    `weight_parameters()`. A method with a phase more overrides the methods that name a phase.
+
+    Randomness inside `forward` must be a function of the run's seed and `iteration`, so that every process
+    does the same and a resumed run repeats it.
+    """
+
+    # Loss terms by name, with their weight in the sum.
+    term_weights: dict[str, float]
+    # Whether some iterations leave some parameters without a gradient (DDP must then look for them).
+    sparse_gradients = False
+
+    def forward(self, images: Tensor, labels: Tensor, iteration: int) -> dict[str, Tensor]:
+        """Scalar loss terms of the iteration's phase, each a mean over the batch: images [N, 3, H, W]
+        normalised, labels [N] int64."""
+        raise NotImplementedError
+
+    def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
+        """Logits [N, C] by network name for evaluation, what is trained first; `seed` is for draws."""
+        raise NotImplementedError
+
+    def product(self) -> nn.Module:
+        """The network that is saved when training ends."""
+        raise NotImplementedError
+
+    def phase(self, iteration: int) -> str:
+        return "weights"
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
+    def extra_optimizers(self) -> dict[str, Optimizer]:
+        """Optimisers of the phases besides "weights", by phase."""
+        return {}
+
+    def leaves(self, phase: str) -> list[Tensor] | None:
+        """The tensors whose gradients a phase wants; None: every parameter, averaged by DDP."""
+        return None
+
+    def before_update(self, phase: str, average: Average) -> None:
+        """Between backward and the optimiser's step; `average` is the mean over processes."""
+
+    def after_update(self, phase: str) -> None:
+        """After the optimiser's step."""
+
+    def record(self) -> dict:
+        """What an epoch's row of metrics.jsonl says besides losses and accuracies (JSON types only)."""
+        return {}
+
+    def warnings(self, history: list[dict]) -> list[str]:
+        """Signs of failure in the run's rows of metrics.jsonl, in words for the user."""
+        return []

@@ -1,0 +1,64 @@
+"""Student branches grafted on a teacher: a transform of the teacher's feature map, then student blocks."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from common import UserError
+from models.network import conv_bn, initialise
+from models.pool import Pool
+from models.supernet import Draw, Supernet, input_shape
+
+
+def feature_transform(source: tuple[int, int], target: tuple[int, int]) -> nn.Sequential:
+    """T^i of SFTN, section 3.1: from one (channels, side) to another, each step with BatchNorm and ReLU.
+
+    3x3 convolutions with stride 2 shrink the map, 4x4 transposed convolutions with stride 2 enlarge it, a
+    1x1 convolution keeps its size. Factors over 2 repeat the step. Raises UserError where no number of
+    steps leads from one side to the other.
+    """
+    (channels, side), (target_channels, target_side) = source, target
+    steps: list[nn.Module] = []
+    if side == target_side:
+        steps += [*conv_bn(channels, target_channels, 1), nn.ReLU()]
+    while side > target_side:
+        steps += [*conv_bn(channels, target_channels, 3, stride=2), nn.ReLU()]
+        channels, side = target_channels, -(-side // 2)
+    while side < target_side:
+        grow = nn.ConvTranspose2d(channels, target_channels, 4, stride=2, padding=1, bias=False)
+        steps += [grow, nn.BatchNorm2d(target_channels), nn.ReLU()]
+        channels, side = target_channels, side * 2
+    if side != target_side:
+        raise UserError(
+            f"no factor of 2 leads from the teacher's {source[1]}x{source[1]} map to the student's "
+            f"{target_side}x{target_side}; choose an --image_size that is a power of 2"
+        )
+    transform = nn.Sequential(*steps)
+    initialise(transform)
+    return transform
+
+
+class Branch(nn.Module):
+    """T^i followed by the supernet's blocks i+1..N and its classifier."""
+
+    def __init__(self, transform: nn.Module, supernet: Supernet):
+        super().__init__()
+        self.transform = transform
+        self.supernet = supernet
+
+    def forward(self, feature: Tensor, draws: Sequence[Draw]) -> Tensor:
+        return self.supernet(self.transform(feature), draws)
+
+
+def graft(
+    shapes: Sequence[tuple[int, int]], pool: Pool, num_classes: int, image_size: int, share: bool = False
+) -> nn.ModuleList:
+    """One branch for every teacher feature map in `shapes` (channels, side); `share` ties their blocks."""
+    if len(shapes) != len(pool.blocks()) - 1:
+        raise UserError(f"pool.partition: the teacher has {len(shapes) + 1} blocks, the pool {len(pool.blocks())}")
+    branches = nn.ModuleList()
+    for index, shape in enumerate(shapes, start=1):
+        shared = branches[0].supernet if share and index > 1 else None
+        transform = feature_transform(shape, input_shape(pool, index, image_size))
+        branches.append(Branch(transform, Supernet(pool, num_classes, index, shared)))
+    return branches

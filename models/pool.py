@@ -1,0 +1,250 @@
+"""The pool of students: what can be chosen, the JSON spec of one choice, and the network built from a spec.
+
+Source: Binici et al., "Generalizing Teacher Networks" (arXiv 2407.16040), supplement, section 1 and Tables
+1-3. Widths and strides of the six reconfigurable layers are read off its Table 2.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from common import UserError, check_name, derive_seed
+from models.network import Network, conv_bn, global_average_pool, initialise
+from models.resnet import chain
+
+RES = re.compile(r"res([1-9]\d*)x([1-9]\d*)")
+
+
+@dataclass
+class Pool:
+    """The student pool that the supernet stands for.
+
+    Args:
+        stem: channels of the 3x3 stem.
+        widths: output channels of the reconfigurable layers.
+        strides: strides of the reconfigurable layers.
+        head: channels of the last 1x1 convolution.
+        candidates: what a layer may be: res{kernel}x{convolutions}, identity, zero.
+        partition: reconfigurable layers in each of the blocks; empty: about equal blocks.
+        shortcut: layers that keep their shape compute x + candidate(x), so that zero skips the layer.
+    """
+
+    stem: int = 16
+    widths: list[int] = field(default_factory=lambda: [64, 64, 64, 128, 256, 512])
+    strides: list[int] = field(default_factory=lambda: [1, 1, 1, 2, 2, 2])
+    head: int = 1280
+    candidates: list[str] = field(
+        default_factory=lambda: ["res3x2", "res3x4", "res3x6", "res5x2", "res5x4", "res5x6", "identity", "zero"]
+    )
+    partition: list[int] = field(default_factory=list)
+    shortcut: bool = True
+
+    def check(self) -> None:
+        """Raise UserError unless every field makes sense together with the others."""
+        layers = len(self.widths)
+        if layers < 3 or len(self.strides) != layers:
+            raise UserError(
+                f"pool.widths and pool.strides must have the same length, at least 3; "
+                f"got {self.widths} and {self.strides}"
+            )
+        if min(self.stem, self.head, *self.widths) < 1 or not set(self.strides) <= {1, 2}:
+            raise UserError("pool.stem, pool.head and pool.widths must be at least 1, and pool.strides 1 or 2")
+        if self.partition and (sum(self.partition) != layers or len(self.partition) < 2 or min(self.partition) < 0):
+            raise UserError(f"pool.partition {self.partition} must have 2 or more parts that sum to {layers}")
+        for candidate in self.candidates:
+            if not (match := RES.fullmatch(candidate)):
+                check_name("pool.candidates", candidate, ["res3x2", "res5x4", "identity", "zero"])
+            elif int(match[1]) % 2 == 0 or int(match[2]) % 2:
+                raise UserError(f"pool.candidates: '{candidate}' needs an odd kernel and an even depth")
+        if not any(name != "zero" for name in self.candidates) or len(set(self.candidates)) < len(self.candidates):
+            raise UserError("pool.candidates must hold something besides 'zero', nothing twice")
+
+    def keeps_shape(self, layer: int) -> bool:
+        return self.strides[layer] == 1 and self.widths[layer] == self.inputs()[layer]
+
+    def inputs(self) -> list[int]:
+        """Input channels of each reconfigurable layer."""
+        return [self.stem, *self.widths[:-1]]
+
+    def choices(self, layer: int) -> list[str]:
+        """The candidates of one layer; `zero` only where a shortcut keeps the signal alive."""
+        alive = self.shortcut and self.keeps_shape(layer)
+        return [name for name in self.candidates if name != "zero" or alive]
+
+    def blocks(self) -> list[int]:
+        """Reconfigurable layers in each block; the stem belongs to the first block, the head to the last."""
+        if self.partition:
+            return self.partition
+        first, *middle, last = even_blocks(len(self.widths) + 2)
+        return [first - 1, *middle, last - 1]
+
+    def layer_spec(self, layer: int, candidate: str) -> dict:
+        """One layer of a student as a JSON object."""
+        spec = {"type": candidate, "in": self.inputs()[layer], "out": self.widths[layer]}
+        if match := RES.fullmatch(candidate):
+            spec |= {"type": "res", "kernel": int(match[1]), "depth": int(match[2])}
+        return spec | {"stride": self.strides[layer], "shortcut": self.shortcut and self.keeps_shape(layer)}
+
+    def spec(self, choice: list[str]) -> dict:
+        """The spec of the student that takes choice[l] in layer l."""
+        layers = [self.layer_spec(layer, candidate) for layer, candidate in enumerate(choice)]
+        return _spec(self.stem, layers, self.head, self.blocks())
+
+    def sample(self, seed: int) -> dict:
+        """The spec of the pool's member number `seed`, uniform over choices, the same on every machine."""
+        options = [self.choices(layer) for layer in range(len(self.widths))]
+        return self.spec([names[derive_seed("pool", seed, i) % len(names)] for i, names in enumerate(options)])
+
+
+def even_blocks(layers: int, blocks: int = 4) -> list[int]:
+    """Sizes of `blocks` consecutive parts of `layers` layers, as equal as they can be."""
+    edges = [round(part * layers / blocks) for part in range(blocks + 1)]
+    return [after - before for before, after in zip(edges, edges[1:], strict=False)]
+
+
+def _spec(stem: int, layers: list[dict], head: int, blocks: list[int]) -> dict:
+    first = {"type": "conv", "in": 3, "out": stem, "kernel": 3, "stride": 1}
+    last = {"type": "conv", "in": layers[-1]["out"], "out": head, "kernel": 1, "stride": 1}
+    return {"layers": [first, *layers, last, {"type": "linear", "in": head}], "blocks": blocks}
+
+
+def _nas(*rows: tuple[str, int, int, int, int, int]) -> dict:
+    layers = []
+    for kind, channels_in, channels_out, kernel, depth, stride in rows:
+        layer = {"type": kind, "in": channels_in, "out": channels_out}
+        layer |= {"kernel": kernel, "depth": depth} if kind == "res" else {}
+        layers.append(layer | {"stride": stride, "shortcut": False})
+    first, *middle, last = even_blocks(len(layers) + 2)
+    return _spec(16, layers, 1280, [first - 1, *middle, last - 1])
+
+
+# (type, in, out, kernel, convolutions, stride): the supplement's Tables 1, 2 and 3. "ResBlock (xn)" is n
+# basic blocks, hence 2n convolutions.
+NAS_STUDENTS = {
+    "nas_s": _nas(
+        ("identity", 16, 16, 0, 0, 1),
+        ("res", 16, 64, 3, 2, 1),
+        ("res", 64, 128, 3, 2, 2),
+        ("res", 128, 256, 3, 2, 2),
+    ),
+    "nas_m": _nas(
+        ("identity", 16, 16, 0, 0, 1),
+        ("res", 16, 64, 3, 4, 1),
+        ("res", 64, 64, 3, 2, 1),
+        ("identity", 64, 64, 0, 0, 1),
+        ("res", 64, 128, 5, 4, 2),
+        ("res", 128, 256, 3, 2, 2),
+        ("res", 256, 512, 3, 2, 2),
+    ),
+    "nas_l": _nas(
+        ("identity", 16, 16, 0, 0, 1),
+        ("res", 16, 64, 3, 4, 1),
+        ("identity", 64, 64, 0, 0, 1),
+        ("res", 64, 64, 3, 6, 1),
+        ("identity", 64, 128, 0, 0, 1),
+        ("res", 128, 128, 3, 6, 2),
+        ("identity", 128, 128, 0, 0, 1),
+        ("res", 128, 128, 3, 6, 1),
+        ("res", 128, 256, 3, 6, 2),
+        ("res", 256, 512, 3, 6, 2),
+    ),
+}
+
+
+class Zero(nn.Module):
+    """The candidate whose output is zero; nothing is computed or stored for it."""
+
+    def forward(self, x: Tensor) -> None:
+        return None
+
+
+def build_candidate(spec: dict) -> nn.Module:
+    """The operation of one reconfigurable layer, without the layer's outer shortcut."""
+    channels_in, channels_out, stride = spec["in"], spec["out"], spec["stride"]
+    if spec["type"] == "res":
+        return chain(channels_in, channels_out, stride, spec["kernel"], spec["depth"] // 2)
+    if spec["type"] == "zero":
+        return Zero()
+    if stride == 1 and channels_in == channels_out:
+        return nn.Identity()
+    return nn.Sequential(*conv_bn(channels_in, channels_out, 1, stride))
+
+
+def build_head(channels_in: int, channels_out: int) -> nn.Sequential:
+    """The pool's embedding: 1x1 convolution, BatchNorm, ReLU and global average pooling."""
+    return nn.Sequential(*conv_bn(channels_in, channels_out, 1), nn.ReLU(), global_average_pool())
+
+
+class PoolLayer(nn.Module):
+    """One chosen layer of a student: operation(x), plus x where the spec has a shortcut."""
+
+    def __init__(self, spec: dict):
+        super().__init__()
+        self.operation = build_candidate(spec)
+        self.shortcut = spec["shortcut"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.operation(x)
+        if out is None:
+            return x
+        return x + out if self.shortcut else out
+
+
+class PoolNet(Network):
+    """The network of a spec, with fresh weights: stem, layers, 1x1 convolution, pooling, linear."""
+
+    def __init__(self, spec: dict, num_classes: int):
+        super().__init__()
+        check_spec(spec)
+        stem, *layers, head, _ = spec["layers"]
+        self.stem = nn.Sequential(*conv_bn(3, stem["out"], 3), nn.ReLU())
+        self.layers = nn.ModuleList(PoolLayer(layer) for layer in layers)
+        self.head = build_head(head["in"], head["out"])
+        self.fc = nn.Linear(head["out"], num_classes)
+        initialise(self)
+        pieces, stages = list(self.layers), []
+        for block, size in enumerate(spec["blocks"]):
+            here, pieces = pieces[:size], pieces[size:]
+            stages.append(nn.Sequential(*([self.stem] if block == 0 else []), *here))
+        self.set_stages(stages, self.head)
+
+
+def check_spec(spec: dict) -> None:
+    """Raise UserError, naming the layer, unless `spec` describes a network that can be built."""
+    try:
+        stem, *layers, head, linear = spec["layers"]
+        if stem["type"] != "conv" or head["type"] != "conv" or linear["type"] != "linear" or not layers:
+            raise UserError("spec: layers must be a conv, the reconfigurable layers, a conv and a linear")
+        channels = stem["out"]
+        for index, layer in enumerate(layers, start=1):
+            where = f"spec: layer {index} ({layer['type']})"
+            check_name(f"{where}: type", layer["type"], ["res", "identity", "zero"])
+            if layer["in"] != channels or layer["stride"] not in (1, 2) or layer["out"] < 1:
+                raise UserError(f"{where} must take {channels} channels, with stride 1 or 2")
+            same = layer["stride"] == 1 and layer["in"] == layer["out"]
+            if (layer["shortcut"] and not same) or (layer["type"] == "zero" and not layer["shortcut"]):
+                raise UserError(f"{where}: a shortcut needs an unchanged shape, and zero needs a shortcut")
+            if layer["type"] == "res" and (layer["kernel"] % 2 == 0 or layer["depth"] % 2 or layer["depth"] < 2):
+                raise UserError(f"{where} needs an odd kernel and an even depth")
+            channels = layer["out"]
+        if head["in"] != channels or linear["in"] != head["out"]:
+            raise UserError("spec: the channels of the last conv and the linear layer do not fit")
+        if sum(spec["blocks"]) != len(layers) or len(spec["blocks"]) < 2 or min(spec["blocks"]) < 0:
+            raise UserError(f"spec: blocks {spec['blocks']} must sum to {len(layers)} layers")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"spec: not a student's spec ({type(error).__name__}: {error})") from None
+
+
+def read_spec(path: Path, argument: str = "model") -> dict:
+    """A spec from a JSON file. Raises UserError when it is missing or not a spec."""
+    try:
+        spec = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{argument} {path}: cannot read the spec file ({error})") from None
+    check_spec(spec)
+    return spec

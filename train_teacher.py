@@ -1,0 +1,115 @@
+"""Train a teacher.
+
+python train_teacher.py
+accelerate launch --config_file accelerate_config.yaml train_teacher.py --config recipes/digits_gtn.yaml --output_dir runs/gtn
+accelerate launch --config_file accelerate_config.yaml train_teacher.py --method gtn --model resnet32x4 --dataset cifar100 --epochs 240 --output_dir runs/t
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from common import UserError, check_name, write_atomically
+from engine.checkpoint import state_tensors
+from engine.config import RunConfig, parse
+from engine.data import hold_out, load_images
+from engine.finish import finish_run
+from engine.loop import Loop
+from engine.processes import run_script, start_accelerator
+from engine.tracking import RunFolder, Screen, default_folder
+from models import ModelInfo, create_model, list_models, save_pretrained
+from teachers import TEACHERS
+from teachers.gtn import GTNOptions
+
+
+@dataclass
+class TeacherConfig(GTNOptions, RunConfig):
+    """Options of train_teacher.py.
+
+    Args:
+        method: what the teacher is trained for: vanilla or gtn.
+        model: the teacher: a zoo name (--list_models).
+        vanilla_run: run folder of a vanilla teacher to compare the result with.
+    """
+
+    method: str = "vanilla"
+    model: str = "resnet20"
+    vanilla_run: str | None = None
+
+
+def main() -> None:
+    listings = {"models": list_models(), "methods": [f"{name}: {row.paper}" for name, row in TEACHERS.items()]}
+    config = parse(TeacherConfig, __doc__, listings)
+    check_name("--method", config.method, TEACHERS)
+    config.check_gtn()
+    reference = read_top1(config.vanilla_run)
+    config.output_dir = config.output_dir or default_folder(config.method, config.model, config.dataset)
+    folder = RunFolder(config.output_dir, config.overwrite, config.resume_from_checkpoint is not None)
+    sparse = TEACHERS[config.method].objective.sparse_gradients
+    trackers = config.report_to if config.with_tracking else None
+    accelerator = start_accelerator(config.mixed_precision, trackers, config.output_dir, sparse)
+    screen = Screen(accelerator.is_main_process, config.epochs)
+
+    with accelerator.main_process_first():
+        data = load_images(config.dataset, config.image_size, progress=accelerator.is_main_process)
+    data = hold_out(data, config.val_fraction, "val")
+    data = hold_out(data, config.gate_holdout if config.method == "gtn" else 0.0, "gates")
+    torch.manual_seed(config.seed)
+    teacher = create_model(config.model, data.num_classes, config.pool, "--model")
+    objective = TEACHERS[config.method].objective(teacher, config, data.image_size)
+
+    loop = Loop(objective, data, config, accelerator, folder, screen)
+    screen.say(
+        f"{config.method} teacher {config.model} ({count(teacher):,} parameters) on {data.name}: {len(data.train):,} "
+        f"training and {len(data.test):,} test images of {data.image_size}x{data.image_size}, {data.num_classes} "
+        f"classes; seed {config.seed}, {accelerator.num_processes} process(es) on {accelerator.device.type}"
+    )
+    progress = loop.run()
+
+    pool = asdict(config.pool) if config.method == "gtn" else None
+    info = ModelInfo(config.model, data.num_classes, data.image_size, data.mean, data.std, pool=pool)
+    warnings = objective.warnings(progress.history)
+    top1 = progress.history[-1]["accuracy"]["teacher"]
+    if reference is not None and top1 < reference:
+        warnings.append(f"the teacher reaches {top1:.2f}%, the vanilla teacher of {config.vanilla_run} {reference:.2f}%")
+    if accelerator.is_main_process:
+        info = save_pretrained(objective.product(), info, folder.path)
+        if config.method == "gtn" and config.save_supernet:
+            save_supernet(objective, folder.path / "supernet.safetensors")
+    finish_run(
+        loop,
+        described={"method": config.method, "model": config.model, "parameters": count(teacher), "sha256": info.sha256},
+        warnings=warnings,
+        next_command=f"python distill.py --teacher {folder.path} --student {'pool:7' if pool else 'resnet8'} "
+        f"--method kd --output_dir {folder.path}-student",
+    )
+
+
+def read_top1(run: str | None) -> float | None:
+    """Test accuracy in percent of a finished run."""
+    if run is None:
+        return None
+    try:
+        return json.loads((Path(run) / "summary.json").read_text())["top1"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"--vanilla_run {run}: holds no finished run") from None
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def save_supernet(objective, path: Path) -> None:
+    """Branches and gates of a GTN run, with the pool and the gates' probabilities as JSON in the metadata."""
+    names = ("branches.", "gates.phi")
+    tensors = {name: tensor for name, tensor in state_tensors(objective).items() if name.startswith(names)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"pool": json.dumps(asdict(objective.options.pool)), "gates": json.dumps(objective.record()["gates"])}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+if __name__ == "__main__":
+    run_script(main)
