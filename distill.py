@@ -1,8 +1,10 @@
 """Distil a student from a trained teacher.
 
 python distill.py --teacher runs/gtn --student pool:7
-accelerate launch --config_file accelerate_config.yaml distill.py --config recipes/digits_kd.yaml --teacher runs/gtn --student pool:7 --output_dir runs/s
-accelerate launch --config_file accelerate_config.yaml distill.py --teacher runs/t --student nas_m --dataset cifar100 --epochs 240 --output_dir runs/s
+accelerate launch --config_file accelerate_config.yaml distill.py \\
+    --config recipes/digits_kd.yaml --teacher runs/gtn --student pool:7 --output_dir runs/s
+accelerate launch --config_file accelerate_config.yaml distill.py \\
+    --config recipes/cifar100_kd.yaml --teacher runs/t --student nas_m --output_dir runs/s
 """
 
 from dataclasses import dataclass, replace
@@ -58,6 +60,7 @@ def main() -> None:
     config = parse(DistillConfig, __doc__, listings)
     check_name("--method", config.method, METHODS)
     teacher = load_teacher(config)
+    config.dataset = config.dataset or (teacher.info.dataset if teacher else "digits")
     config.output_dir = config.output_dir or default_folder(config.method, config.student, config.dataset)
     folder = RunFolder(config.output_dir, config.overwrite, config.resume_from_checkpoint is not None)
     trackers = config.report_to if config.with_tracking else None
@@ -84,7 +87,7 @@ def main() -> None:
     loop.run()
 
     spec = find_spec(config.student, pool)
-    info = ModelInfo(config.student, data.num_classes, data.image_size, data.mean, data.std, spec)
+    info = ModelInfo(config.student, data.name, data.num_classes, data.image_size, data.mean, data.std, spec)
     if accelerator.is_main_process:
         info = save_pretrained(objective.product(), info, folder.path)
     described = {"method": config.method, "model": config.student, "parameters": parameters, "sha256": info.sha256}
@@ -94,7 +97,17 @@ def main() -> None:
         loop,
         described=described,
         warnings=[],
-        next_command=f"python distill.py --method none --student {config.student} --output_dir {folder.path}-alone",
+        next_command=next_command(config),
+    )
+
+
+def next_command(config: DistillConfig) -> str:
+    """The other half of a comparison: the same student trained alone, or distilled."""
+    other = "--method none" if config.teacher else "--method kd --teacher RUN_FOLDER"
+    name = config.output_dir + ("-alone" if config.teacher else "-distilled")
+    return (
+        f"python distill.py {other} --student {config.student} --dataset {config.dataset} "
+        f"--epochs {config.epochs} --output_dir {name}"
     )
 
 

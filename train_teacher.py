@@ -1,8 +1,10 @@
 """Train a teacher.
 
 python train_teacher.py
-accelerate launch --config_file accelerate_config.yaml train_teacher.py --config recipes/digits_gtn.yaml --output_dir runs/gtn
-accelerate launch --config_file accelerate_config.yaml train_teacher.py --method gtn --model resnet32x4 --dataset cifar100 --epochs 240 --output_dir runs/t
+accelerate launch --config_file accelerate_config.yaml train_teacher.py \\
+    --config recipes/digits_gtn.yaml --output_dir runs/gtn
+accelerate launch --config_file accelerate_config.yaml train_teacher.py \\
+    --config recipes/cifar100_resnet32_gtn.yaml --output_dir runs/t
 """
 
 import json
@@ -45,6 +47,7 @@ def main() -> None:
     config = parse(TeacherConfig, __doc__, listings)
     check_name("--method", config.method, TEACHERS)
     config.check_gtn()
+    config.dataset = config.dataset or "digits"
     reference = read_top1(config.vanilla_run)
     config.output_dir = config.output_dir or default_folder(config.method, config.model, config.dataset)
     folder = RunFolder(config.output_dir, config.overwrite, config.resume_from_checkpoint is not None)
@@ -70,11 +73,13 @@ def main() -> None:
     progress = loop.run()
 
     pool = asdict(config.pool) if config.method == "gtn" else None
-    info = ModelInfo(config.model, data.num_classes, data.image_size, data.mean, data.std, pool=pool)
+    info = ModelInfo(config.model, data.name, data.num_classes, data.image_size, data.mean, data.std, pool=pool)
     warnings = objective.warnings(progress.history)
     top1 = progress.history[-1]["accuracy"]["teacher"]
     if reference is not None and top1 < reference:
-        warnings.append(f"the teacher reaches {top1:.2f}%, the vanilla teacher of {config.vanilla_run} {reference:.2f}%")
+        warnings.append(
+            f"the teacher reaches {top1:.2f}%, the vanilla teacher of {config.vanilla_run} {reference:.2f}%"
+        )
     if accelerator.is_main_process:
         info = save_pretrained(objective.product(), info, folder.path)
         if config.method == "gtn" and config.save_supernet:
@@ -84,7 +89,7 @@ def main() -> None:
         described={"method": config.method, "model": config.model, "parameters": count(teacher), "sha256": info.sha256},
         warnings=warnings,
         next_command=f"python distill.py --teacher {folder.path} --student {'pool:7' if pool else 'resnet8'} "
-        f"--method kd --output_dir {folder.path}-student",
+        f"--method kd --epochs {config.epochs} --output_dir {folder.path}-student",
     )
 
 

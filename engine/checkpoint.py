@@ -94,7 +94,7 @@ def load_checkpoint(
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         document = metadata["state"]
         if metadata["sha256"] != _digest(tensors, document):
             raise UserError(f"--resume_from_checkpoint: '{path}' is damaged: its checksum does not fit")
@@ -150,9 +150,8 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _check_config(saved: Mapping, now: Mapping, free: set[str]) -> None:
     for key in sorted((saved.keys() | now.keys()) - free):
         if saved.get(key) != now.get(key):
-            raise UserError(
-                f"--resume_from_checkpoint: --{key} is {now.get(key)}, but the checkpoint was made with {saved.get(key)}"
-            )
+            before, after = saved.get(key), now.get(key)
+            raise UserError(f"--resume_from_checkpoint: --{key} is {after}, but the checkpoint was made with {before}")
 
 
 def _digest(tensors: Mapping[str, Tensor], document: str) -> str:

@@ -4,6 +4,7 @@ import difflib
 import re
 import sys
 from dataclasses import asdict, dataclass, field, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TypeVar, get_type_hints
 
@@ -20,7 +21,7 @@ class RunConfig:
     """Options that every run has, whatever its method.
 
     Args:
-        dataset: digits, cifar10, cifar100, parquet:GLOB or folder:PATH.
+        dataset: digits, cifar10, cifar100, parquet:GLOB or folder:PATH; default: the teacher's, else digits.
         image_size: side that images are resized to; default: the data set's own.
         crop_padding: padding of the random crop; default: an eighth of the side.
         flip: random horizontal flips; default: what suits the data set (none for digits).
@@ -44,7 +45,7 @@ class RunConfig:
         report_to: tracker names known to Accelerate, comma-separated.
     """
 
-    dataset: str = "digits"
+    dataset: str | None = None
     image_size: int | None = None
     crop_padding: int | None = None
     flip: bool | None = None
@@ -181,7 +182,7 @@ def _check_flags(argv: list[str], known: set[str]) -> None:
 
 def _check_recipe(argv: list[str], known: set[str]) -> None:
     recipes = _recipe_first(argv)
-    for flag, value in zip(recipes, recipes[1:], strict=False):
+    for flag, value in pairwise(recipes):
         if flag != "--config":
             continue
         if not value:

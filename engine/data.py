@@ -108,9 +108,7 @@ def _divide(split: Split, share: float, purpose: str) -> tuple[Split, Split]:
 
     indices = np.arange(len(split))
     try:
-        kept, held = train_test_split(
-            indices, test_size=share, random_state=SPLIT_SEED, stratify=split.labels.numpy()
-        )
+        kept, held = train_test_split(indices, test_size=share, random_state=SPLIT_SEED, stratify=split.labels.numpy())
     except ValueError as error:
         raise UserError(f"--dataset: cannot take {share:g} of the training split as {purpose}: {error}") from None
     return split.take(torch.from_numpy(np.sort(kept))), split.take(torch.from_numpy(np.sort(held)))

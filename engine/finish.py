@@ -44,8 +44,10 @@ def finish_run(loop: Loop, described: dict, warnings: list[str], next_command: s
     for warning in warnings:
         screen.say(f"warning: {warning}")
     screen.say(f"done: {name} {config.epochs} epochs in {progress.seconds:.0f} s, seed {config.seed}")
-    screen.say(f"  accuracy  {top1:.2f}% top-1 on the test split at the last epoch (best: {best['top1']:.2f}% on the "
-               f"{best['chosen_on']} split in epoch {best['epoch']})")
+    screen.say(
+        f"  accuracy  {top1:.2f}% top-1 on the test split at the last epoch (best: {best['top1']:.2f}% on the "
+        f"{best['chosen_on']} split in epoch {best['epoch']})"
+    )
     screen.say(f"  model     {folder.path}/model.safetensors (load it with models.load_pretrained('{folder.path}'))")
     screen.say(f"  numbers   {folder.path}/summary.json, {folder.path}/metrics.jsonl")
     screen.say(f"  plots     {', '.join(str(path) for path in plots)}")

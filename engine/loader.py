@@ -115,7 +115,9 @@ def augment(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Ten
 
 
 def evaluation_batches(split: Split, normalise: Normalise, batch_size: int, rank: int, world: int) -> Iterator:
-    """(images, labels) of every world-th image, in order: over all processes, each image once."""
-    for begin in range(rank, len(split), batch_size * world):
-        part = slice(begin, begin + batch_size * world, world)
+    """(images, labels) of every world-th image: over all processes, each image once, in batches of about
+    equal size."""
+    batches = -(-len(split) // (batch_size * world))
+    for number in range(batches):
+        part = slice(rank + number * world, None, batches * world)
         yield normalise(split.images[part]), split.labels[part]

@@ -168,8 +168,9 @@ class Loop:
         for iteration, name, value in totals.read():
             if not math.isfinite(value):
                 saved = self.folder.last if self.folder.last.is_file() else "none yet"
+                epoch = self.progress.epoch + 1
                 raise RunError(
-                    f"the loss term '{name}' became {value} in iteration {iteration} (epoch {self.progress.epoch + 1}); "
+                    f"the loss term '{name}' became {value} in iteration {iteration} (epoch {epoch}); "
                     f"last good checkpoint: {saved}. A lower --lr usually helps."
                 )
             latest[name] = f"{value:.3f}"
@@ -189,8 +190,9 @@ class Loop:
             self.progress.partial = self._gather(totals).as_dict()
         self._save()
         raise Interrupted(
-            signum, f"interrupted; saved. Continue with the same command and --output_dir {self.folder.path} "
-            "--resume_from_checkpoint latest"
+            signum,
+            f"interrupted; saved. Continue with the same command and --output_dir {self.folder.path} "
+            "--resume_from_checkpoint latest",
         )
 
     def _finish_epoch(self, lr: float, totals: "_Totals") -> None:
@@ -281,9 +283,7 @@ class Loop:
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             config = self.config.as_dict()
-            save_checkpoint(
-                self.folder.last, self.objective, self.optimizers, self.scalers, self.progress, config
-            )
+            save_checkpoint(self.folder.last, self.objective, self.optimizers, self.scalers, self.progress, config)
         self.accelerator.wait_for_everyone()
 
 

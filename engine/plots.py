@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402: the backend is chosen first
+import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen first
 
 
 def plot_run(history: list[dict], folder: Path) -> list[Path]:
@@ -52,7 +52,7 @@ def _gates(epochs: list[int], history: list[dict], path: Path) -> Path:
         names = [(layer, candidate) for layer, chances in layers.items() for candidate in chances]
         image = [[row["gates"][branch][layer][name] for row in history] for layer, name in names]
         extent = (epochs[0] - 0.5, epochs[-1] + 0.5, len(names) - 0.5, -0.5)
-        heat = axis.imshow(image, aspect="auto", interpolation="nearest", cmap="magma", extent=extent, vmin=0)
+        heat = axis.imshow(image, aspect="auto", interpolation="nearest", cmap="magma", extent=extent)
         axis.set_yticks(range(len(names)), [f"{layer} {name}" for layer, name in names], fontsize=6)
         axis.set(title=f"{branch}: gate probabilities", xlabel="epoch")
         figure.colorbar(heat, ax=axis)

@@ -16,7 +16,7 @@ class RunError(RuntimeError):
     """A run that cannot go on, through no mistake in its command: one line, exit code 1."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - not an error
     """The run was asked to stop by a signal, and has saved itself."""
 
     def __init__(self, signum: int, advice: str):

@@ -61,7 +61,7 @@ class RunFolder:
     def lock(self) -> None:
         """Claim the folder until the process ends. Raises UserError when another process has it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / LOCK, "a")  # noqa: SIM115: held until the process ends
+        self._lock = open(self.path / LOCK, "a")  # noqa: SIM115 - held until the process ends
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 
-def gated_mix(
-    outputs: Sequence[Tensor | None], gates: Tensor, active: int, shortcut: Tensor | None = None
-) -> Tensor:
+def gated_mix(outputs: Sequence[Tensor | None], gates: Tensor, active: int, shortcut: Tensor | None = None) -> Tensor:
     """y = shortcut + sum_j gates[j] * outputs[j] for one-hot gates, without a multiplication.
 
     The forward pass only selects; the backward pass sends dL/dy to the active output and to the shortcut,

@@ -43,7 +43,9 @@ def create_model(name: str, num_classes: int, pool: Pool | None = None, argument
         return ResNet(*RESNETS[name], num_classes)
     if match := WRN_NAME.fullmatch(name):
         if int(match[1]) < 10 or (int(match[1]) - 4) % 6 or int(match[2]) < 1:
-            raise UserError(f"{argument} {name}: a WRN's depth is 6n + 4 (10, 16, 22, 28, 40, ...), its width 1 or more")
+            raise UserError(
+                f"{argument} {name}: a WRN's depth is 6n + 4 (10, 16, 22, 28, 40, ...), its width 1 or more"
+            )
         return WideResNet(int(match[1]), int(match[2]), num_classes)
     if (spec := find_spec(name, pool, argument)) is not None:
         return PoolNet(spec, num_classes)
@@ -66,11 +68,13 @@ def find_spec(name: str, pool: Pool | None = None, argument: str = "model") -> d
 class ModelInfo:
     """What `model.json` says besides the weights: enough to rebuild the network and to feed it.
 
+    `dataset` is the name of the data set it was trained on, as --dataset takes it.
     `mean` and `std` normalise RGB in [0, 1]; `spec` is set for students of a pool, `pool` for a GTN teacher:
     the students it was trained for; `sha256` is that of model.safetensors.
     """
 
     name: str
+    dataset: str
     num_classes: int
     image_size: int
     mean: list[float]

@@ -7,6 +7,7 @@ Source: Binici et al., "Generalizing Teacher Networks" (arXiv 2407.16040), suppl
 import json
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ class Pool:
 def even_blocks(layers: int, blocks: int = 4) -> list[int]:
     """Sizes of `blocks` consecutive parts of `layers` layers, as equal as they can be."""
     edges = [round(part * layers / blocks) for part in range(blocks + 1)]
-    return [after - before for before, after in zip(edges, edges[1:], strict=False)]
+    return [after - before for before, after in pairwise(edges)]
 
 
 def _spec(stem: int, layers: list[dict], head: int, blocks: list[int]) -> dict:

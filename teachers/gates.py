@@ -58,10 +58,7 @@ class Gates(nn.Module):
         their renormalised probabilities. `set_gradient` and `finish_update` complete the step.
         """
         p = self.probabilities()
-        if self.full:
-            columns = torch.arange(p.shape[1]).expand(len(p), -1)
-        else:
-            columns = self._draw_two(p, generator)
+        columns = torch.arange(p.shape[1]).expand(len(p), -1) if self.full else self._draw_two(p, generator)
         mass = p.gather(1, columns)
         share = mass / mass.sum(1, keepdim=True)
         active = columns.gather(1, torch.tensor(self._draw_one(share, generator))[:, None])[:, 0].tolist()

@@ -127,16 +127,21 @@ class GTN(Objective):
 
     def _compare(self, branches: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         options = self.options
-        ce, kl = kd_loss(
-            branches, teacher, labels, temperature=options.temperature, direction=options.kl_direction
-        )
+        ce, kl = kd_loss(branches, teacher, labels, temperature=options.temperature, direction=options.kl_direction)
         return ce.mean(), kl.mean()
 
     def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
-        """Logits of the teacher and of every branch, the latter on a path drawn by the gates."""
+        """Logits of the teacher and of every branch, the latter on a path drawn by the gates.
+
+        The branches normalise by the batch (ours): the running statistics of a layer average over all the
+        paths that led to it, and fit none of them.
+        """
         generator = torch.Generator().manual_seed(derive_seed(self.options.seed, "evaluate", seed))
         features, logits = run_blocks(self.teacher, images)
-        branches = self._run_branches(features, self.gates.draw(generator))
+        self.branches.train(len(images) > 1)
+        with frozen_statistics(self._norms):
+            branches = self._run_branches(features, self.gates.draw(generator))
+        self.branches.train(self.training)
         return {"teacher": logits} | {f"branch{i}": branch for i, branch in enumerate(branches, start=1)}
 
     def product(self) -> Network:

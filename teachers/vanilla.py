@@ -10,11 +10,10 @@ from models.network import Network
 class Vanilla(Objective):
     """L = CE(q_T, y)."""
 
-    term_weights = {"ce": 1.0}
-
     def __init__(self, teacher: Network, options: object, image_size: int):
         super().__init__()
         self.teacher = teacher
+        self.term_weights = {"ce": 1.0}
 
     def forward(self, images: Tensor, labels: Tensor, iteration: int) -> dict[str, Tensor]:
         return {"ce": cross_entropy(self.teacher(images), labels)}

@@ -1,0 +1,30 @@
+# make demo   a generic teacher, two students, and the comparison: under 5 minutes on two CPU cores
+# make test   lint and all tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo compare test lint benchmark clean
+
+demo: .venv/installed
+	$(BIN)/python -m benchmarks.compare --students pool:1 pool:3 --seeds 0 --output_dir runs/demo
+
+compare: .venv/installed
+	$(BIN)/python -m benchmarks.compare --students pool:1 pool:2 pool:3 --seeds 0 1 2 --output_dir runs/compare
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+benchmark: .venv/installed
+	$(BIN)/python -m benchmarks.steps
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache
