@@ -1,5 +1,6 @@
 """The command line: dataclasses become flags, a recipe sets their defaults, flags win over the recipe."""
 
+import argparse
 import difflib
 import re
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeVar, get_type_hints
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from common import UserError
 
@@ -92,6 +93,10 @@ class RunConfig:
         return asdict(self)
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of the example commands, shows types and defaults."""
+
+
 # Where and whether a run is written, not what is computed: free to differ when a run is resumed.
 NOT_COMPUTED = {"output_dir", "overwrite", "resume_from_checkpoint", "with_tracking", "report_to"}
 NOT_COMPUTED |= {"checkpointing_epochs", "config"}
@@ -114,7 +119,7 @@ def parse(config_class: type[Config], usage: str, listings: dict[str, list[str]]
         if f"--list_{name}" in argv:
             print("\n".join(values))
             raise SystemExit(0)
-    parser = ArgumentParser(description=usage, exit_on_error=False, env_prefix=None)
+    parser = ArgumentParser(description=usage, formatter_class=_HelpFormatter, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file of these options")
     parser.add_class_arguments(config_class, fail_untyped=True)
     for name in listings:

@@ -5,7 +5,8 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen first
+import matplotlib.pyplot as plt
+import numpy as np
 
 
 def plot_run(history: list[dict], folder: Path) -> list[Path]:
@@ -50,11 +51,16 @@ def _gates(epochs: list[int], history: list[dict], path: Path) -> Path:
     )
     for axis, (branch, layers) in zip(axes[:, 0], branches.items(), strict=True):
         names = [(layer, candidate) for layer, chances in layers.items() for candidate in chances]
-        image = [[row["gates"][branch][layer][name] for row in history] for layer, name in names]
+        # Layers offer different numbers of candidates: times that number, a uniform choice is 1 everywhere.
+        image = np.array(
+            [[row["gates"][branch][layer][name] * len(layers[layer]) for row in history] for layer, name in names]
+        )
+        span = max(abs(image - 1).max(), 0.05)
         extent = (epochs[0] - 0.5, epochs[-1] + 0.5, len(names) - 0.5, -0.5)
-        heat = axis.imshow(image, aspect="auto", interpolation="nearest", cmap="magma", extent=extent)
+        colours = {"cmap": "coolwarm", "vmin": 1 - span, "vmax": 1 + span}
+        heat = axis.imshow(image, aspect="auto", interpolation="nearest", extent=extent, **colours)
         axis.set_yticks(range(len(names)), [f"{layer} {name}" for layer, name in names], fontsize=6)
-        axis.set(title=f"{branch}: gate probabilities", xlabel="epoch")
+        axis.set(title=f"{branch}: gate probabilities x candidates (1 = uniform)", xlabel="epoch")
         figure.colorbar(heat, ax=axis)
     return _save(figure, path, tight=False)
 

@@ -1,0 +1,226 @@
+"""What GTN's machinery costs: an even step against a plain joint step, and a gate step against an even one.
+
+python -m benchmarks.steps --output benchmarks/results/steps.json
+
+The plain joint step is what one would write for fixed branches: the same teacher, the same candidates wired
+as ordinary modules, the same losses and optimiser, no gates and no sampling. It is timed on the same path as
+the even step, one right after the other, in changing order. Gate steps run on the same pool, drawn as in
+training. Times are medians of whole steps: forward, backward, optimiser.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from common import derive_seed, write_atomically
+from engine.tracking import machine
+from kernels import cross_entropy, kd_loss
+from models import create_model
+from models.network import run_blocks
+from models.pool import Pool
+from teachers.gtn import GTN, GTNOptions
+
+
+@dataclass
+class Options(GTNOptions):
+    seed: int = 0
+
+
+@dataclass
+class Setting:
+    """What is measured: a teacher, a pool, and a batch of images [batch, 3, size, size]."""
+
+    name: str
+    model: str
+    pool: Pool
+    size: int
+    batch: int
+    classes: int
+
+
+class FixedLayer(nn.Module):
+    """One candidate as an ordinary layer."""
+
+    def __init__(self, layer: nn.Module, active: int):
+        super().__init__()
+        self.operation = layer.candidates[layer.names[active]]
+        self.shortcut = layer.shortcut
+
+    def forward(self, x):
+        out = self.operation(x)
+        if out is None:
+            return x
+        return x + out if self.shortcut else out
+
+
+class PlainJoint(nn.Module):
+    """A teacher with fixed branches, written without GTN's machinery but with the objective's own weights."""
+
+    def __init__(self, objective: GTN, draws: list):
+        super().__init__()
+        self.teacher, self.alpha = objective.teacher, objective.options.alpha
+        rest, branches = list(draws), []
+        for branch in objective.branches:
+            layers = [FixedLayer(layer, rest.pop(0).active) for layer in branch.supernet.layers]
+            branches.append(nn.Sequential(branch.transform, *layers, branch.supernet.head, branch.supernet.fc))
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, images, labels):
+        features, logits = run_blocks(self.teacher, images)
+        students = torch.stack([branch(x) for branch, x in zip(self.branches, features, strict=True)])
+        ce, kl = kd_loss(students, logits, labels, direction="reverse")
+        return cross_entropy(logits, labels) + ce.mean() + self.alpha * kl.mean()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--steps", type=int, help="paths timed for each setting; default: the setting's own")
+    parser.add_argument("--output", default="benchmarks/results/steps.json")
+    options = parser.parse_args()
+    results = [measure(SETTINGS[name], options.steps or STEPS[name]) for name in options.settings]
+    report = {"command": "python -m benchmarks.steps", **machine(), "results": results}
+    write_atomically(Path(options.output), json.dumps(report, indent=1) + "\n")
+    for row in results:
+        size = row["image_size"]
+        macs = [f"{row[part] / 1e6:,.1f}M" for part in ("teacher_macs", "branch_macs")]
+        times = ", ".join(f"{name} {row[f'{name}_ms']:.1f} ms" for name in ("plain", "even", "gate"))
+        print(f"{row['setting']}: {row['model']} at {size}x{size}, batch {row['batch']}, {row['paths']} paths")
+        print(f"  multiply-accumulates an image: teacher {macs[0]}, branches together {macs[1]} (mean over paths)")
+        print(f"  mean step: {times}")
+        print(f"  even / plain {row['even_over_plain']:.3f} (median over paths; target: at most 1.15)")
+        print(f"  gate / even  {row['gate_over_even']:.3f} (of means; target: at most 1.5)")
+    print(f"written: {options.output}")
+
+
+def measure(setting: Setting, paths: int) -> dict:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    teacher = create_model(setting.model, setting.classes)
+    objective = GTN(teacher, Options(pool=setting.pool), setting.size).to(device, memory_format=torch.channels_last)
+    images = torch.randn(setting.batch, 3, setting.size, setting.size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, setting.classes, (setting.batch,), device=device)
+    step = gtn_step(objective, images, labels)
+    times: dict[str, list[float]] = {"plain": [], "even": [], "gate": []}
+    for number in range(-1, paths):  # the first pass warms up
+        iteration = 2 * (number + 1)
+        generator = torch.Generator().manual_seed(derive_seed(0, "paths", iteration))
+        plain = plain_step(PlainJoint(objective, objective.gates.draw(generator)), images, labels)
+        steps = [("plain", plain), ("even", lambda i=iteration: step(i)), ("gate", lambda i=iteration: step(i + 1))]
+        for name, run in steps if number % 2 else [steps[1], steps[0], steps[2]]:
+            run()  # memory of this path's shapes is allocated, its kernels chosen
+            seconds = clock(run, device)
+            if number >= 0:
+                times[name].append(seconds)
+    ratios = [e / p for e, p in zip(times["even"], times["plain"], strict=True)]
+    teacher_macs, branch_macs = count_macs(objective, setting)
+    return {
+        "setting": setting.name,
+        "model": setting.model,
+        "image_size": setting.size,
+        "batch": setting.batch,
+        "paths": paths,
+        "teacher_macs": teacher_macs,
+        "branch_macs": branch_macs,
+        **{f"{name}_ms": 1000 * statistics.mean(values) for name, values in times.items()},
+        "even_over_plain": statistics.median(ratios),
+        "even_over_plain_quartiles": statistics.quantiles(ratios, n=4)[::2],
+        # Paths differ in cost and a gate step draws its own: only the means over many paths compare.
+        "gate_over_even": statistics.mean(times["gate"]) / statistics.mean(times["even"]),
+    }
+
+
+def gtn_step(objective: GTN, images, labels):
+    """A training step as a function of its iteration: even ones update weights, odd ones gates."""
+    sgd = torch.optim.SGD(objective.weight_parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
+    optimizers = {"weights": sgd, **objective.extra_optimizers()}
+
+    def step(iteration: int) -> None:
+        phase = objective.phase(iteration)
+        terms = objective(images, labels, iteration)
+        loss = sum(objective.term_weights[name] * term for name, term in terms.items())
+        loss.backward(inputs=objective.leaves(phase))
+        objective.before_update(phase, lambda gradient: gradient)
+        optimizers[phase].step()
+        optimizers[phase].zero_grad()
+        objective.after_update(phase)
+
+    return step
+
+
+def plain_step(network: nn.Module, images, labels):
+    sgd = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
+
+    def step() -> None:
+        network(images, labels).backward()
+        sgd.step()
+        sgd.zero_grad()
+
+    return step
+
+
+def clock(step, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def count_macs(objective: GTN, setting: Setting) -> tuple[float, float]:
+    """Multiply-accumulates of one image: the teacher's, and the branches' together, averaged over paths.
+
+    A layer's candidates give outputs of one shape, so its mean cost is that of its candidates, weighted.
+    """
+    objective.eval()
+    image = torch.zeros(1, 3, setting.size, setting.size, device=next(objective.parameters()).device)
+    with FlopCounterMode(display=False) as counter:
+        features, _ = run_blocks(objective.teacher, image)
+    teacher, total = counter.get_total_flops() / 2, 0.0
+
+    def macs(module: nn.Module, x) -> tuple[float, torch.Tensor | None]:
+        with FlopCounterMode(display=False) as counter:
+            out = module(x)
+        return counter.get_total_flops() / 2, out
+
+    rows = iter(objective.gates.probabilities())
+    for branch, feature in zip(objective.branches, features, strict=True):
+        here, x = macs(branch.transform, feature)
+        total += here
+        for layer in branch.supernet.layers:
+            chances, outputs = next(rows), []
+            for name, chance in zip(layer.names, chances.tolist(), strict=False):
+                here, out = macs(layer.candidates[name], x)
+                total += chance * here
+                outputs.append(out)
+            x = next(out for out in outputs if out is not None)
+        total += macs(branch.supernet.head, x)[0] + branch.supernet.fc.weight.numel()
+    return teacher, total
+
+
+def recipe_setting(name: str, path: str, size: int, batch: int, classes: int) -> Setting:
+    recipe = yaml.safe_load(Path(path).read_text())
+    return Setting(name, recipe["model"], Pool(**recipe.get("pool", {})), size, batch, classes)
+
+
+SETTINGS = {
+    "digits": recipe_setting("digits", "recipes/digits_gtn.yaml", 16, 64, 10),
+    "cifar100": recipe_setting("cifar100", "recipes/cifar100_resnet32_gtn.yaml", 32, 8, 100),
+}
+STEPS = {"digits": 60, "cifar100": 24}
+
+
+if __name__ == "__main__":
+    main()
