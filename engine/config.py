@@ -131,7 +131,7 @@ def parse(config_class: type[Config], usage: str, listings: dict[str, list[str]]
         namespace = parser.parse_args(_recipe_first(_spell_out(argv, config_class)))
         for name in ["config", *(f"list_{name}" for name in listings)]:
             namespace.pop(name, None)
-        config = config_class(**vars(parser.instantiate_classes(namespace)))
+        config = config_class(**vars(parser.instantiate(namespace)))
     except (ArgumentError, TypeError) as error:
         raise UserError(_in_words(error)) from None
     config.check()

@@ -1,0 +1,72 @@
+"""The benchmarks measure what they say: the plain step is the even step, and tables hold the runs' figures."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.compare import as_markdown, tabulate
+from benchmarks.steps import Options, PlainJoint, Setting, count_macs, measure
+from common import derive_seed
+from models import create_model
+from models.pool import Pool
+from teachers.gtn import GTN
+
+POOL = Pool(stem=4, widths=[4, 4, 8, 8, 8, 8], strides=[1, 1, 2, 1, 2, 1], head=8, candidates=["res3x2", "identity"])
+
+
+def test_plain_joint_step_computes_the_even_step_of_the_same_path():
+    torch.manual_seed(0)
+    objective = GTN(create_model("resnet8", 5), Options(pool=POOL), 16).double()
+    images, labels = torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.randint(0, 5, (6,))
+    terms = objective(images, labels, 4)
+    even = sum(objective.term_weights[name] * term for name, term in terms.items())
+    draws = objective.gates.draw(torch.Generator().manual_seed(derive_seed(0, "paths", 4)))
+    assert torch.allclose(PlainJoint(objective, draws)(images, labels), even, rtol=1e-12)
+
+
+def test_macs_of_the_papers_pool_and_of_resnet32():
+    setting = Setting("paper", "resnet32", Pool(), 32, 1, 100)
+    objective = GTN(create_model("resnet32", 100), Options(), 32)
+    torch.nn.init.zeros_(objective.gates.phi)  # every candidate alike
+    teacher, branches = count_macs(objective, setting)
+    assert round(teacher / 1e6, 1) == 69.1  # the zoo's published count
+    assert branches == pytest.approx(expected_branch_macs(), rel=1e-9)
+
+
+def expected_branch_macs() -> float:
+    """The mean over paths from the pool's table alone: (in, out, stride, side of the output) of layers 2 to 6."""
+    layers = {2: (64, 64, 1, 32), 3: (64, 64, 1, 32), 4: (64, 128, 2, 16), 5: (128, 256, 2, 8), 6: (256, 512, 2, 4)}
+
+    def mean_candidate(layer: int) -> float:
+        channels_in, channels_out, stride, side = layers[layer]
+        changes = stride == 2
+        projection = side**2 * channels_in * channels_out if changes else 0
+        chains = [
+            side**2 * k * k * channels_out * (channels_in + (depth - 1) * channels_out) + projection
+            for k in (3, 5)
+            for depth in (2, 4, 6)
+        ]
+        # Identity is a 1x1 convolution where the shape changes; identity and zero cost nothing elsewhere.
+        return (sum(chains) + projection) / (7 if changes else 8)
+
+    head = 4**2 * 512 * 1280 + 1280 * 100
+    transforms = 32**2 * 16 * 64 + 32**2 * 16 * 64 + 8**2 * 9 * 32 * 256
+    return transforms + sum(mean_candidate(i) for first in (2, 4, 6) for i in range(first, 7)) + 3 * head
+
+
+def test_measure_reports_all_three_steps():
+    row = measure(Setting("tiny", "resnet8", POOL, 16, 4, 5), paths=3)
+    assert min(row["plain_ms"], row["even_ms"], row["gate_ms"]) > 0
+    assert row["teacher_macs"] > row["branch_macs"] > 0
+    json.dumps(row)
+
+
+def test_comparison_table_holds_means_and_deviations():
+    results = [
+        {"vanilla": 97.0, "gtn": 98.0, "pool:1/alone": 90.0, "pool:1/vanilla": 92.0, "pool:1/gtn": 94.0},
+        {"vanilla": 99.0, "gtn": 98.0, "pool:1/alone": 92.0, "pool:1/vanilla": 92.0, "pool:1/gtn": 95.0},
+    ]
+    rows = tabulate(results, ["pool:1"])
+    assert rows["teacher"] == {"vanilla": [97.0, 99.0], "gtn": [98.0, 98.0]}
+    assert "| pool:1 | 91.00 ± 1.41 | 92.00 ± 0.00 | 94.50 ± 0.71 |" in as_markdown(rows, [0, 1])

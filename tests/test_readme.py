@@ -1,0 +1,74 @@
+"""The README's commands: every one is parsed by the real parsers, those for a CPU are run."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+
+from distill import DistillConfig
+from engine.config import parse
+from train_teacher import TeacherConfig
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {"train_teacher.py": TeacherConfig, "distill.py": DistillConfig}
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def script_commands() -> list[str]:
+    return [command for command in commands() if not command.startswith("make ")]
+
+
+def split(command: str) -> tuple[dict[str, str], list[str]]:
+    words = shlex.split(command)
+    variables = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
+    return variables, words[len(variables) :]
+
+
+def test_readme_shows_the_commands_that_matter():
+    text = "\n".join(commands())
+    for needed in ("make demo", "make test", "train_teacher.py", "distill.py", "--num_machines", "latest"):
+        assert needed in text
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command.startswith("make ")])
+def test_make_target_exists(command):
+    done = subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", script_commands())
+def test_command_is_understood_by_launcher_and_script(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, words = split(command)
+    if words[:2] == ["accelerate", "launch"]:
+        launched = launch_command_parser().parse_args(words[2:])
+        assert launched.config_file is None or Path(launched.config_file).is_file()
+        script, arguments = launched.training_script, launched.training_script_args
+    else:
+        assert words[0] == "python"
+        script, arguments = words[1], words[2:]
+    config = parse(CONFIGS[script], "", {}, arguments)
+    assert config.output_dir.startswith("runs/")
+
+
+def test_commands_for_a_cpu_run(tmp_path):
+    environment = os.environ | {"PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    ran = 0
+    for command in script_commands():
+        if "cifar100" in command or "--resume_from_checkpoint" in command:  # needs a network, a GPU, a stopped run
+            continue
+        variables, words = split(command)
+        words = [word.replace("runs/", f"{tmp_path}/") for word in words] + ["--epochs", "1", "--batch_size", "128"]
+        done = subprocess.run(words, cwd=ROOT, env=environment | variables, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        ran += 1
+    assert ran >= 4
