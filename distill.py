@@ -8,6 +8,7 @@ accelerate launch --config_file accelerate_config.yaml distill.py \\
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -97,22 +98,24 @@ def main() -> None:
         loop,
         described=described,
         warnings=[],
-        next_command=next_command(config),
+        next_command=next_command(config, folder.path / "model.json" if spec else config.student, data.image_size),
     )
 
 
-def next_command(config: DistillConfig) -> str:
+def next_command(config: DistillConfig, student: str | Path, size: int) -> str:
     """The other half of a comparison: the same student trained alone, or distilled."""
     other = "--method none" if config.teacher else "--method kd --teacher RUN_FOLDER"
     name = config.output_dir + ("-alone" if config.teacher else "-distilled")
     return (
-        f"python distill.py {other} --student {config.student} --dataset {config.dataset} "
+        f"python distill.py {other} --student {student} --dataset {config.dataset} --image_size {size} "
         f"--epochs {config.epochs} --output_dir {name}"
     )
 
 
 def load_teacher(config: DistillConfig) -> Network | None:
     if not METHODS[config.method].needs_teacher:
+        if config.teacher is not None:
+            raise UserError(f"--teacher {config.teacher}: --method {config.method} trains the student alone")
         return None
     if config.teacher is None:
         raise UserError(f"--teacher: --method {config.method} needs the run folder of a trained teacher")

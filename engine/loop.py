@@ -84,11 +84,11 @@ class Loop:
             RunError: a loss that is not finite, or processes that fell out of step.
             Interrupted: Ctrl-C or SIGTERM, after the step under way has finished and was saved.
         """
-        if self.accelerator.is_main_process:
-            self.folder.lock()
         self._resume()
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process:  # whatever may be wrong with the command has been found by now
+            self.folder.lock()
             self.folder.begin(self.config.as_dict())
+            self.folder.write_history(self.progress.history)
         if self.config.with_tracking:
             self.accelerator.init_trackers("tensorboard")
         with StopSignals() as signals:
@@ -108,10 +108,8 @@ class Loop:
         self.progress = load_checkpoint(
             path, self.objective, self.optimizers, self.scalers, self.config.as_dict(), NOT_COMPUTED
         )
-        if self.accelerator.is_main_process:
-            self.folder.write_history(self.progress.history)
-        else:
-            self.progress.partial = {}
+        if not self.accelerator.is_main_process:
+            self.progress.partial = {}  # sums over all processes: counted once
         where = f"epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1}"
         self.screen.say(f"resuming from {path} at {where}")
 

@@ -74,6 +74,8 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
             for name in OUR_FOLDERS:
                 shutil.rmtree(self.path / name, ignore_errors=True)
+        for leftover in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):  # of a killed process
+            leftover.unlink(missing_ok=True)
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def write_history(self, history: list[dict]) -> None:

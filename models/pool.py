@@ -242,10 +242,14 @@ def check_spec(spec: dict) -> None:
 
 
 def read_spec(path: Path, argument: str = "model") -> dict:
-    """A spec from a JSON file. Raises UserError when it is missing or not a spec."""
+    """A spec from a JSON file: a spec itself, or a trained student's model.json, which holds one.
+
+    Raises UserError when the file is missing or holds no spec.
+    """
     try:
         spec = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{argument} {path}: cannot read the spec file ({error})") from None
+    spec = spec.get("spec", spec) if isinstance(spec, dict) else spec
     check_spec(spec)
     return spec
