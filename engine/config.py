@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, dataclass, field, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, TypeVar, get_type_hints
+from typing import Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter
@@ -125,6 +125,7 @@ def parse(config_class: type[Config], usage: str, listings: dict[str, list[str]]
     for name in listings:
         parser.add_argument(f"--list_{name}", action="store_true", help=f"print the known {name} and stop")
     known = {name for action in parser._actions for name in action.option_strings}
+    known |= {f"--{name}" for name, _ in _field_types(config_class)}
     try:
         _check_flags(argv, known)
         _check_recipe(argv, known)
@@ -173,8 +174,9 @@ def _field_types(config_class: type) -> list[tuple[str, object]]:
     found = []
     for name, hint in get_type_hints(config_class).items():
         found.append((name, hint))
-        if is_dataclass(hint):
-            found += [(f"{name}.{inner}", inner_hint) for inner, inner_hint in _field_types(hint)]
+        for part in get_args(hint) or (hint,):  # a nested dataclass may be optional
+            if is_dataclass(part):
+                found += [(f"{name}.{inner}", inner_hint) for inner, inner_hint in _field_types(part)]
     return found
 
 
@@ -209,16 +211,19 @@ def _nearest(flag: str, known: set[str]) -> str:
 
 
 def _in_words(error: Exception) -> str:
+    """jsonargparse's account of a wrong value as one line: --name value: expected type."""
     message = _one_line(str(error))
-    if match := re.search(r"""Parser key "(.+?)": Expected a (.+?)\. Got value: (.*)""", message):
-        name, wanted, value = match.groups()
-        wanted = re.sub(r"<class '(\w+)'>", r"\1", wanted.replace("typing.Literal", "one of "))
-        return f"--{name} {value}: expected {wanted}"
-    if match := re.search(r"""Parser key "(.+?)": .*Subtypes: \[(.+?)\] .*Given value: (.*)""", message):
-        name, wanted, value = match.groups()
-        wanted = re.sub(r"<class '(\w+)'>", r"\1", wanted).replace("NoneType", "null").replace("typing.Literal", "")
-        return f"--{name} {value}: expected one of {wanted}"
-    return message
+    value = r"(?:Got|Given) value: (.*?)(?: - Expected a .*)?$"
+    simple = re.search(rf'Parser key "([^"]+)": Expected an? (.+?)\. {value}', message)
+    union = re.search(rf'Parser key "([^"]+)": Does not validate .*?Subtypes: \[(.+?)\] .*{value}', message)
+    match = simple or union
+    if not match:
+        return message
+    name, wanted, got = match.groups()
+    if simple and union:  # a field of an optional nested dataclass
+        name = f"{union[1]}.{name}"
+    wanted = re.sub(r"<class '(\w+)'>", r"\1", wanted).replace("NoneType", "null").replace("typing.Literal", "one of ")
+    return f"--{name} {got}: expected {wanted}"
 
 
 def _one_line(message: str) -> str:

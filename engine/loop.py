@@ -271,7 +271,7 @@ class Loop:
         """Sums over all processes, in all processes; the time is the main process's own."""
         if self.world == 1:
             return totals
-        names = sorted(totals.sums)
+        names = list(totals.sums)  # in the order of training, the same in all processes
         local = [totals.images, *(number for name in names for number in totals.sums[name])]
         numbers = torch.tensor(local, dtype=torch.float64, device=self.accelerator.device)
         images, *rest = self.accelerator.reduce(numbers, "sum").tolist()

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from common import UserError, write_atomically
 OURS = ("config.yaml", "model.safetensors", "model.json", "metrics.jsonl", "summary.json", "supernet.safetensors")
 OUR_FOLDERS = ("plots", "checkpoints", "tensorboard")
 LOCK = ".lock"
+LINE_SECONDS = 60
 PACKAGES = ("torch", "torchvision", "triton", "accelerate", "safetensors")
 
 
@@ -138,11 +140,12 @@ class Screen:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def bar(self, total: int, done: int, epoch: int) -> tqdm:
-        """A progress bar on a terminal; nothing elsewhere, where the table rows are the progress."""
-        hidden = not (self.main and sys.stderr.isatty())
+    def bar(self, total: int, done: int, epoch: int) -> "tqdm | _Lines":
+        """A progress bar on a terminal; elsewhere a plain line now and then, besides the table's rows."""
         name = f"epoch {epoch + 1}/{self.epochs}"
-        return tqdm(total=total, initial=done, desc=name, unit="batch", disable=hidden, leave=False)
+        if self.main and not sys.stderr.isatty():
+            return _Lines(total, done, name, self.say)
+        return tqdm(total=total, initial=done, desc=name, unit="batch", disable=not self.main, leave=False)
 
     def row(self, row: dict) -> None:
         """One line of the table; the header comes with the first."""
@@ -154,3 +157,26 @@ class Screen:
             self._columns = [(name, max(len(name), len(cell), 7)) for name, cell in cells.items()]
             self.say("  ".join(name.rjust(width) for name, width in self._columns))
         self.say("  ".join(cells.get(name, "").rjust(width) for name, width in self._columns))
+
+
+class _Lines:
+    """What stands in for a bar where the output is no terminal: a line whenever LINE_SECONDS have passed."""
+
+    def __init__(self, total: int, done: int, name: str, say):
+        self.total, self.done, self.name, self.say = total, done, name, say
+        self.next, self.losses = time.monotonic() + LINE_SECONDS, ""
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def set_postfix(self, losses: dict[str, str]) -> None:
+        self.losses = ", ".join(f"{name} {value}" for name, value in losses.items())
+
+    def update(self) -> None:
+        self.done += 1
+        if time.monotonic() >= self.next:
+            self.next = time.monotonic() + LINE_SECONDS
+            self.say(f"{self.name}: {self.done} of {self.total} batches  {self.losses}")

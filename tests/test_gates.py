@@ -1,0 +1,209 @@
+"""Gates: their gradient against the exact expectation, two-path updates, draws."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from kernels import gate_gradient, gated_mix
+from teachers.gates import Gates
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_gated_mix_equals_the_explicit_sum_with_all_gradients():
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    *outputs, shortcut = tensors
+    weight = torch.randn(2, 3, 4, dtype=torch.float64)
+    gates = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    explicit = shortcut + sum(g * o for g, o in zip(gates, outputs, strict=True))
+    expected = torch.autograd.grad((explicit * weight).sum(), [gates, outputs[1], shortcut])
+    y = gated_mix(outputs, gates, 1, shortcut)
+    found = torch.autograd.grad((y * weight).sum(), [gates, outputs[1], shortcut])
+    assert torch.equal(y, explicit)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_gated_mix_sends_nothing_to_inactive_outputs_and_takes_none_for_zero():
+    a, b = (torch.randn(3, requires_grad=True) for _ in range(2))
+    shortcut = torch.randn(3, requires_grad=True)
+    gates = torch.tensor([0.0, 0.0, 1.0], requires_grad=True)
+    y = gated_mix([a, b, None], gates, 2, shortcut)
+    assert torch.equal(y, shortcut)
+    y.sum().backward()
+    assert a.grad is None and b.grad is None
+    assert torch.allclose(gates.grad, torch.stack([a.sum(), b.sum(), torch.tensor(0.0)]).detach())
+    assert torch.equal(shortcut.grad, torch.ones(3))
+
+
+def test_gated_mix_accumulates_half_precision_dots_in_float32():
+    output = torch.full((1 << 20,), 0.5, dtype=torch.float16, requires_grad=True)
+    gates = torch.ones(1, requires_grad=True)
+    gated_mix([output], gates, 0).backward(torch.full_like(output, 0.5))
+    assert gates.grad.item() == (1 << 20) * 0.25  # float16 overflows at 65504
+
+
+@pytest.mark.parametrize(("count", "active"), [(2, 2), (2, -1), (3, 0)])
+def test_gated_mix_refuses_gates_that_do_not_fit(count, active):
+    with pytest.raises(ValueError, match="gates"):
+        gated_mix([torch.zeros(1)] * 2, torch.zeros(count), active)
+
+
+def test_gated_mix_refuses_a_dead_path():
+    with pytest.raises(ValueError, match="cut"):
+        gated_mix([None, torch.zeros(1)], torch.tensor([1.0, 0.0]), 0)
+
+
+def test_gate_gradient_is_the_jacobian_of_softmax():
+    phi = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    dg = torch.randn(5, 4, dtype=torch.float64)
+    expected = torch.autograd.grad((phi.softmax(-1) * dg).sum(), phi)[0]
+    assert torch.allclose(gate_gradient(phi.softmax(-1).detach(), dg), expected, atol=1e-14)
+
+
+def linear_supernet(layers: int, candidates: int):
+    """Matrices [layers][candidates] of a supernet whose loss is linear in every gate."""
+    torch.manual_seed(1)
+    return [[torch.randn(4, 4, dtype=torch.float64) / 2 for _ in range(candidates)] for _ in range(layers)]
+
+
+def path_loss(net, path, gates=None):
+    x = torch.linspace(-1, 1, 4, dtype=torch.float64)
+    for layer, matrices in enumerate(net):
+        outputs = [matrix @ x for matrix in matrices]
+        if gates is None:
+            x = x + outputs[path[layer]]
+        else:
+            x = gated_mix(outputs, gates[layer], path[layer], x)
+    return x @ torch.tensor([0.3, -1.0, 0.7, 2.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("layers", "candidates"), [(1, 3), (2, 3), (3, 2)])
+def test_gate_gradient_is_exact_on_average_over_all_paths(layers, candidates):
+    """sum over paths of p(path) x binary-gate gradient = d/dphi of the expected loss (ProxylessNAS, eq. 4)."""
+    net = linear_supernet(layers, candidates)
+    phi = torch.randn(layers, candidates, dtype=torch.float64, requires_grad=True)
+    p = phi.softmax(-1)
+    paths = list(itertools.product(range(candidates), repeat=layers))
+    chance = {path: math.prod(p[layer, j] for layer, j in enumerate(path)) for path in paths}
+    exact = torch.autograd.grad(sum(chance[path] * path_loss(net, path) for path in paths), phi)[0]
+    average = torch.zeros_like(phi)
+    for path in paths:
+        gates = torch.nn.functional.one_hot(torch.tensor(path), candidates).double().requires_grad_()
+        dg = torch.autograd.grad(path_loss(net, path, gates), gates)[0]
+        average += chance[path].detach() * gate_gradient(p.detach(), dg)
+    assert torch.allclose(average, exact, rtol=1e-10, atol=1e-12)
+
+
+def make_gates(counts, full=False, spread=1.0) -> Gates:
+    torch.manual_seed(3)
+    gates = Gates(counts, full)
+    with torch.no_grad():
+        gates.phi.add_(torch.randn(gates.phi.shape) * spread)
+    return gates
+
+
+def test_initial_gates_are_nearly_uniform_over_what_is_offered():
+    gates = Gates([2, 5, 1])
+    p = gates.probabilities()
+    for row, count in zip(p, [2, 5, 1], strict=True):
+        assert torch.allclose(row[:count], torch.full((count,), 1 / count, dtype=torch.float64), atol=2e-3)
+        assert row[count:].eq(0).all()
+    assert gates.normalised_entropy()[1] == pytest.approx(1, abs=1e-4)
+
+
+def gate_step(gates: Gates, seed: int, optimizer) -> list:
+    draws = gates.draw_gate_step(generator(seed))
+    gates.leaf().grad = torch.randn(gates.leaf().shape, generator=generator(seed + 1))
+    gates.set_gradient(lambda gradient: gradient)
+    optimizer.step()
+    gates.finish_update()
+    optimizer.zero_grad()
+    return draws
+
+
+def test_two_path_update_keeps_every_other_candidates_probability():
+    gates = make_gates([5, 3, 2, 1])
+    optimizer = torch.optim.Adam([gates.phi], lr=0.1, betas=(0.0, 0.999))
+    for seed in range(20):
+        before = gates.probabilities().clone()
+        draws = gate_step(gates, seed, optimizer)
+        after = gates.probabilities()
+        assert torch.allclose(after.sum(1), torch.ones(4, dtype=torch.float64))
+        for layer, draw in enumerate(draws):
+            others = [j for j in range(5) if j not in draw.candidates]
+            assert torch.allclose(after[layer, others], before[layer, others], atol=1e-6)
+            if len(draw.candidates) == 2:
+                pair = list(draw.candidates)
+                assert (after[layer, pair] - before[layer, pair]).abs().max() > 1e-4
+
+
+def test_two_path_gradient_is_that_of_the_expectation_restricted_to_the_pair():
+    gates = make_gates([4])
+    (draw,) = gates.draw_gate_step(generator(5))
+    losses = torch.tensor([0.7, -1.3])
+    gates.leaf().grad = losses[None]
+    gates.set_gradient(lambda gradient: gradient)
+    phi = gates.phi.detach().clone().requires_grad_()
+    pair = torch.stack([phi[0, j] for j in draw.candidates])
+    expected = torch.autograd.grad((pair.softmax(0) * losses).sum(), phi)[0]
+    assert torch.allclose(gates.phi.grad, expected, atol=1e-6)
+
+
+def test_full_form_runs_every_candidate_and_uses_all_probabilities():
+    gates = make_gates([3, 2], full=True)
+    draws = gates.draw_gate_step(generator())
+    assert [draw.candidates for draw in draws] == [(0, 1, 2), (0, 1)]
+    dg = torch.tensor([[1.0, -2.0, 0.5], [3.0, 1.0, 9.0]])
+    gates.leaf().grad = dg
+    gates.set_gradient(lambda gradient: gradient)
+    assert torch.allclose(gates.phi.grad, gate_gradient(gates.probabilities().float(), dg), atol=1e-6)
+    assert gates.phi.grad[1, 2] == 0
+
+
+def within(counts: torch.Tensor, p: torch.Tensor) -> bool:
+    """Whether counts are what p gives, within five standard deviations each."""
+    draws = counts.sum()
+    return bool(((counts - draws * p).abs() <= 5 * (draws * p * (1 - p)).sqrt() + 1e-9).all())
+
+
+def test_path_frequencies_match_p():
+    gates, seeds = make_gates([4, 2]), 20000
+    source, counts = generator(), torch.zeros(2, 4, dtype=torch.float64)
+    for _ in range(seeds):
+        for layer, draw in enumerate(gates.draw(source)):
+            counts[layer, draw.active] += 1
+    for layer in range(2):
+        assert within(counts[layer], gates.probabilities()[layer])
+
+
+def test_pairs_are_drawn_without_replacement_and_the_active_one_by_renormalised_p():
+    gates = make_gates([3])
+    p = gates.probabilities()[0].tolist()
+    pairs = {
+        pair: p[pair[0]] * p[pair[1]] * (1 / (1 - p[pair[0]]) + 1 / (1 - p[pair[1]]))
+        for pair in itertools.combinations(range(3), 2)
+    }
+    source, seen, active = generator(), dict.fromkeys(pairs, 0), dict.fromkeys(pairs, 0)
+    for _ in range(20000):
+        (draw,) = gates.draw_gate_step(source)
+        pair = tuple(sorted(draw.candidates))
+        seen[pair] += 1
+        active[pair] += draw.active == pair[0]
+        assert draw.active in draw.candidates
+        assert draw.gates.tolist() == [float(j == draw.active) for j in draw.candidates]
+    assert within(torch.tensor([float(seen[pair]) for pair in pairs]), torch.tensor(list(pairs.values())))
+    for (a, b), times in seen.items():
+        share = torch.tensor([p[a] / (p[a] + p[b])])
+        assert abs(active[a, b] - times * share) <= 5 * (times * share * (1 - share)).sqrt()
+
+
+def test_same_seed_same_draws_other_seed_other_draws():
+    gates = make_gates([5] * 12)
+    assert gates.draw(generator(1)) == gates.draw(generator(1))
+    assert gates.draw(generator(1)) != gates.draw(generator(2))
