@@ -1,0 +1,65 @@
+"""Two real processes on a CPU train in step, and count everything once."""
+
+import pytest
+import torch
+
+from engine.data import load_images
+from engine.loader import Normalise
+from models import load_pretrained
+from runs import TINY_GTN, TINY_POOL, launch_two, read_json, read_rows, succeeded
+
+EPOCHS = 2
+
+
+def test_same_paths_same_weights_and_each_image_once_an_epoch(tmp_path):
+    arguments = [*TINY_GTN, "--epochs", EPOCHS, "--output_dir", tmp_path / "run"]
+    succeeded(launch_two("tests/two_process_driver.py", tmp_path, *arguments))
+    first, second = (read_json(tmp_path / f"rank{rank}.json") for rank in range(2))
+    assert first["paths"] == second["paths"] and len(first["paths"]) > 20
+    assert first["weights"] == second["weights"] and first["buffers"] == second["buffers"]
+    assert first["undrawn_untouched"] and second["undrawn_untouched"]
+    images = len(load_images("digits", 8).train)
+    assert not set(first["seen"][: images // 2]) & set(second["seen"][: images // 2])
+    assert sorted(first["seen"] + second["seen"]) == sorted(list(range(images)) * EPOCHS)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["images"] for row in rows] == [images] * EPOCHS
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "teacher"
+    done = succeeded(launch_two("train_teacher.py", *TINY_GTN, "--epochs", EPOCHS, "--output_dir", folder))
+    return folder, done.stdout
+
+
+def test_the_scripts_print_and_write_once(teacher):
+    folder, output = teacher
+    assert output.count("teacher_ce") == 1 and output.count("next: ") == 1 and "2 process(es)" in output
+    assert read_json(folder / "summary.json")["processes"] == 2
+
+
+def test_accuracy_counts_every_test_image_exactly_once(teacher):
+    """The accuracy that two processes report is that of the saved model, computed in one."""
+    folder, _ = teacher
+    model, data = load_pretrained(folder), load_images("digits", 8)
+    normalise = Normalise(model.info.mean, model.info.std, torch.device("cpu"))
+    with torch.no_grad():
+        right = (model(normalise(data.test.images)).argmax(1) == data.test.labels).sum().item()
+    assert read_json(folder / "summary.json")["top1"] == pytest.approx(100 * right / len(data.test), abs=0.3)
+
+
+def test_distillation_runs_in_two_processes(teacher, tmp_path):
+    arguments = ["--student", "pool:1", "--epochs", 1, "--batch_size", 128, *TINY_POOL]
+    succeeded(launch_two("distill.py", "--teacher", teacher[0], *arguments, "--output_dir", tmp_path / "s"))
+    assert (
+        read_json(tmp_path / "s" / "summary.json")["teacher"]["sha256"]
+        == read_json(teacher[0] / "model.json")["sha256"]
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs such a launch is right")
+def test_two_processes_that_do_not_know_of_each_other_stop(tmp_path):
+    done = launch_two("train_teacher.py", *TINY_GTN, "--output_dir", tmp_path / "run", on_cpu=False)
+    assert done.returncode != 0
+    assert "do not know of each other" in done.stderr and "ACCELERATE_USE_CPU=true" in done.stderr
+    assert not (tmp_path / "run").exists()
