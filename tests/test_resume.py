@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from runs import TINY_GTN, python, read_json, read_rows, start, succeeded
+from tests.runs import TINY_GTN, python, read_json, read_rows, start, succeeded
 
 # Small batches make epochs of some seconds, so that there is a middle to stop in.
 COMMAND = [*TINY_GTN, "--batch_size", "8", "--epochs", "3", "--gate_holdout", "0.1"]

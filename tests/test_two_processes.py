@@ -6,7 +6,7 @@ import torch
 from engine.data import load_images
 from engine.loader import Normalise
 from models import load_pretrained
-from runs import TINY_GTN, TINY_POOL, launch_two, read_json, read_rows, succeeded
+from tests.runs import TINY_GTN, TINY_POOL, launch_two, read_json, read_rows, succeeded
 
 EPOCHS = 2
 

@@ -1,0 +1,166 @@
+"""Image sets: where they come from, how they are split, and what is wrong with bad ones."""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from common import UserError
+from engine.data import hold_out, load_images
+from tests.runs import python
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def encoded(value: int = 0, size=(8, 8), mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    colour = value if mode == "L" else (value, 255 - value, 7)
+    Image.new(mode, size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(path: Path, images: list[bytes], labels: list) -> None:
+    cells = [{"bytes": image, "path": None} for image in images]
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells, "label": labels}), path)
+
+
+def test_digits_are_scikit_learns_split_in_one_fixed_stratified_way():
+    first, second = load_images("digits"), load_images("digits")
+    assert (len(first.train), len(first.test), first.num_classes, first.image_size) == (1437, 360, 10, 16)
+    assert torch.equal(first.test.images, second.test.images)
+    digest = hashlib.sha256(bytes(first.test.labels.tolist())).hexdigest()
+    assert digest.startswith("da1a2ec12e5c2ed7")  # the same on every machine
+    counts = torch.bincount(first.test.labels)
+    assert counts.max() - counts.min() <= 3
+    together = torch.cat([first.train.labels, first.test.labels]).bincount()
+    assert together.tolist() == np.bincount(load_digits().target).tolist()
+    assert not first.flip
+
+
+def test_digits_are_resized_and_grey_in_three_channels():
+    data = load_images("digits", 32)
+    images = data.train.images
+    assert images.shape == (1437, 3, 32, 32) and images.dtype == torch.uint8 and images.max() == 255
+    assert torch.equal(images[:, 0], images[:, 1]) and torch.equal(images[:, 0], images[:, 2])
+
+
+def test_normalisation_is_that_of_the_training_split():
+    data = load_images("digits")
+    values = data.train.images.double() / 255
+    for channel in range(3):
+        assert data.mean[channel] == pytest.approx(values[:, channel].mean().item(), abs=1e-6)
+        assert data.std[channel] == pytest.approx(values[:, channel].std(correction=0).item(), abs=1e-6)
+
+
+def test_parts_held_out_are_stratified_disjoint_and_complete():
+    data = load_images("digits")
+    parted = hold_out(hold_out(data, 0.1, "val"), 0.1, "gates")
+    assert len(parted.val) == 144 and len(parted.gates) == 130
+    everything = torch.cat([part.images.flatten(1) for part in (parted.train, parted.val, parted.gates)])
+    assert torch.equal(everything.sort(0).values, data.train.images.flatten(1).sort(0).values)
+    assert torch.bincount(parted.val.labels).min() >= 13
+    assert hold_out(data, 0.0, "val") is data
+
+
+def test_parquet_with_a_test_file_grey_images_and_a_new_size(tmp_path):
+    write_parquet(tmp_path / "x-train.parquet", [encoded(i, mode="L") for i in range(6)], [0, 1] * 3)
+    write_parquet(tmp_path / "x-test.parquet", [encoded(9), encoded(200)], [1, 0])
+    data = load_images(f"parquet:{tmp_path}/*.parquet", 16)
+    assert data.train.images.shape == (6, 3, 16, 16) and len(data.test) == 2 and data.flip
+    assert data.train.images[4].unique().tolist() == [4]
+    assert data.test.images[1, :, 0, 0].tolist() == [200, 55, 7] and data.test.labels.tolist() == [1, 0]
+
+
+def test_parquet_without_a_test_file_gives_a_fifth_away(tmp_path):
+    write_parquet(tmp_path / "all.parquet", [encoded(i) for i in range(20)], [0, 1] * 10)
+    data = load_images(f"parquet:{tmp_path}/all.parquet")
+    assert (len(data.train), len(data.test)) == (16, 4)
+    assert torch.bincount(data.test.labels).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("layout", ["train and test", "train and val", "classes only"])
+def test_folder_trees(tmp_path, layout):
+    parts = {"train and test": ["train", "test"], "train and val": ["train", "val"], "classes only": [""]}[layout]
+    for part in parts:
+        for label, name in enumerate(("cat", "dog")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(10):
+                (tmp_path / part / name / f"{i}.png").write_bytes(encoded(100 * label + i))
+    data = load_images(f"folder:{tmp_path}")
+    assert (len(data.train), len(data.test)) == ((16, 4) if parts == [""] else (20, 20))
+    assert all(
+        (image[0, 0, 0] >= 100) == label for image, label in zip(data.train.images, data.train.labels, strict=True)
+    )
+
+
+def bad_parquet(tmp_path, images=None, labels=None) -> str:
+    images = images or [encoded(i) for i in range(10)]
+    write_parquet(tmp_path / "bad.parquet", images, labels or [0, 1] * 5)
+    return f"parquet:{tmp_path}/bad.parquet"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"images": [encoded(1)] * 3 + [b"no image"] + [encoded(1)] * 6}, "bad.parquet row 3"),
+        ({"images": [encoded(1)] * 3 + [encoded(1)[:40]] + [encoded(1)] * 6}, "bad.parquet row 3"),
+        ({"images": [encoded(1)] * 9 + [encoded(1, (9, 9))]}, "row 9 is 9x9"),
+        ({"images": [encoded(1, (8, 9))] * 10}, "row 0 is 8x9"),
+        ({"labels": [0, 1, -1, *[0, 1] * 3, 0]}, "row 2 has the label -1"),
+        ({"labels": [0.0, 1.0] * 5}, "label 0.0"),
+        ({"labels": [0, None] * 5}, "label None"),
+        ({"labels": ["a", "b"] * 5}, "label 'a'"),
+        ({"labels": [0, 2] * 5}, "class 1 has no training image"),
+        ({"labels": [0] * 10}, "one class"),
+        ({"labels": [0, 1, *[1] * 8]}, "test split"),
+    ],
+)
+def test_bad_sets_are_refused_with_the_place(tmp_path, changes, named):
+    with pytest.raises(UserError, match=named):
+        load_images(bad_parquet(tmp_path, **changes))
+
+
+def test_test_labels_above_the_class_count_are_refused(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [encoded(1)] * 4, [0, 1] * 2)
+    write_parquet(tmp_path / "test.parquet", [encoded(1)] * 2, [1, 2])
+    with pytest.raises(UserError, match="test split has the label 2 of 2"):
+        load_images(f"parquet:{tmp_path}/*.parquet")
+
+
+def test_nothing_there(tmp_path):
+    (tmp_path / "not.parquet").write_text("text")
+    write_parquet(tmp_path / "empty-train.parquet", [], [])
+    for name, said in {
+        f"parquet:{tmp_path}/none*.parquet": "no file matches",
+        f"parquet:{tmp_path}/not.parquet": "cannot read",
+        f"parquet:{tmp_path}/empty-train.parquet": "empty|cannot take|test split",
+        f"folder:{tmp_path}/missing": "missing",
+        f"folder:{tmp_path}": "class",
+        "cifar11": "did you mean cifar1",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            load_images(name)
+
+
+def test_cifar_without_a_network_is_one_line(tmp_path):
+    arguments = ["--dataset", "cifar10", "--output_dir", tmp_path / "run"]
+    done = python("train_teacher.py", *arguments, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 2 and "cannot fetch 'uoft-cs/cifar10'" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs real CIFAR-10 files beside the checkout")
+def test_real_images_in_the_hubs_parquet_layout(tmp_path):
+    for part in ("train", "test"):
+        table = pyarrow.parquet.read_table(SHARED / f"cifar10-{part}.parquet").slice(0, 300)
+        pyarrow.parquet.write_table(table, tmp_path / f"{part}.parquet")
+    data = load_images(f"parquet:{tmp_path}/*.parquet")
+    assert data.train.images.shape == (300, 3, 32, 32) and data.num_classes == 10
+    assert all(0.35 < mean < 0.55 for mean in data.mean)

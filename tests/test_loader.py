@@ -1,0 +1,124 @@
+"""Batches: each image once, the same whatever the number of processes, augmented as they should be."""
+
+import numpy as np
+import pytest
+import torch
+
+from common import UserError
+from engine.data import Split
+from engine.loader import Loader, Normalise, augment, evaluation_batches
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+
+
+def split(count: int = 50, size: int = 8) -> Split:
+    source = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, size, size), generator=source, dtype=torch.uint8)
+    return Split(images, torch.arange(count))  # the label tells which image it is
+
+
+def loader(rank=0, world=1, batch_size=12, count=50, **options) -> Loader:
+    options = {"padding": 2, "flip": True, "seed": 3} | options
+    return Loader(split(count), batch_size, MEAN, STD, rank=rank, world=world, **options)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_each_image_once_an_epoch_over_all_processes(world):
+    ranks = [loader(rank, world) for rank in range(world)]
+    for epoch in range(2):
+        labels = torch.cat([batch.labels for each in ranks for batch in each.epoch(epoch)])
+        assert sorted(labels.tolist()) == list(range(50))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_batch_that_one_process_would_have(world):
+    whole = list(loader(count=56).epoch(1))
+    parts = [list(loader(rank, world, count=56).epoch(1)) for rank in range(world)]
+    for number, batch in enumerate(whole):
+        for rank in range(world):
+            assert torch.equal(parts[rank][number].labels, batch.labels[rank::world])
+            assert torch.equal(parts[rank][number].images, batch.images[rank::world])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_shares_make_the_mean_of_means_the_mean_over_the_batch(world):
+    values = torch.randn(56, dtype=torch.float64)
+    parts = [list(loader(rank, world, count=56).epoch(0)) for rank in range(world)]
+    for number, batch in enumerate(loader(count=56).epoch(0)):
+        means = [parts[rank][number].share * values[parts[rank][number].labels].mean() for rank in range(world)]
+        assert sum(means).item() / world == pytest.approx(values[batch.labels].mean().item())
+
+
+def test_a_rest_too_small_for_every_process_joins_the_batch_before():
+    assert [len(batch.labels) for batch in loader(batch_size=12).epoch(0)] == [12, 12, 12, 12, 2]
+    sizes = [len(batch.labels) for batch in loader(0, 2, batch_size=12).epoch(0)]
+    assert sizes == [6, 6, 6, 7]
+    assert len(loader(batch_size=49)) == 1
+
+
+def test_an_epoch_can_be_entered_in_the_middle():
+    whole, tail = list(loader().epoch(4)), list(loader().epoch(4, start=3))
+    assert len(tail) == 2
+    for a, b in zip(whole[3:], tail, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    def order(seed, epoch):
+        return torch.cat([batch.labels for batch in loader(seed=seed).epoch(epoch)]).tolist()
+
+    assert order(3, 0) == order(3, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (3, 4) for epoch in (0, 1)}) == 4
+
+
+def test_an_endless_stream_is_its_epochs_in_a_row():
+    each = loader()
+    stream = [each.one(number).labels.tolist() for number in range(2 * len(each))]
+    assert stream == [batch.labels.tolist() for epoch in range(2) for batch in each.epoch(epoch)]
+
+
+def test_augmentation_against_one_image_at_a_time():
+    images = split(20).images
+    source = torch.Generator().manual_seed(1)
+    offsets = torch.randint(0, 7, (20, 2), generator=source)
+    flips = torch.rand(20, generator=source) < 0.5
+    found = augment(images, offsets, flips, 3)
+    for image, (row, column), flip, result in zip(images.numpy(), offsets.tolist(), flips.tolist(), found, strict=True):
+        padded = np.pad(image, ((0, 0), (3, 3), (3, 3)))
+        crop = padded[:, row : row + 8, column : column + 8]
+        assert np.array_equal(crop[:, :, ::-1] if flip else crop, result.numpy())
+
+
+def test_crops_and_flips_are_uniform():
+    _, offsets, flips = loader(count=8000, batch_size=100).plan(0)
+    for axis in range(2):
+        counts = torch.bincount(offsets[:, axis], minlength=5)
+        assert len(counts) == 5 and ((counts - 1600).abs() < 5 * (8000 * 0.2 * 0.8) ** 0.5).all()
+    assert abs(flips.sum() - 4000) < 5 * 2000**0.5
+    assert not loader(flip=False).plan(0)[2].any() and not loader(padding=0).plan(0)[1].any()
+
+
+def test_normalisation_against_float64():
+    images = split(4).images
+    expected = (images.double() / 255 - torch.tensor(MEAN).double().view(3, 1, 1)) / torch.tensor(STD).double().view(
+        3, 1, 1
+    )
+    found = Normalise(MEAN, STD, torch.device("cpu"))(images)
+    assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(found.double(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_meets_every_image_once_in_batches_of_similar_size(world):
+    normalise = Normalise(MEAN, STD, torch.device("cpu"))
+    parts = [list(evaluation_batches(split(), normalise, 8, rank, world)) for rank in range(world)]
+    labels = torch.cat([labels for part in parts for _, labels in part])
+    assert sorted(labels.tolist()) == list(range(50))
+    sizes = [len(labels) for part in parts for _, labels in part]
+    assert max(sizes) <= 8 and max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(("batch_size", "world"), [(51, 1), (2, 2)])
+def test_batch_sizes_that_cannot_be_are_refused(batch_size, world):
+    with pytest.raises(UserError, match=f"--batch_size {batch_size}"):
+        loader(0, world, batch_size=batch_size)
