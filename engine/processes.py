@@ -77,6 +77,8 @@ def start_accelerator(mixed_precision: str | None, report_to: str | None, loggin
         )
     except ValueError as error:
         raise UserError(str(error).splitlines()[0]) from None
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16: needs a GPU; on a CPU use bf16 or no")
     if accelerator.num_processes != world:
         raise UserError(
             f"{world} processes were launched that do not know of each other (each sees {accelerator.num_processes}). "

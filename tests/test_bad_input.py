@@ -1,0 +1,172 @@
+"""A user's mistake gets one line, exit code 2, and touches nothing: through the real scripts."""
+
+import io
+import os
+import pickle
+import shutil
+import time
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from tests.runs import TINY, python, read_rows, start, succeeded
+from tests.test_models import Payload
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished vanilla teacher of the digits."""
+    folder = tmp_path_factory.mktemp("bad") / "run"
+    succeeded(python("train_teacher.py", *TINY, "--output_dir", folder))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refused(script: str, *arguments, said: tuple[str, ...], code: int = 2) -> None:
+    done = python(script, *arguments)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert len(lines) == 1 and lines[0].startswith(f"{script}: "), done.stderr
+    for words in said:
+        assert words in lines[0]
+
+
+TEACHER_MISTAKES = {
+    "model": (["--model", "resnt20"], ("--model", "resnt20", "resnet20")),
+    "method": (["--method", "gnt"], ("--method", "gnt", "did you mean gtn")),
+    "data set": (["--dataset", "cifar1O"], ("--dataset", "cifar1O", "did you mean cifar10")),
+    "flag": (["--learning_rate", "1"], ("--learning_rate",)),
+    "temperature": (["--temperature", "0"], ("--temperature 0",)),
+    "batch": (["--batch_size", "2000"], ("--batch_size 2000", "1437")),
+    "pool": (["--method", "gtn", "--pool.widths", "1", "2"], ("pool.widths", "[1, 2]")),
+    "vanilla run": (["--vanilla_run", "missing"], ("--vanilla_run", "missing")),
+    "checkpoint": (["--resume_from_checkpoint", "missing.safetensors"], ("missing.safetensors",)),
+    "image size": (
+        ["--method", "gtn", "--image_size", "9", "--pool.strides", *"111111"],
+        ("factor of 2", "5x5", "9x9"),
+    ),
+    "fp16 without a gpu": (["--mixed_precision", "fp16"], ("fp16",)),
+}
+
+
+@pytest.mark.parametrize("case", TEACHER_MISTAKES)
+def test_mistakes_in_training_a_teacher(case, tmp_path):
+    arguments, said = TEACHER_MISTAKES[case]
+    refused("train_teacher.py", *arguments, "--output_dir", tmp_path / "run", said=said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_key_in_a_recipe(tmp_path):
+    (tmp_path / "r.yaml").write_text("epoch: 3\n")
+    refused("train_teacher.py", "--config", tmp_path / "r.yaml", said=("r.yaml", "'epoch'", "--epochs"))
+
+
+STUDENT_MISTAKES = {
+    "student": (["--student", "resnet9"], ("--student", "resnet9", "resnet8")),
+    "seed": (["--student", "pool:one"], ("--student pool:one", "pool:SEED")),
+    "spec": (["--student", "missing.json"], ("--student missing.json",)),
+    "method": (["--method", "dk"], ("--method", "did you mean kd")),
+    "temperature": (["--temperature", "-1"], ("--temperature -1",)),
+    "alpha": (["--alpha", "2"], ("--alpha 2",)),
+    "image size": (["--image_size", "16"], ("--image_size 16", "8")),
+    "pointless teacher": (["--method", "none"], ("--method none",)),
+}
+
+
+@pytest.mark.parametrize("case", STUDENT_MISTAKES)
+def test_mistakes_in_distilling(case, run, tmp_path):
+    arguments, said = STUDENT_MISTAKES[case]
+    refused("distill.py", "--teacher", run, *arguments, "--output_dir", tmp_path / "run", said=said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_is_missing_or_no_model(tmp_path):
+    refused("distill.py", said=("--teacher", "kd"))
+    refused("distill.py", "--teacher", tmp_path, said=("--teacher", str(tmp_path), "no trained model"))
+
+
+def write_images(path: Path, images: list[bytes], labels: list[int]) -> None:
+    cells = [{"bytes": image, "path": None} for image in images]
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells, "label": labels}), path)
+
+
+def picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_teacher_of_other_classes(run, tmp_path):
+    write_images(tmp_path / "x.parquet", [picture()] * 30, [0, 1, 2] * 10)
+    arguments = ["--teacher", run, "--dataset", f"parquet:{tmp_path}/x.parquet", "--output_dir", tmp_path / "run"]
+    refused("distill.py", *arguments, said=("3 classes", "10"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "said"),
+    [
+        ([picture()] * 10, [0, 1, 2, 3, -4] * 2, ("row 4", "-4")),
+        ([picture()] * 10, [0, 1, 2, 3, 900] * 2, ("class 4",)),
+        ([picture()] * 9 + [picture()[:30]], [0, 1] * 5, ("x-train.parquet row 9", "cannot read the image")),
+        ([], [], ("empty",)),
+    ],
+)
+def test_bad_images_and_labels(tmp_path, images, labels, said):
+    write_images(tmp_path / "x-train.parquet", images, labels)
+    write_images(tmp_path / "x-test.parquet", [picture()] * 2, [0, 1])
+    refused("train_teacher.py", "--dataset", f"parquet:{tmp_path}/*.parquet", said=said)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pickle"])
+def test_a_damaged_model_and_checkpoint(run, tmp_path, damage):
+    shutil.copytree(run, tmp_path / "run")
+    payload = pickle.dumps(Payload(tmp_path / "executed"))
+    for file in (tmp_path / "run" / "model.safetensors", tmp_path / "run" / "checkpoints" / "last.safetensors"):
+        file.write_bytes(payload if damage == "pickle" else file.read_bytes()[:-100])
+    refused("distill.py", "--teacher", tmp_path / "run", said=("--teacher", "model.safetensors"))
+    (tmp_path / "run" / "summary.json").unlink()  # a run that was stopped
+    before = contents(tmp_path / "run")
+    arguments = [*TINY, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest"]
+    refused("train_teacher.py", *arguments, said=("--resume_from_checkpoint", "last.safetensors"))
+    assert contents(tmp_path / "run") == before and not (tmp_path / "executed").exists()
+
+
+def test_a_finished_run_and_foreign_files_are_not_touched(run, tmp_path):
+    before = contents(run)
+    refused("train_teacher.py", *TINY, "--output_dir", run, said=("--output_dir", "finished run", "--overwrite"))
+    assert contents(run) == before
+    # Even when overwriting is asked for, a mistake elsewhere costs nothing.
+    refused("train_teacher.py", "--overwrite", "--output_dir", run, "--batch_size", "5000", said=("--batch_size",))
+    assert contents(run) == before
+    (tmp_path / "thesis.tex").write_text("important")
+    refused("train_teacher.py", *TINY, "--overwrite", "--output_dir", tmp_path, said=("no run's",))
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_a_folder_that_another_run_is_writing_to(tmp_path):
+    run = tmp_path / "run"
+    other = start("train_teacher.py", *TINY, "--epochs", "500", "--output_dir", run)
+    try:
+        end = time.monotonic() + 60
+        while not (run / "checkpoints" / "last.safetensors").exists():
+            assert time.monotonic() < end and other.poll() is None
+            time.sleep(0.05)
+        refused("train_teacher.py", *TINY, "--overwrite", "--output_dir", run, said=("another run",))
+        assert other.poll() is None and (run / "checkpoints" / "last.safetensors").exists()
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    run = tmp_path / "run"
+    arguments = [*TINY, "--epochs", "3", "--lr", "1e30", "--lr_schedule", "constant", "--output_dir", run]
+    refused("train_teacher.py", *arguments, said=("'ce' became", "iteration", "last good checkpoint: none yet"), code=1)
+    assert read_rows(run / "metrics.jsonl") == [] and not (run / "summary.json").exists()

@@ -1,0 +1,166 @@
+"""The scripts from end to end, through the launcher and plainly: what a run leaves behind and says."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from distill import DistillConfig
+from engine.config import parse
+from models import load_pretrained
+from tests.runs import ROOT, TINY, TINY_GTN, TINY_POOL, launch, python, read_json, read_rows, succeeded
+
+SUMMARY = {"method", "model", "dataset", "seed", "top1", "top5", "best", "epochs", "seconds", "images_per_second"}
+SUMMARY |= {"peak_memory_bytes", "parameters", "versions", "device", "git_commit", "sha256", "warnings", "processes"}
+STUDENT = ["--student", "pool:1", "--epochs", "1", "--batch_size", "128"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scripts") / "teacher"
+    command = [*TINY_GTN, "--epochs", "2", "--val_fraction", "0.1", "--with_tracking", "--output_dir", folder]
+    return folder, succeeded(launch("train_teacher.py", *command))
+
+
+def test_a_teachers_run_folder_is_complete(teacher):
+    folder, _ = teacher
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["method"], config["dataset"], config["epochs"]) == ("gtn", "digits", 2)
+    assert config["pool"]["widths"] == [4, 4, 4, 8, 8, 8] and config["lr"] == 0.05
+    assert summary_is_complete(folder)["best"]["chosen_on"] == "val"
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert list(row["accuracy"]) == ["teacher", "branch1", "branch2", "branch3"]
+        assert set(row["losses"]) == {"teacher_ce", "branch_ce", "branch_kl", "gate_ce", "gate_kl"}
+        assert {"lr", "images_per_second", "seconds", "gates", "gate_entropy", "val_accuracy"} <= set(row)
+    assert {p.name for p in (folder / "plots").iterdir()} == {"accuracy.png", "losses.png", "gates.png"}
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"last.safetensors", "best.safetensors"}
+    assert any((folder / "tensorboard").iterdir())
+    assert not (folder / "supernet.safetensors").exists()
+
+
+def summary_is_complete(folder) -> dict:
+    summary = read_json(folder / "summary.json")
+    assert set(summary) >= SUMMARY
+    assert summary["top1"] == next(iter(read_rows(folder / "metrics.jsonl")[-1]["accuracy"].values()))
+    assert 0 <= summary["top1"] <= summary["top5"] <= 100
+    return summary
+
+
+def test_the_teacher_is_a_plain_model(teacher):
+    model = load_pretrained(teacher[0])
+    assert (model.info.name, model.info.dataset, model.info.image_size) == ("resnet8", "digits", 8)
+    assert not [name for name in model.state_dict() if "branch" in name or "gate" in name]
+    assert model.info.pool["widths"] == [4, 4, 4, 8, 8, 8]
+
+
+def test_tensorboard_holds_the_epochs(teacher):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(teacher[0] / "tensorboard")).Reload()
+    assert {"loss/teacher_ce", "accuracy/branch1", "lr"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss/teacher_ce")] == [1, 2]
+
+
+def test_the_output_is_a_table_and_a_summary_without_bars(teacher):
+    folder, done = teacher
+    assert "\r" not in done.stdout + done.stderr and "it/s" not in done.stderr and "Traceback" not in done.stderr
+    rows = [line for line in done.stdout.splitlines() if re.match(r" *[12]/2 ", line)]
+    assert len(rows) == 2 and done.stdout.count("teacher_ce") == 1
+    for said in (f"{folder}/model.safetensors", f"{folder}/summary.json", "gates.png", "seed 0", "val split"):
+        assert said in done.stdout
+
+
+def test_the_next_command_that_is_printed_works(teacher):
+    line = next(line for line in teacher[1].stdout.splitlines() if line.startswith("next: "))
+    words = shlex.split(line.removeprefix("next: "))
+    assert words[:2] == ["python", "distill.py"]
+    config = parse(DistillConfig, "", {}, words[2:])
+    assert config.teacher == str(teacher[0]) and config.student == "pool:7"
+
+
+def test_distilling_draws_the_student_from_the_teachers_pool(teacher, tmp_path):
+    done = succeeded(launch("distill.py", "--teacher", teacher[0], *STUDENT, "--output_dir", tmp_path / "kd"))
+    summary = summary_is_complete(tmp_path / "kd")
+    assert summary["teacher"] == {
+        "path": str(teacher[0]),
+        "model": "resnet8",
+        "sha256": read_json(teacher[0] / "model.json")["sha256"],
+    }
+    student = load_pretrained(tmp_path / "kd")
+    assert [layer["out"] for layer in student.info.spec["layers"][1:7]] == [4, 4, 4, 8, 8, 8]
+    assert student.info.mean == load_pretrained(teacher[0]).info.mean and student.info.image_size == 8
+    assert set(read_rows(tmp_path / "kd" / "metrics.jsonl")[0]["losses"]) == {"ce", "kl"}
+    # The command it suggests trains the very same architecture alone.
+    words = shlex.split(next(x for x in done.stdout.splitlines() if x.startswith("next: ")).removeprefix("next: "))
+    succeeded(python(words[1], *words[2:]))
+    alone = load_pretrained(f"{tmp_path}/kd-alone")
+    assert alone.info.spec == student.info.spec
+    assert set(read_rows(tmp_path / "kd-alone" / "metrics.jsonl")[0]["losses"]) == {"ce"}
+
+
+def test_same_seed_same_weights_other_seed_other_weights(tmp_path):
+    hashes = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run = tmp_path / name
+        succeeded(python("train_teacher.py", *TINY_GTN, "--seed", seed, "--output_dir", run))
+        hashes.append(read_json(run / "model.json")["sha256"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--gate_holdout", "0.2", "--full_gates", "--save_supernet", "--kl_direction", "forward"],
+        ["--share_branches", "--mixed_precision", "bf16", "--gate_every", "0", "--lr_schedule", "constant"],
+    ],
+)
+def test_options_of_gtn_run(options, tmp_path):
+    run = tmp_path / "run"
+    succeeded(python("train_teacher.py", *TINY_GTN, *options, "--output_dir", run))
+    losses = read_rows(run / "metrics.jsonl")[0]["losses"]
+    assert ("gate_kl" in losses) == ("0.2" in options)
+    assert (run / "supernet.safetensors").exists() == ("--save_supernet" in options)
+
+
+def test_gates_of_their_own_leave_the_weights_all_other_images(tmp_path):
+    run = tmp_path / "run"
+    succeeded(python("train_teacher.py", *TINY_GTN, "--gate_holdout", "0.2", "--output_dir", run))
+    # 1437 images less a fifth are 9 batches for the weights, and between each two of them comes one for the
+    # gates, whose 288 images make batches of 128, 128 and 32, again and again.
+    assert read_rows(run / "metrics.jsonl")[0]["images"] == (1437 - 288) + 3 * 128 * 2 + 2 * 32
+
+
+def test_a_teacher_behind_the_vanilla_one_is_reported(teacher, tmp_path):
+    vanilla = tmp_path / "vanilla"
+    succeeded(python("train_teacher.py", *TINY, "--epochs", "4", "--batch_size", "32", "--output_dir", vanilla))
+    run = ["--vanilla_run", vanilla, "--output_dir", tmp_path / "gtn"]
+    done = succeeded(python("train_teacher.py", *TINY_GTN, *run))
+    assert "warning: the teacher reaches" in done.stdout
+    assert len(read_json(tmp_path / "gtn" / "summary.json")["warnings"]) == 1
+
+
+@pytest.mark.parametrize("script", ["train_teacher.py", "distill.py"])
+def test_help_and_listings(script):
+    text = succeeded(python(script, "--help")).stdout
+    assert f"python {script}" in text and "accelerate launch" in text and "default: " in text
+    assert "resnet20" in succeeded(python(script, "--list_models")).stdout.split()
+    assert "none: " in python("distill.py", "--list_methods").stdout
+
+
+def test_importing_a_script_starts_nothing():
+    done = subprocess.run(
+        [sys.executable, "-c", "import train_teacher, distill"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout == done.stderr == ""
+
+
+def test_a_model_of_any_family_can_be_student_and_teacher(tmp_path):
+    succeeded(python("train_teacher.py", *TINY, "--model", "wrn10_1", "--output_dir", tmp_path / "t"))
+    arguments = ["--teacher", tmp_path / "t", "--student", "resnet8x2", "--epochs", 1, "--batch_size", 128]
+    succeeded(python("distill.py", *arguments, *TINY_POOL, "--output_dir", tmp_path / "s"))
+    assert load_pretrained(tmp_path / "s").info.name == "resnet8x2"
