@@ -53,10 +53,14 @@ def kd_loss(
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of logits [N, C] against class indices [N], in float32 or better."""
-    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(f"logits must be [N, C] and labels [N]; got {_shape(logits)} and {_shape(labels)}")
-    return F.cross_entropy(_at_least_float32(logits), labels)
+    """Mean cross-entropy in nats of logits [N, C] against class indices [N] int64, in float32 or better.
+
+    Raises ValueError for shapes, dtypes or devices that do not belong together.
+    """
+    if logits.dim() != 2 or 0 in logits.shape or not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point [N, C], not empty; got {logits.dtype} {_shape(logits)}")
+    _check_labels(labels, logits)
+    return _mean_cross_entropy(_at_least_float32(logits)[None], labels)[0]
 
 
 def _mean_cross_entropy(students: Tensor, labels: Tensor) -> Tensor:
@@ -84,8 +88,15 @@ def _check_kd_arguments(students, teacher, labels, temperature, direction) -> No
         raise ValueError(f"logits must be floating point; got {students.dtype} and {teacher.dtype}")
     if students.device != teacher.device:
         raise ValueError(f"students are on {students.device} but the teacher is on {teacher.device}")
-    if labels is not None and (labels.shape != teacher.shape[:1] or labels.dtype != torch.int64):
-        raise ValueError(f"labels must be int64 [{teacher.shape[0]}]; got {labels.dtype} {_shape(labels)}")
+    if labels is not None:
+        _check_labels(labels, teacher)
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 [{logits.shape[0]}]; got {labels.dtype} {_shape(labels)}")
+    if labels.device != logits.device:
+        raise ValueError(f"labels are on {labels.device} but the logits on {logits.device}")
 
 
 def _shape(tensor: Tensor) -> str:

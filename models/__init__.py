@@ -39,6 +39,8 @@ def create_model(name: str, num_classes: int, pool: Pool | None = None, argument
     Raises:
         UserError: unknown name, a bad seed or spec, or a depth that the family does not have.
     """
+    if num_classes < 2:
+        raise UserError(f"num_classes must be at least 2; got {num_classes}")
     if name in RESNETS:
         return ResNet(*RESNETS[name], num_classes)
     if match := WRN_NAME.fullmatch(name):

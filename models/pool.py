@@ -46,6 +46,9 @@ class Pool:
     def check(self) -> None:
         """Raise UserError unless every field makes sense together with the others."""
         layers = len(self.widths)
+        numbers = [self.stem, self.head, *self.widths, *self.strides, *self.partition]
+        if any(type(number) is not int for number in numbers):
+            raise UserError(f"pool: widths, strides and partition must be whole numbers; got {numbers}")
         if layers < 3 or len(self.strides) != layers:
             raise UserError(
                 f"pool.widths and pool.strides must have the same length, at least 3; "
@@ -217,8 +220,12 @@ def check_spec(spec: dict) -> None:
     """Raise UserError, naming the layer, unless `spec` describes a network that can be built."""
     try:
         stem, *layers, head, linear = spec["layers"]
+        for index, layer in enumerate(spec["layers"]):
+            _check_numbers(index, layer)
         if stem["type"] != "conv" or head["type"] != "conv" or linear["type"] != "linear" or not layers:
             raise UserError("spec: layers must be a conv, the reconfigurable layers, a conv and a linear")
+        if [(each["in"], each["kernel"], each["stride"]) for each in (stem, head)] != [(3, 3, 1), (head["in"], 1, 1)]:
+            raise UserError("spec: the first conv takes 3 channels with kernel 3, the last has kernel 1, both stride 1")
         channels = stem["out"]
         for index, layer in enumerate(layers, start=1):
             where = f"spec: layer {index} ({layer['type']})"
@@ -233,12 +240,25 @@ def check_spec(spec: dict) -> None:
             channels = layer["out"]
         if head["in"] != channels or linear["in"] != head["out"]:
             raise UserError("spec: the channels of the last conv and the linear layer do not fit")
-        if sum(spec["blocks"]) != len(layers) or len(spec["blocks"]) < 2 or min(spec["blocks"]) < 0:
+        if (
+            any(type(size) is not int for size in spec["blocks"])
+            or sum(spec["blocks"]) != len(layers)
+            or len(spec["blocks"]) < 2
+            or min(spec["blocks"]) < 0
+        ):
             raise UserError(f"spec: blocks {spec['blocks']} must sum to {len(layers)} layers")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"spec: not a student's spec ({type(error).__name__}: {error})") from None
+
+
+def _check_numbers(index: int, layer: dict) -> None:
+    for key in ("in", "out", "kernel", "stride", "depth"):
+        if key in layer and (type(layer[key]) is not int or layer[key] < 1):
+            raise UserError(f"spec: layer {index} has {key} {layer[key]!r}; it must be a whole number of at least 1")
+    if type(layer.get("shortcut", False)) is not bool:
+        raise UserError(f"spec: layer {index} has shortcut {layer['shortcut']!r}; it must be true or false")
 
 
 def read_spec(path: Path, argument: str = "model") -> dict:

@@ -124,12 +124,14 @@ def test_bad_images_and_labels(tmp_path, images, labels, said):
     refused("train_teacher.py", "--dataset", f"parquet:{tmp_path}/*.parquet", said=said)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "pickle"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "pickle"])
 def test_a_damaged_model_and_checkpoint(run, tmp_path, damage):
     shutil.copytree(run, tmp_path / "run")
     payload = pickle.dumps(Payload(tmp_path / "executed"))
     for file in (tmp_path / "run" / "model.safetensors", tmp_path / "run" / "checkpoints" / "last.safetensors"):
-        file.write_bytes(payload if damage == "pickle" else file.read_bytes()[:-100])
+        data = file.read_bytes()
+        flipped = data[:-50] + bytes([data[-50] ^ 1]) + data[-49:]
+        file.write_bytes({"truncated": data[:-100], "flipped": flipped, "pickle": payload}[damage])
     refused("distill.py", "--teacher", tmp_path / "run", said=("--teacher", "model.safetensors"))
     (tmp_path / "run" / "summary.json").unlink()  # a run that was stopped
     before = contents(tmp_path / "run")

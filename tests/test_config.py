@@ -92,7 +92,12 @@ def test_mistakes_are_one_line_that_names_them(argv, said):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("lrr: 1", "unknown key 'lrr'; did you mean --lr?"), ("- 1", "mapping"), ("a: [", "cannot read")],
+    [
+        ("lrr: 1", "unknown key 'lrr'; did you mean --lr?"),
+        ("- 1", "mapping"),
+        ("", "mapping"),
+        ("a: [", "cannot read"),
+    ],
 )
 def test_recipes_with_mistakes_are_refused(tmp_path, content, said):
     path = tmp_path / "recipe.yaml"
@@ -100,6 +105,22 @@ def test_recipes_with_mistakes_are_refused(tmp_path, content, said):
     with pytest.raises(UserError) as error:
         teacher("--config", str(path))
     assert said in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("lr: fast", "--lr fast: expected float"),
+        ("pool: {stem: big}", "--pool.stem big: expected int"),
+        ("pool: {widht: [1]}", "'widht'"),
+    ],
+)
+def test_recipes_with_wrong_values_are_refused_by_option(tmp_path, content, said):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError) as error:
+        teacher("--config", str(path))
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_listings_print_and_stop(capsys):

@@ -100,6 +100,16 @@ def test_folder_trees(tmp_path, layout):
     )
 
 
+def test_a_corrupt_file_in_a_folder_tree_is_named(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            (tmp_path / name / f"{i}.png").write_bytes(encoded(i))
+    (tmp_path / "dog" / "3.png").write_bytes(encoded(3)[:50])
+    with pytest.raises(UserError, match=r"dog/3\.png"):
+        load_images(f"folder:{tmp_path}")
+
+
 def bad_parquet(tmp_path, images=None, labels=None) -> str:
     images = images or [encoded(i) for i in range(10)]
     write_parquet(tmp_path / "bad.parquet", images, labels or [0, 1] * 5)

@@ -207,3 +207,141 @@ def test_same_seed_same_draws_other_seed_other_draws():
     gates = make_gates([5] * 12)
     assert gates.draw(generator(1)) == gates.draw(generator(1))
     assert gates.draw(generator(1)) != gates.draw(generator(2))
+
+
+@pytest.mark.parametrize("active", [0, 1, 2, 3])
+@pytest.mark.parametrize("with_shortcut", [True, False])
+def test_gated_mix_equals_the_explicit_sum_at_every_position_with_a_zero_among_the_outputs(active, with_shortcut):
+    torch.manual_seed(active)
+    leaves = [torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    outputs = [leaves[0], leaves[1], None, leaves[2]]
+    shortcut = torch.randn(2, 3, dtype=torch.float64, requires_grad=True) if with_shortcut else None
+    gates = torch.eye(4, dtype=torch.float64)[active].requires_grad_()
+    if outputs[active] is None and shortcut is None:
+        with pytest.raises(ValueError, match="cut"):
+            gated_mix(outputs, gates, active)
+        return
+    weight = torch.randn(2, 3, dtype=torch.float64)
+    inputs = [gates, *leaves, *([shortcut] if with_shortcut else [])]
+    zeros = torch.zeros(2, 3, dtype=torch.float64)
+    explicit = sum(g * (zeros if o is None else o) for g, o in zip(gates, outputs, strict=True))
+    explicit = explicit + shortcut if with_shortcut else explicit
+    expected = torch.autograd.grad((explicit * weight).sum(), inputs)
+    mixed = gated_mix(outputs, gates, active, shortcut)
+    found = torch.autograd.grad((mixed * weight).sum(), inputs, allow_unused=True)
+    assert torch.equal(mixed, explicit)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(torch.zeros_like(b) if a is None else a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_gate_gradient_rows_sum_to_zero_and_ignore_candidates_that_a_layer_lacks():
+    p = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.4, 0.0]], dtype=torch.float64)
+    dg = torch.tensor([[1.0, -4.0, 2.0], [3.0, 1.0, 1e6]], dtype=torch.float64)
+    found = gate_gradient(p, dg)
+    assert found.sum(-1).abs().max() < 1e-14
+    assert found[1].tolist() == pytest.approx([0.24 * 2, -0.24 * 2, 0.0])  # p0 p1 (dL/dg0 - dL/dg1)
+
+
+def test_a_gate_step_is_exact_on_average_over_the_active_ones_of_its_pairs():
+    """phi.grad over all choices within the drawn pairs, weighted, is d/dphi of the loss expected over them."""
+    net = linear_supernet(3, 4)
+    gates = make_gates([4, 4, 4]).double()
+    gates.draw_gate_step(generator(2))
+    step = gates._step
+    pairs = step.columns.tolist()
+    phi = gates.phi.detach().clone().requires_grad_()
+    chosen = torch.stack([phi[layer, pair].softmax(0) for layer, pair in enumerate(pairs)])
+    within_pairs = [[row[j] for j in pair] for row, pair in zip(net, pairs, strict=True)]
+    expected_loss, average = torch.zeros((), dtype=torch.float64), torch.zeros_like(phi)
+    for path in itertools.product(range(2), repeat=3):
+        chance = math.prod(chosen[layer, j] for layer, j in enumerate(path))
+        expected_loss = expected_loss + chance * path_loss(within_pairs, path)
+        step.gates = torch.nn.functional.one_hot(torch.tensor(path), 2).double().requires_grad_()
+        path_loss(within_pairs, path, step.gates).backward()
+        gates.set_gradient(lambda gradient: gradient)
+        average += chance.detach() * gates.phi.grad
+    (exact,) = torch.autograd.grad(expected_loss, phi)
+    assert torch.allclose(average, exact, rtol=1e-9, atol=1e-11)
+    for layer, pair in enumerate(pairs):
+        others = [j for j in range(4) if j not in pair]
+        assert exact[layer, pair].abs().min() > 1e-6 and average[layer, others].eq(0).all()
+
+
+def test_set_gradient_hands_the_gradient_to_the_average_over_processes():
+    gates = make_gates([3, 2])
+    gates.draw_gate_step(generator())
+    gates.leaf().grad = torch.ones(gates.leaf().shape).cumsum(1)
+    gates.set_gradient(lambda gradient: gradient)
+    alone = gates.phi.grad.clone()
+    gates.set_gradient(lambda gradient: 3 * gradient)
+    assert alone.abs().max() > 0 and torch.equal(gates.phi.grad, 3 * alone)
+
+
+def test_two_candidates_shift_between_themselves_and_one_never_moves():
+    gates = make_gates([2, 1])
+    optimizer = torch.optim.Adam([gates.phi], lr=0.1, betas=(0.0, 0.999))
+    before = gates.probabilities().clone()
+    log_sum = gates.phi[0].detach().double().logsumexp(0)
+    draws = gate_step(gates, 0, optimizer)
+    assert sorted(draws[0].candidates) == [0, 1] and draws[1].candidates == (0,)
+    after = gates.probabilities()
+    assert (after[0] - before[0]).abs().min() > 1e-3 and after[0].sum().item() == pytest.approx(1, abs=1e-12)
+    assert after[1].tolist() == [1.0, 0.0]
+    assert gates.phi[0].detach().double().logsumexp(0).item() == pytest.approx(log_sum.item(), abs=1e-6)
+
+
+def test_layers_with_one_candidate_only_can_take_a_gate_step():
+    gates = make_gates([1, 1])
+    draws = gate_step(gates, 0, torch.optim.Adam([gates.phi], lr=0.1, betas=(0.0, 0.999)))
+    assert [draw.candidates for draw in draws] == [(0,), (0,)]
+    assert gates.probabilities().tolist() == [[1.0], [1.0]] and gates.normalised_entropy() == [1.0, 1.0]
+
+
+def test_a_full_update_is_adams_and_nothing_else():
+    gates = make_gates([3, 2], full=True)
+    reference = gates.phi.detach().clone().requires_grad_()
+    adam = torch.optim.Adam([gates.phi], lr=0.1, betas=(0.0, 0.999))
+    theirs = torch.optim.Adam([reference], lr=0.1, betas=(0.0, 0.999))
+    for seed in range(3):
+        gates.draw_gate_step(generator(seed))
+        gates.leaf().grad = dg = torch.randn(2, 3, generator=generator(seed + 9))
+        gates.set_gradient(lambda gradient: gradient)
+        masked = reference.masked_fill(~gates.offered, -math.inf).softmax(-1)
+        (reference.grad,) = torch.autograd.grad((masked * dg).sum(), reference)
+        for optimizer in (adam, theirs):
+            optimizer.step()
+        gates.finish_update()
+    assert torch.allclose(gates.phi[gates.offered], reference[gates.offered], atol=1e-5)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_candidates_that_a_layer_lacks_are_never_drawn(full):
+    counts = [5, 3, 2, 1]
+    gates, source = make_gates(counts, full), generator()
+    for _ in range(1000):
+        for draw, step, count in zip(gates.draw(source), gates.draw_gate_step(source), counts, strict=True):
+            assert draw.active < count and max(step.candidates) < count
+            assert len(set(step.candidates)) == len(step.candidates) == (count if full else min(2, count))
+
+
+def test_draws_follow_phi_after_an_update():
+    gates = make_gates([3])
+    before = gates.probabilities().clone()
+    gate_step(gates, 0, torch.optim.SGD([gates.phi], lr=10.0))
+    source, counts = generator(1), torch.zeros(3, dtype=torch.float64)
+    for _ in range(4000):
+        counts[gates.draw(source)[0].active] += 1
+    expected = gates.phi[0].detach().double().softmax(0)
+    assert within(counts, expected) and not within(counts, before[0])
+
+
+def test_same_seed_same_gate_step_other_seed_other_gate_step():
+    gates = make_gates([5] * 12)
+
+    def pairs(seed):
+        return [(draw.active, draw.candidates) for draw in gates.draw_gate_step(generator(seed))]
+
+    torch.manual_seed(1)
+    first = pairs(1)
+    torch.manual_seed(2)  # the global generator has no say
+    assert pairs(1) == first != pairs(2)

@@ -1,6 +1,7 @@
 """GTN's two phases: what each may touch, what reaches the teacher, what is reported."""
 
 import copy
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -221,3 +222,238 @@ def test_warnings_name_what_went_wrong_and_nothing_else():
 def test_options_out_of_range_are_named(options, named):
     with pytest.raises(UserError, match=named):
         Options(**options).check_gtn()
+
+
+def test_what_is_not_drawn_gets_no_gradient_no_decay_and_no_momentum():
+    objective = make()
+    optimizers = optimizers_of(objective)
+    for iteration in (0, 2, 4):
+        step(objective, optimizers, iteration)
+    parameters, state = dict(objective.named_parameters()), optimizers["weights"].state
+    drawn, momenta = drawn_prefixes(objective, 6), {}
+    resting = [name for name in parameters if ".candidates." in name and not name.startswith(drawn)]
+    for name in resting:
+        if "momentum_buffer" in state[parameters[name]]:
+            momenta[name] = state[parameters[name]]["momentum_buffer"].clone()
+    assert len(momenta) > 10  # some that rest now were drawn before
+    before = {name: parameters[name].detach().clone() for name in resting}
+    terms = objective(*batch(), 6)
+    sum(objective.term_weights[name] * term for name, term in terms.items()).backward()
+    assert all(parameters[name].grad is None for name in resting)
+    assert all(parameters[name].grad is not None for name in parameters if name.startswith(drawn))
+    optimizers["weights"].step()
+    assert all(torch.equal(parameters[name], before[name]) for name in resting)
+    assert all(torch.equal(state[parameters[name]]["momentum_buffer"], old) for name, old in momenta.items())
+
+
+def test_batchnorm_statistics_move_in_even_steps_and_rest_in_odd_ones():
+    objective = make()
+    buffers = {name for name, _ in objective.teacher.named_buffers()}
+    assert {"bn1.running_mean", "bn1.running_var", "bn1.num_batches_tracked"} <= buffers
+    optimizers, before = optimizers_of(objective), snapshot(objective)
+    step(objective, optimizers, 1)
+    assert changed(before, objective) == {"gates.phi"}
+    step(objective, optimizers, 2)
+    assert {f"teacher.{name}" for name in buffers} <= changed(before, objective)
+    assert all(norm.track_running_stats for norm in objective.modules() if isinstance(norm, torch.nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_odd_steps_move_only_drawn_candidates_and_keep_the_mass_of_the_others(full):
+    objective = make(full_gates=full, gate_lr=0.1)
+    optimizers, before = optimizers_of(objective), objective.gates.probabilities().clone()
+    step(objective, optimizers, 1)
+    source = torch.Generator().manual_seed(derive_seed(0, "paths", 1))
+    fresh = make(full_gates=full)
+    draws, after = fresh.gates.draw_gate_step(source), objective.gates.probabilities()
+    for layer, draw in enumerate(draws):
+        others = [j for j in range(before.shape[1]) if j not in draw.candidates]
+        assert torch.allclose(after[layer, others], before[layer, others], atol=1e-6)
+        assert (after[layer] - before[layer]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_the_gates_terms_are_recomputed_from_the_logits(direction):
+    objective = make(kl_direction=direction, temperature=3.0)
+    images, labels = batch()
+    terms = objective(images, labels, 1)
+    source = torch.Generator().manual_seed(derive_seed(0, "paths", 1))
+    features, teacher = run_blocks(objective.teacher, images)
+    paths = objective.gates.draw_gate_step(source)
+    ce, kl = [], []
+    for branch, feature in zip(objective.branches, features, strict=True):
+        drawn, paths = paths[: len(branch.supernet.layers)], paths[len(branch.supernet.layers) :]
+        z = branch(feature, drawn).double()
+        log_q, log_p = (z / 3).log_softmax(1), (teacher.double() / 3).log_softmax(1)
+        a, b = (log_q, log_p) if direction == "reverse" else (log_p, log_q)
+        kl.append((a.exp() * (a - b)).sum().item() / len(images))
+        ce.append(-z.log_softmax(1)[range(len(images)), labels].mean().item())
+    assert terms.keys() == {"gate_ce", "gate_kl"} and not paths
+    assert terms["gate_ce"].item() == pytest.approx(sum(ce) / 3, rel=1e-5)
+    assert terms["gate_kl"].item() == pytest.approx(sum(kl) / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 7.0])
+def test_the_gates_kl_weight_is_minus_alpha_by_default(alpha):
+    weights = make(alpha=alpha).term_weights
+    assert weights["branch_kl"] == alpha and weights["gate_kl"] == -alpha
+    assert weights["teacher_ce"] == weights["branch_ce"] == weights["gate_ce"] == 1
+
+
+def test_each_branch_reaches_the_teacher_up_to_where_it_is_grafted():
+    objective = make()
+    images, labels = batch()
+    for index in range(3):
+        features, _ = run_blocks(objective.teacher, images)
+        source = torch.Generator().manual_seed(0)
+        logits = objective._run_branches(features, objective.gates.draw(source))
+        objective.zero_grad()
+        F.cross_entropy(logits[index], labels).backward()
+        reached = [
+            any(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
+            for block in objective.teacher.blocks
+        ]
+        assert reached == [place <= index for place in range(4)]
+
+
+def test_the_kl_reaches_the_teacher_through_its_features_and_through_its_logits():
+    objective = make()
+    images, labels = batch()
+    source = torch.Generator().manual_seed(0)
+    features, logits = run_blocks(objective.teacher, images)
+    draws, weight = objective.gates.draw(source), objective.teacher.conv1.weight
+    branches = objective._run_branches(features, draws)
+    parts = []
+    for b, t in ((branches, logits.detach()), (branches.detach(), logits), (branches, logits)):
+        _, kl = objective._compare(b, t, labels)
+        parts.append(torch.autograd.grad(kl, weight, retain_graph=True)[0])
+    through_features, through_logits, both = parts
+    assert through_features.abs().sum() > 0 and through_logits.abs().sum() > 0
+    assert torch.allclose(through_features + through_logits, both, atol=1e-6)
+    objective.zero_grad()
+    objective(images, labels, 0)["branch_kl"].backward()
+    assert objective.teacher.fc.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_gradient_of_phi_in_float64_equals_autograd_through_explicit_gates(full):
+    """phi.grad of a whole gate step, against gates that are multiplied and a softmax over what was drawn."""
+    objective = make(full_gates=full).double()
+    images, labels = batch()
+    images = images.double()
+    terms = objective(images, labels, 1)
+    sum(objective.term_weights[name] * term for name, term in terms.items()).backward(inputs=[objective.gates.leaf()])
+    objective.before_update("gates", lambda gradient: gradient)
+    found = objective.gates.phi.grad.clone()
+
+    draws = objective.gates.draw_gate_step(torch.Generator().manual_seed(derive_seed(0, "paths", 1)))
+    one_hot = [draw.gates.detach().clone().requires_grad_() for draw in draws]
+    with torch.no_grad():
+        features, teacher = run_blocks(objective.teacher, images)
+    row, branch_logits = 0, []
+    for branch, feature in zip(objective.branches, features, strict=True):
+        x = branch.transform(feature)
+        for layer in branch.supernet.layers:
+            outputs = [layer.candidates[layer.names[j]](x) for j in draws[row].candidates]
+            mixed = sum(g * o for g, o in zip(one_hot[row], outputs, strict=True) if o is not None)
+            x, row = x + mixed if layer.shortcut else mixed, row + 1
+        branch_logits.append(branch.supernet.fc(branch.supernet.head(x)))
+    log_p, loss = teacher.log_softmax(1), 0.0
+    for z in branch_logits:
+        log_q = z.log_softmax(1)
+        loss = loss + F.nll_loss(log_q, labels) / 3 - 3.0 * (log_q.exp() * (log_q - log_p)).sum() / len(images) / 3
+    by_gate = torch.autograd.grad(loss, one_hot)
+
+    phi = objective.gates.phi.detach().clone().requires_grad_()
+    surrogate = sum(
+        (phi[i, list(draw.candidates)].softmax(0) * dg).sum()
+        for i, (draw, dg) in enumerate(zip(draws, by_gate, strict=True))
+    )
+    (expected,) = torch.autograd.grad(surrogate, phi)
+    assert expected.abs().max() > 1e-6
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_paths_follow_the_runs_seed_and_the_iteration_and_nothing_else():
+    def losses(seed: int, iteration: int, noise: int):
+        objective = make(seed=seed)  # the same weights whatever the seed
+        torch.manual_seed(noise)
+        return [term.item() for term in objective(*batch(), iteration).values()]
+
+    assert losses(0, 2, 1) == losses(0, 2, 99)
+    assert losses(0, 3, 1) == losses(0, 3, 99)
+    assert losses(0, 2, 1)[1:] != losses(1, 2, 1)[1:] and losses(0, 2, 1)[0] == losses(1, 2, 1)[0]
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_predict_restores_the_mode_and_repeats_itself(size):
+    objective = make(gate_every=0)
+    optimizers = optimizers_of(objective)
+    for iteration in range(2):
+        step(objective, optimizers, iteration)
+    objective.eval()
+    before, images = snapshot(objective), batch(size)[0]
+    first, again, other = (objective.predict(images, seed) for seed in (0, 0, 1))
+    assert not changed(before, objective) and not any(module.training for module in objective.modules())
+    assert all(norm.track_running_stats for norm in objective.modules() if isinstance(norm, torch.nn.BatchNorm2d))
+    assert torch.equal(first["teacher"], objective.teacher(images))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    objective.train()
+    branches = {name for name in before if name.startswith(("branches.", "gates."))}
+    objective.predict(images if size > 1 else batch()[0], 0)
+    assert not changed(before, objective) & branches
+    assert all(module.training for module in objective.modules())
+
+
+def test_the_product_is_the_plain_teacher():
+    objective = make()
+    assert objective.product() is objective.teacher
+    assert not any("branches" in name or "gates" in name for name in objective.product().state_dict())
+    assert objective.gates.phi not in set(objective.weight_parameters())
+    (adam,) = objective.extra_optimizers().values()
+    (group,) = adam.param_groups
+    assert [id(p) for p in group["params"]] == [id(objective.gates.phi)]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, (0.0, 0.999), 0.0)
+
+
+def test_record_is_json_and_follows_phi():
+    objective = make()
+    with torch.no_grad():
+        objective.gates.phi[0] = torch.tensor([0.0, 0.0, 0.0, 20.0])
+    objective.gates._on_host = None
+    record = objective.record()
+    assert json.loads(json.dumps(record)) == record
+    assert record["gates"]["branch1"]["L2"] == pytest.approx({"res3x2": 0, "res5x2": 0, "identity": 0, "zero": 1})
+    assert record["gate_entropy"]["branch1"]["L2"] == pytest.approx(0, abs=1e-4)
+    assert record["gate_entropy"]["branch1"]["L3"] == pytest.approx(1, abs=1e-4)
+    assert "zero" not in record["gates"]["branch1"]["L5"]  # it halves the map
+    assert list(record["gate_entropy"]["branch2"]) == ["L4", "L5", "L6"]
+
+
+@pytest.mark.parametrize(
+    ("kl", "warned"),
+    [
+        ([0.5, 0.5, 0.5, 0.5], False),  # too early to tell
+        ([0.5, 0.5, 0.5, 0.5, 0.5], True),
+        ([0.1, 0.5, 0.5, 0.5, 0.46], True),
+        ([0.1, 0.5, 0.5, 0.5, 0.44], False),
+        ([0.5, 0.4, 0.3, 0.2, 0.1], False),
+    ],
+)
+def test_the_kl_warning_is_given_where_it_stays_near_its_peak(kl, warned):
+    objective = make()
+    assert bool(objective.warnings(history(objective, kl))) == warned
+
+
+def test_every_collapsed_gate_is_named_and_no_other():
+    objective = make()
+    with torch.no_grad():
+        objective.gates.phi[1, 2] += 20  # branch 1, L3
+        objective.gates.phi[8, 0] += 20  # branch 3, L6
+        objective.gates.phi[3, 0] += 2  # branch 1, L5: leaning, not collapsed
+    objective.gates._on_host = None
+    found = objective.warnings(history(objective, [0.5, 0.1]))
+    assert len(found) == 2
+    assert "branch1 L3" in found[0] and "'identity'" in found[0]
+    assert "branch3 L6" in found[1] and "'res3x2'" in found[1]

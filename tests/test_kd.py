@@ -136,3 +136,99 @@ def test_arguments_that_do_not_fit_are_named(wrong, named):
     tensors = [arguments.pop(name) for name in ("students", "teacher", "labels")]
     with pytest.raises(ValueError, match=named):
         kd_loss(*tensors, **arguments)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_precision_in_both_directions(count, dtype, rtol, temperature, direction):
+    students, teacher, labels = logits(count, 8, 10, dtype)
+    ce, kl = kd_loss(students, teacher, labels, temperature=temperature, direction=direction)
+    found = torch.autograd.grad(ce.sum() + 2 * kl.sum(), [students, teacher])
+    rounded = (students.detach().double().numpy(), teacher.detach().double().numpy())
+    expected = formulas(*rounded, labels.numpy(), temperature, direction)
+    for value, wanted in zip((ce, kl), expected, strict=False):
+        assert value.dtype == torch.float32 and value.shape == (count,)
+        np.testing.assert_allclose(value.detach().numpy(), wanted, rtol=1e-5)
+    for gradient, wanted in zip(found, expected[2:], strict=True):
+        assert gradient.dtype == dtype
+        assert np.abs(gradient.double().numpy() - wanted).max() <= rtol * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_divergence_is_never_negative_and_positive_where_distributions_differ(direction):
+    source = torch.Generator().manual_seed(0)
+    for scale in (1e-3, 0.1, 1.0, 10.0):
+        teacher = torch.randn(4, 10, generator=source, dtype=torch.float64)
+        students = teacher + scale * torch.randn(50, 4, 10, generator=source, dtype=torch.float64)
+        assert (kd_loss(students, teacher, direction=direction)[1] > 0).all()
+
+
+def test_the_divergence_of_a_worked_example():
+    """p = (1/2, 1/2), q = (1/4, 3/4): KL(p || q) = log(4 / 3) / 2, KL(q || p) = 3/4 log 3 - log 2."""
+    student, teacher = torch.tensor([[0.0, math.log(3)]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
+    assert kd_loss(student, teacher, direction="forward")[1].item() == pytest.approx(math.log(4 / 3) / 2)
+    assert kd_loss(student, teacher, direction="reverse")[1].item() == pytest.approx(0.75 * math.log(3) - math.log(2))
+
+
+def test_temperature_leaves_the_cross_entropy_alone():
+    students, teacher, labels = logits(3, 6, 10)
+    (cold, _), (hot, _) = (kd_loss(students, teacher, labels, temperature=t) for t in (1.0, 8.0))
+    assert torch.equal(cold, hot)
+
+
+def test_a_constant_added_to_the_logits_leaves_the_gradients_alone():
+    students, teacher, labels = logits(3, 6, 10)
+    plain, shifted = (
+        torch.autograd.grad(
+            sum(term.sum() for term in kd_loss(students + c, teacher - c, labels, temperature=2.0)),
+            [students, teacher],
+        )
+        for c in (0.0, 5.0)
+    )
+    for a, b in zip(plain, shifted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-14)
+        assert a.sum(-1).abs().max() < 1e-14  # no direction that a softmax cannot see
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_cross_entropy_and_its_gradient_in_every_precision(dtype):
+    students, _, labels = logits(1, 9, 10, dtype)
+    value = cross_entropy(students[0], labels)
+    (gradient,) = torch.autograd.grad(value, students)
+    z = students[0].detach().double().numpy()
+    q = np.exp(z - z.max(-1, keepdims=True))
+    q /= q.sum(-1, keepdims=True)
+    assert value.dtype == torch.promote_types(dtype, torch.float32)
+    assert value.item() == pytest.approx(-np.log(q[range(9), labels.numpy()]).mean(), rel=1e-6)
+    wanted = (q - np.eye(10)[labels.numpy()]) / 9
+    error = np.abs(gradient[0].double().numpy() - wanted).max() / np.abs(wanted).max()
+    assert error <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels"), [((2, 3, 4), (3,)), ((4,), (4,)), ((3, 4), (4,)), ((3, 4), (3, 1)), ((3, 4), ())]
+)
+def test_cross_entropy_names_shapes_that_do_not_fit(shape, labels):
+    with pytest.raises(ValueError, match=r"logits must be .*\[N, C\]|labels must be int64 \[\d\]"):
+        cross_entropy(torch.zeros(shape), torch.zeros(labels, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "named"),
+    [
+        (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), "not empty"),
+        (torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), "floating point"),
+        (torch.zeros(3, 4), torch.zeros(3, dtype=torch.int32), "labels must be int64"),
+        (torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64, device="meta"), "labels are on meta"),
+    ],
+)
+def test_cross_entropy_refuses_what_does_not_fit(logits, labels, named):
+    with pytest.raises(ValueError, match=named):
+        cross_entropy(logits, labels)
+
+
+def test_labels_on_another_device_are_refused():
+    with pytest.raises(ValueError, match="labels are on meta"):
+        kd_loss(GOOD["students"], GOOD["teacher"], GOOD["labels"].to("meta"))

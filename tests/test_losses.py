@@ -1,11 +1,13 @@
 """KD's terms and weights, and a teacher that stays frozen."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from losses import METHODS
 from losses.distillation import Distillation
+from losses.objective import Objective
 from models import create_model
 from teachers import TEACHERS
 
@@ -62,3 +64,100 @@ def test_same_student_and_teacher_have_no_divergence():
 def test_tables_name_a_paper_for_every_method():
     assert {"kd", "none"} <= METHODS.keys() and {"vanilla", "gtn"} <= TEACHERS.keys()
     assert all(row.paper for row in (*METHODS.values(), *TEACHERS.values()))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_kd_terms_weights_and_gradient(alpha, temperature):
+    loss = METHODS["kd"].loss(alpha, temperature)
+    source = torch.Generator().manual_seed(1)
+    student, teacher = (torch.randn(6, 5, generator=source, dtype=torch.float64) for _ in range(2))
+    labels = torch.randint(0, 5, (6,), generator=source)
+    student.requires_grad_()
+    terms = loss(student, teacher, labels)
+    (gradient,) = torch.autograd.grad(sum(loss.term_weights[name] * term for name, term in terms.items()), student)
+
+    def softmax(z):
+        e = np.exp(z - z.max(1, keepdims=True))
+        return e / e.sum(1, keepdims=True)
+
+    z, t, y = student.detach().numpy(), teacher.numpy(), np.eye(5)[labels.numpy()]
+    p, q = softmax(t / temperature), softmax(z / temperature)
+    assert loss.term_weights == pytest.approx({"ce": 1 - alpha, "kl": alpha * temperature**2})
+    assert terms["ce"].item() == pytest.approx(-(y * np.log(softmax(z))).sum() / 6)
+    assert terms["kl"].item() == pytest.approx((p * np.log(p / q)).sum() / 6)
+    expected = ((1 - alpha) * (softmax(z) - y) + alpha * temperature * (q - p)) / 6
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-9, atol=1e-14)
+
+
+def test_labels_only_needs_no_teacher_and_asks_none():
+    student, _ = networks()
+    objective = Distillation(student, METHODS["none"].loss(0.9, 4.0), None).eval()
+    images, labels = torch.randn(4, 3, 16, 16), torch.randint(0, 5, (4,))
+    terms = objective(images, labels, 0)
+    assert terms.keys() == {"ce"} == objective.term_weights.keys()
+    assert terms["ce"].item() == pytest.approx(F.cross_entropy(student(images), labels).item())
+    assert not METHODS["none"].needs_teacher and METHODS["kd"].needs_teacher
+
+
+def test_the_objectives_terms_are_the_loss_of_both_networks_logits():
+    student, teacher = networks()
+    objective = Distillation(student, METHODS["kd"].loss(0.3, 2.0), teacher).eval()
+    images, labels = torch.randn(4, 3, 16, 16), torch.randint(0, 5, (4,))
+    p, q = (teacher(images) / 2).softmax(1), (student(images) / 2).softmax(1)
+    terms = objective(images, labels, 0)
+    assert terms["kl"].item() == pytest.approx(((p * (p / q).log()).sum() / 4).item(), rel=1e-4)
+    assert terms["ce"].item() == pytest.approx(F.cross_entropy(student(images), labels).item(), rel=1e-5)
+    assert objective.term_weights == pytest.approx({"ce": 0.7, "kl": 1.2})
+    answers = objective.predict(images, 0)
+    assert answers.keys() == {"student"} and torch.equal(answers["student"], student(images))
+    assert objective.product() is student
+
+
+def test_a_teacher_in_training_mode_is_frozen_before_it_is_asked():
+    student, teacher = networks()
+    teacher.train()
+    objective = Distillation(student, METHODS["kd"].loss(0.9, 4.0), teacher)
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    objective.eval()
+    objective.train()
+    assert not any(module.training for module in teacher.modules())
+    own = {id(parameter) for parameter in objective.parameters()}
+    assert own.isdisjoint({id(parameter) for parameter in teacher.parameters()})
+    assert teacher not in list(objective.modules())
+
+
+def test_the_teacher_follows_to_another_device():
+    student, teacher = networks()
+    Distillation(student, METHODS["kd"].loss(0.9, 4.0), teacher).to("meta")
+    tensors = [*teacher.parameters(), *teacher.buffers(), *student.parameters()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_names_its_terms(name):
+    loss = METHODS[name].loss(0.9, 4.0)
+    teacher = torch.randn(3, 5) if METHODS[name].needs_teacher else None
+    terms = loss(torch.randn(3, 5), teacher, torch.tensor([0, 1, 2]))
+    assert terms.keys() == loss.term_weights.keys()
+    assert all(term.shape == () and term.isfinite() for term in terms.values())
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_every_teacher_method_is_an_objective(name):
+    kind = TEACHERS[name].objective
+    assert issubclass(kind, Objective)
+    for method in ("forward", "predict", "product"):
+        assert getattr(kind, method) is not getattr(Objective, method)
+
+
+def test_a_vanilla_teacher_is_trained_with_cross_entropy():
+    _, teacher = networks()
+    objective = TEACHERS["vanilla"].objective(teacher.eval(), None, 16)
+    images, labels = torch.randn(4, 3, 16, 16), torch.randint(0, 5, (4,))
+    terms = objective(images, labels, 1)
+    assert terms.keys() == objective.term_weights.keys() and objective.phase(1) == "weights"
+    assert terms["ce"].item() == pytest.approx(F.cross_entropy(teacher(images), labels).item(), rel=1e-5)
+    assert objective.product() is teacher

@@ -1,15 +1,19 @@
 """The zoo: parameter counts, the block contract, and files that hold a model."""
 
+import hashlib
 import json
 import os
 import pickle
 
 import pytest
+import safetensors.torch
 import torch
 
 from common import UserError
+from engine.checkpoint import load_checkpoint
 from models import ModelInfo, create_model, list_models, load_pretrained, save_pretrained
 from models.network import block_shapes, run_blocks
+from models.pool import NAS_STUDENTS
 
 # Parameters at 100 classes: the field's published counts; nas_* follow from the GTN supplement's tables.
 COUNTS = {
@@ -30,16 +34,14 @@ COUNTS = {
     "wrn40_1": 569_780,
     "wrn40_2": 2_255_156,
 }
-NAS = ["nas_s", "nas_m", "nas_l"]
+# conv + BatchNorm = in * out * k * k + 2 * out, summed over the rows of the supplement's Tables 1 to 3.
+NAS = {"nas_s": 1_655_476, "nas_m": 7_017_140, "nas_l": 19_322_292}
+OTHER_WRNS = {"wrn10_1": 83_700, "wrn10_2": 315_316, "wrn16_4": 2_772_020, "wrn40_4": 8_972_340}
 
 
-@pytest.mark.parametrize(("name", "count"), COUNTS.items())
+@pytest.mark.parametrize(("name", "count"), (COUNTS | NAS | OTHER_WRNS).items())
 def test_parameter_count(name, count):
     assert sum(parameter.numel() for parameter in create_model(name, 100).parameters()) == count
-
-
-def test_any_wrn_can_be_named():
-    assert sum(p.numel() for p in create_model("wrn16_4", 100).parameters()) == 2_772_020
 
 
 def test_the_list_holds_what_is_tested():
@@ -112,8 +114,6 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
 
 def test_a_pool_student_comes_back_from_its_spec(tmp_path):
     student = create_model("nas_s", 10)
-    from models.pool import NAS_STUDENTS
-
     save_pretrained(student, info(name="anything", spec=NAS_STUDENTS["nas_s"]), tmp_path)
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(load_pretrained(tmp_path)(images), student.eval()(images))
@@ -135,8 +135,6 @@ def test_a_planted_pickle_runs_nothing_and_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(data)
     with pytest.raises(UserError, match="model"):
         load_pretrained(tmp_path)
-    import hashlib
-
     document = json.loads((tmp_path / "model.json").read_text())  # even if the checksum was adapted
     (tmp_path / "model.json").write_text(json.dumps(document | {"sha256": hashlib.sha256(data).hexdigest()}))
     with pytest.raises(UserError, match="cannot be loaded"):
@@ -165,3 +163,110 @@ def test_damaged_files_are_refused(tmp_path, damage):
         description.write_text(description.read_text().replace('"num_classes": 10', '"num_classes": 11'))
     with pytest.raises(UserError, match=str(tmp_path)):
         load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", [*(name for name, count in COUNTS.items() if count < 3_000_000), "nas_s"])
+def test_running_the_blocks_in_order_is_the_forward_pass(name):
+    model, images = create_model(name, 5).eval(), torch.randn(1, 3, 16, 16)
+    x = images
+    for block in model.blocks:
+        x = block(x)
+    assert len(model.blocks) == 4 and torch.allclose(x, model(images), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "divisors", "width"),
+    [
+        ("resnet8", (16, 16, 32, 64), (1, 1, 2, 4), 64),
+        ("resnet8x2", (16, 32, 64, 128), (1, 1, 2, 4), 128),
+        ("wrn16_2", (16, 32, 64, 128), (1, 1, 2, 4), 128),
+        ("nas_s", (16, 64, 128, 256), (1, 1, 2, 4), 1280),
+        ("nas_m", (16, 64, 256, 512), (1, 1, 4, 8), 1280),
+    ],
+)
+@pytest.mark.parametrize("size", [32, 64])
+def test_features_are_logits_maps_and_embedding(name, channels, divisors, width, size):
+    logits, maps, embedding = create_model(name, 7).eval()(torch.randn(2, 3, size, size), features=True)
+    assert isinstance(maps, list) and logits.shape == (2, 7) and embedding.shape == (2, width)
+    assert [m.shape for m in maps] == [(2, c, size // d, size // d) for c, d in zip(channels, divisors, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet8x4", "wrn16_2", "nas_s", "pool:3"])
+def test_nothing_is_registered_twice(name):
+    model = create_model(name, 10)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    assert len(names) == len(list(model.parameters()))
+    assert set(names) <= set(model.state_dict())
+    assert not [name for name in model.state_dict() if name.split(".")[0] in ("embed", "stages", "blocks")]
+
+
+def test_wide_resnet_names_hold_those_of_the_pre_activation_blocks():
+    names = set(create_model("wrn16_2", 10).state_dict())
+    assert {"block1.layer.0.bn1.weight", "block2.layer.1.conv2.weight", "fc.bias", "bn1.running_mean"} <= names
+
+
+@pytest.mark.parametrize("name", ["wrn17_2", "wrn4_2", "wrn9_1", "wrn16_0", "wrn0_1"])
+def test_wide_resnets_that_do_not_exist_are_refused_by_argument(name):
+    with pytest.raises(UserError, match=f"--student {name}: .*6n"):
+        create_model(name, 10, argument="--student")
+
+
+@pytest.mark.parametrize(("name", "near"), [("resnet21", "resnet20"), ("wrn_16_2", "wrn16_2"), ("nas_x", "nas_")])
+def test_the_nearest_name_is_suggested(name, near):
+    with pytest.raises(UserError, match=f"--teacher: unknown name '{name}'; did you mean .*{near}"):
+        create_model(name, 10, argument="--teacher")
+
+
+def adapted(folder, data: bytes) -> None:
+    """Put `data` in the place of the weights, with the checksum in the description made to fit."""
+    (folder / "model.safetensors").write_bytes(data)
+    document = json.loads((folder / "model.json").read_text()) | {"sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "model.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "truncated", "empty", "header"])
+def test_weights_that_do_not_fit_are_refused_though_the_checksum_does(tmp_path, change):
+    tensors = dict(saved(tmp_path).state_dict())
+    if change == "missing":
+        del tensors["conv1.weight"]
+    elif change == "extra":
+        tensors["planted"] = torch.zeros(1)
+    elif change == "shape":
+        tensors["fc.weight"] = torch.zeros(10, 3)
+    data = safetensors.torch.save(tensors)
+    data = {"truncated": data[:-100], "empty": b"", "header": b"\xff" * 8 + data[8:]}.get(change, data)
+    adapted(tmp_path, data)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"num_classes": "ten"}, {"planted": 1}, {"spec": [1]}, {"name": "resnt8"}])
+def test_descriptions_that_make_no_sense_are_refused(tmp_path, change):
+    saved(tmp_path)
+    document = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(document | change))
+    with pytest.raises(UserError):
+        load_pretrained(tmp_path)
+
+
+def test_a_folder_that_is_not_there_holds_no_model(tmp_path):
+    with pytest.raises(UserError, match="holds no trained model"):
+        load_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch.save"])
+def test_a_payload_runs_in_neither_loader(tmp_path, kind):
+    saved(tmp_path)
+    payload, file = Payload(tmp_path / "executed"), tmp_path / "payload"
+    if kind == "pickle":
+        file.write_bytes(pickle.dumps(payload))
+    else:
+        torch.save(payload, file)
+    adapted(tmp_path, file.read_bytes())
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is no checkpoint of ours"):
+        load_checkpoint(file, torch.nn.Linear(1, 1), {}, {}, {}, set())
+    assert not (tmp_path / "executed").exists()
+    torch.load(file, weights_only=False) if kind == "torch.save" else pickle.loads(file.read_bytes())
+    assert (tmp_path / "executed").exists()  # the payload is alive

@@ -1,5 +1,6 @@
 """The pool of students: its choices, its specs, and the paper's three students."""
 
+import hashlib
 import json
 from collections import Counter
 
@@ -8,7 +9,7 @@ import torch
 
 from common import UserError
 from models import create_model
-from models.pool import NAS_STUDENTS, Pool, PoolNet, check_spec, even_blocks
+from models.pool import NAS_STUDENTS, Pool, PoolLayer, PoolNet, check_spec, even_blocks
 
 # (type, in, out, kernel, stride) of every row of the GTN supplement's Tables 1, 2 and 3, and of each ResBlock
 # the number in its "(xn)".
@@ -92,13 +93,28 @@ def choice(spec: dict) -> list[str]:
 
 PINNED = {
     0: ["identity", "res3x6", "res5x6", "res3x6", "res3x4", "res5x4"],
+    1: ["res3x2", "res3x6", "identity", "res3x6", "res5x6", "res5x6"],
+    2: ["res3x4", "res3x6", "res5x2", "res5x2", "res5x6", "res5x6"],
     7: ["res3x6", "res5x2", "res3x6", "res3x4", "res3x2", "res3x6"],
+    42: ["res3x4", "res5x6", "zero", "res3x6", "res5x6", "res3x6"],
+    2**40: ["res3x4", "res3x4", "res5x4", "res3x6", "identity", "res5x2"],
 }
 
 
-def test_a_seed_names_the_same_student_on_every_machine():
-    assert choice(Pool().sample(7)) == PINNED[7]
-    assert choice(Pool().sample(0)) == PINNED[0]
+@pytest.mark.parametrize(("seed", "pinned"), PINNED.items())
+def test_a_seed_names_the_same_student_on_every_machine(seed, pinned):
+    torch.manual_seed(seed + 1)  # the global generator has no say
+    assert choice(Pool().sample(seed)) == pinned
+
+
+def test_a_choice_is_a_hash_of_seed_and_layer():
+    names = ["res3x2", "res3x4", "res3x6", "res5x2", "res5x4", "res5x6", "identity", "zero"]
+    for seed in range(50):
+        digests = [hashlib.sha256(f"pool/{seed}/{layer}".encode()).digest() for layer in range(6)]
+        numbers = [int.from_bytes(digest[:8], "big") // 2 for digest in digests]
+        offered = [7, 8, 8, 7, 7, 7]  # all but zero, which layers 2 and 3 offer as well
+        expected = [names[number % count] for number, count in zip(numbers, offered, strict=True)]
+        assert choice(Pool().sample(seed)) == expected
 
 
 def test_sampling_is_uniform_over_choices():
@@ -146,6 +162,13 @@ def broken(change) -> dict:
         (lambda spec: spec["layers"][3].update({"shortcut": True}), "layer 3"),
         (lambda spec: spec["layers"][1].update({"type": "zero"}), "layer 1"),
         (lambda spec: spec["layers"][2].pop("stride"), "stride"),
+        (lambda spec: spec["layers"][2].update(kernel=-1), "layer 2 has kernel -1"),
+        (lambda spec: spec["layers"][2].update(kernel=3.0), "layer 2 has kernel 3.0"),
+        (lambda spec: spec["layers"][2].update(stride=True), "layer 2 has stride True"),
+        (lambda spec: spec["layers"][2].update(shortcut=1), "layer 2 has shortcut 1"),
+        (lambda spec: spec["layers"][0].update(kernel=7), "first conv"),
+        (lambda spec: spec["layers"][-2].update(kernel=3), "the last has kernel 1"),
+        (lambda spec: spec.update(blocks=[2, 2.0]), "blocks"),
         (lambda spec: spec.update(blocks=[1, 1]), "blocks"),
         (lambda spec: spec.pop("blocks"), "blocks"),
         (lambda spec: spec.update(layers=3), "spec"),
@@ -163,3 +186,80 @@ def test_a_spec_file_is_a_student(tmp_path):
     file.write_text("[]")
     with pytest.raises(UserError, match="spec"):
         create_model(str(file), 10)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_nas_students_follow_their_tables_at_64_pixels_too(name):
+    model, sides = create_model(name, 10).eval(), []
+    hooks = [layer.register_forward_hook(lambda _, __, out: sides.append(out.shape[1:])) for layer in model.layers]
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+    side, expected = 64, []
+    for _, _, channels, _, stride, _ in TABLES[name]:
+        side //= stride
+        expected.append((channels, side, side))
+    assert sides == expected and len(hooks) == len(expected)
+    assert [m.kernel_size for m in (model.stem[0], model.head[0])] == [(3, 3), (1, 1)]
+    assert (model.stem[0].stride, model.head[0].in_channels) == ((1, 1), expected[-1][0])
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_specs_of_nas_students_rebuild_them(name):
+    again = PoolNet(json.loads(json.dumps(NAS_STUDENTS[name])), 10)
+    shapes, wanted = ({n: t.shape for n, t in m.state_dict().items()} for m in (again, create_model(name, 10)))
+    assert shapes == wanted
+
+
+@pytest.mark.parametrize("shortcut", [True, False])
+def test_zero_and_shortcuts_are_only_where_the_shape_is_kept(shortcut):
+    pool = Pool(widths=[16, 16, 8, 8, 8], strides=[1, 2, 1, 1, 2], shortcut=shortcut)
+    kept = [shortcut and same for same in (True, False, False, True, False)]
+    assert ["zero" in pool.choices(layer) for layer in range(5)] == kept
+    for seed in range(20):
+        layers = pool.sample(seed)["layers"][1:-2]
+        assert [layer["shortcut"] for layer in layers] == kept
+        assert all(layer["type"] != "zero" or keeps for layer, keeps in zip(layers, kept, strict=True))
+
+
+def test_a_partition_decides_where_a_student_is_cut():
+    spec = Pool(widths=[4] * 6, stem=4, head=4, partition=[3, 1, 0, 2]).sample(0)
+    assert spec["blocks"] == [3, 1, 0, 2]
+    assert [len(stage) for stage in PoolNet(spec, 2).stages] == [4, 1, 0, 2]  # the stem goes with the first
+
+
+def test_a_layer_with_a_shortcut_adds_its_input():
+    kept = {"type": "identity", "in": 3, "out": 3, "stride": 1}
+    x = torch.randn(1, 3, 4, 4)
+    assert torch.equal(PoolLayer(kept | {"shortcut": True})(x), 2 * x)
+    assert torch.equal(PoolLayer(kept | {"shortcut": False})(x), x)
+    assert torch.equal(PoolLayer(kept | {"type": "zero", "shortcut": True})(x), x)
+
+
+@pytest.mark.parametrize("place", [1, 2, 3, 4])
+@pytest.mark.parametrize("change", [{"in": 7}, {"stride": 3}, {"out": 0}, {"type": "conv"}, {"shortcut": 1, "out": 9}])
+def test_a_broken_layer_is_named(place, change):
+    with pytest.raises(UserError, match=f"spec: layer {place} "):
+        check_spec(broken(lambda spec: spec["layers"][place].update(change)))
+
+
+@pytest.mark.parametrize(("place", "change"), [(-2, {"in": 7}), (-1, {"in": 7}), (-2, {"out": 7})])
+def test_a_head_that_does_not_fit_is_refused(place, change):
+    with pytest.raises(UserError, match="last conv and the linear"):
+        check_spec(broken(lambda spec: spec["layers"][place].update(change)))
+
+
+@pytest.mark.parametrize("blocks", [[4], [5, -1], [1, 1, 1], [], "4", None])
+def test_blocks_that_do_not_fit_are_refused(blocks):
+    with pytest.raises(UserError, match="spec: "):
+        check_spec(broken(lambda spec: spec.update(blocks=blocks)))
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "3", '"layers"', "{}", '{"spec": null}'])
+def test_files_that_hold_no_spec_are_refused(tmp_path, content):
+    (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(UserError):
+        create_model(str(tmp_path / "mine.json"), 10, argument="--student")
+
+
+def test_a_spec_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"--student .*nowhere\.json: cannot read"):
+        create_model(str(tmp_path / "nowhere.json"), 10, argument="--student")

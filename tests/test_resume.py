@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.runs import TINY_GTN, python, read_json, read_rows, start, succeeded
+from tests.runs import TINY, TINY_GTN, python, read_json, read_rows, start, succeeded
 
 # Small batches make epochs of some seconds, so that there is a middle to stop in.
 COMMAND = [*TINY_GTN, "--batch_size", "8", "--epochs", "3", "--gate_holdout", "0.1"]
@@ -75,3 +75,22 @@ def test_a_changed_option_is_refused_by_name(uninterrupted, tmp_path):
 def test_latest_without_a_checkpoint_says_so_and_starts(tmp_path):
     command = [*TINY_GTN, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest"]
     assert "starting from the beginning" in succeeded(python("train_teacher.py", *command)).stdout
+
+
+def test_a_student_stopped_in_the_middle_ends_alike(tmp_path):
+    succeeded(python("train_teacher.py", *TINY, "--output_dir", tmp_path / "teacher"))
+    command = ["--teacher", tmp_path / "teacher", "--student", "resnet8", "--batch_size", "8", "--epochs", "2"]
+    succeeded(python("distill.py", *command, "--output_dir", tmp_path / "whole"))
+    run = tmp_path / "run"
+    process = start("distill.py", *command, "--output_dir", run)
+    wait_for((run / "checkpoints" / "last.safetensors").exists, process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    done = succeeded(python("distill.py", *command, "--output_dir", run, "--resume_from_checkpoint", "latest"))
+    assert int(done.stdout.split("batch ")[1].split()[0]) > 1, "the signal came between two epochs: nothing was tested"
+    assert (run / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    rows = [[(row["losses"], row["accuracy"]) for row in read_rows(each / "metrics.jsonl")]
+            for each in (run, tmp_path / "whole")]  # fmt: skip
+    assert rows[0] == rows[1]
