@@ -9,6 +9,7 @@ accelerate launch --config_file accelerate_config.yaml distill.py \\
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -105,10 +106,10 @@ def main() -> None:
 def next_command(config: DistillConfig, student: str | Path, size: int) -> str:
     """The other half of a comparison: the same student trained alone, or distilled."""
     other = "--method none" if config.teacher else "--method kd --teacher RUN_FOLDER"
-    name = config.output_dir + ("-alone" if config.teacher else "-distilled")
+    name = config.output_dir.rstrip("/") + ("-alone" if config.teacher else "-distilled")
     return (
-        f"python distill.py {other} --student {student} --dataset {config.dataset} --image_size {size} "
-        f"--epochs {config.epochs} --output_dir {name}"
+        f"python distill.py {other} --student {quote(str(student))} --dataset {quote(config.dataset)} "
+        f"--image_size {size} --epochs {config.epochs} --output_dir {quote(name)}"
     )
 
 

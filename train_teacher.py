@@ -10,6 +10,7 @@ accelerate launch --config_file accelerate_config.yaml train_teacher.py \\
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 
 import safetensors.torch
 import torch
@@ -88,8 +89,9 @@ def main() -> None:
         loop,
         described={"method": config.method, "model": config.model, "parameters": count(teacher), "sha256": info.sha256},
         warnings=warnings,
-        next_command=f"python distill.py --teacher {folder.path} --student {'pool:7' if pool else 'resnet8'} "
-        f"--method kd --epochs {config.epochs} --output_dir {folder.path}-student",
+        next_command=f"python distill.py --teacher {quote(str(folder.path))} "
+        f"--student {'pool:7' if pool else 'resnet8'} --method kd --epochs {config.epochs} "
+        f"--output_dir {quote(f'{folder.path}-student')}",
     )
 
 
@@ -99,7 +101,7 @@ def read_top1(run: str | None) -> float | None:
         return None
     try:
         return json.loads((Path(run) / "summary.json").read_text())["top1"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--vanilla_run {run}: holds no finished run") from None
 
 

@@ -83,7 +83,7 @@ class RunConfig:
             "nesterov": (not self.nesterov or self.momentum > 0, "off when --momentum is 0"),
             "lr_gamma": (0 < self.lr_gamma <= 1, "in (0, 1]"),
             "checkpointing_epochs": (self.checkpointing_epochs >= 1, "at least 1"),
-            "seed": (self.seed >= 0, "at least 0"),
+            "seed": (0 <= self.seed < 2**63, "at least 0 and below 2^63"),
         }
         for name, (fine, wanted) in limits.items():
             if not fine:
@@ -196,7 +196,7 @@ def _check_recipe(argv: list[str], known: set[str]) -> None:
             raise UserError("--config: name a recipe, for example --config recipes/digits_gtn.yaml")
         try:
             content = yaml.safe_load(Path(value).read_text())
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"--config {value}: cannot read the recipe ({_one_line(str(error))})") from None
         if not isinstance(content, dict):
             raise UserError(f"--config {value}: a recipe is a YAML mapping of options")

@@ -2,6 +2,7 @@
 
 import glob
 import io
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from common import UserError, check_name
 HUB = {"cifar10": ("uoft-cs/cifar10", "img", "label"), "cifar100": ("uoft-cs/cifar100", "img", "fine_label")}
 TEST_SHARE = 0.2  # of a set that comes without a test split
 SPLIT_SEED = 0  # the same split in every run, whatever its seed
+TEST_FILE = re.compile(r"(?<![a-z])(test|val|validation)(?![a-z])")
 MIN_IMAGES_TO_SAY = 5000  # decoding fewer than these shows no bar
 
 
@@ -78,6 +80,8 @@ def load_images(name: str, image_size: int | None = None, progress: bool = True)
     """
     kind, _, place = name.partition(":")
     check_name("--dataset", kind, ["digits", *HUB, "parquet", "folder"])
+    if bool(place) != (kind in ("parquet", "folder")):
+        raise UserError(f"--dataset {name}: a place follows parquet: and folder: only, and must follow them")
     if kind == "digits":
         splits, flip = [_digits(image_size or 16)], False
     else:
@@ -152,7 +156,7 @@ def _parquet(pattern: str) -> list[Source]:
     files = sorted(glob.glob(pattern, recursive=True))
     if not files:
         raise UserError(f"--dataset parquet:{pattern}: no file matches")
-    tests = [file for file in files if any(word in Path(file).name for word in ("test", "val"))]
+    tests = [file for file in files if TEST_FILE.search(Path(file).name)]
     sources = []
     for group in ([file for file in files if file not in tests], tests):
         if not group:
@@ -171,7 +175,7 @@ def _parquet_rows(files, tables):
         labels = table["label"].to_pylist()
         for index, (image, label) in enumerate(zip(table["image"], labels, strict=True)):
             cell = image.as_py()
-            data = cell["bytes"] if isinstance(cell, dict) else cell
+            data = cell.get("bytes") if isinstance(cell, dict) else cell
             yield f"{file} row {index}", lambda data=data: Image.open(io.BytesIO(data)), label
 
 
@@ -200,7 +204,7 @@ def _decode(count: int, rows: Iterable, image_size: int | None, progress: bool) 
     for where, open_image, label in tqdm(rows, total=count, desc="reading images", disable=quiet or None, leave=False):
         try:
             image = open_image().convert("RGB")
-        except (OSError, ValueError, TypeError, SyntaxError) as error:
+        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"--dataset: cannot read the image {where}: {error}") from None
         if image_size and image.size != (image_size, image_size):
             image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
@@ -218,9 +222,10 @@ def _decode(count: int, rows: Iterable, image_size: int | None, progress: bool) 
 
 def _count_classes(name: str, train: Split, test: Split) -> int:
     classes = int(train.labels.max()) + 1
-    missing = sorted(set(range(classes)) - set(train.labels.tolist()))
-    if missing:
-        raise UserError(f"--dataset {name}: labels run to {classes - 1}, but class {missing[0]} has no training image")
+    present = train.labels.unique()  # sorted; its length, not the largest label, bounds the memory
+    if len(present) < classes:
+        missing = next(index for index, label in enumerate(present.tolist()) if index != label)
+        raise UserError(f"--dataset {name}: labels run to {classes - 1}, but class {missing} has no training image")
     if classes < 2:
         raise UserError(f"--dataset {name}: all training images are of one class")
     if int(test.labels.max()) >= classes:

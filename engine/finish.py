@@ -51,6 +51,6 @@ def finish_run(loop: Loop, described: dict, warnings: list[str], next_command: s
     screen.say(f"  model     {folder.path}/model.safetensors (load it with models.load_pretrained('{folder.path}'))")
     screen.say(f"  numbers   {folder.path}/summary.json, {folder.path}/metrics.jsonl")
     screen.say(f"  plots     {', '.join(str(path) for path in plots)}")
-    if config.with_tracking:
+    if config.with_tracking and "tensorboard" in config.report_to:
         screen.say(f"  tracked   tensorboard --logdir {folder.path}/tensorboard")
     screen.say(f"next: {next_command}")

@@ -185,6 +185,7 @@ class Loop:
 
     def _stop(self, signum: int, totals: "_Totals | None") -> None:
         if totals is not None:
+            self._check_in_step()  # also averages BatchNorm statistics: the checkpoint is every process's
             self.progress.partial = self._gather(totals).as_dict()
         self._save()
         raise Interrupted(
@@ -195,6 +196,7 @@ class Loop:
 
     def _finish_epoch(self, lr: float, totals: "_Totals") -> None:
         progress, config = self.progress, self.config
+        self._check_finite()
         self._check_in_step()
         totals = self._gather(totals)
         accuracy, top5 = self._evaluate(self.test)
@@ -253,6 +255,17 @@ class Loop:
         percent = (100 * sums / len(split)).tolist()
         tops = [{name: top[k] for name, top in zip(names, percent, strict=True)} for k in (0, 1)]
         return tops[0], tops[1]
+
+    @torch.no_grad()
+    def _check_finite(self) -> None:
+        """A finite loss can be followed by an update that is not: stop before it is saved as good."""
+        norms = torch.stack([parameter.abs().max() for parameter in self.objective.parameters()])
+        if not norms.isfinite().all():
+            saved = self.folder.last if self.folder.last.is_file() else "none yet"
+            raise RunError(
+                f"the weights are no longer finite after iteration {self.progress.iteration - 1} "
+                f"(epoch {self.progress.epoch + 1}); last good checkpoint: {saved}. A lower --lr usually helps."
+            )
 
     @torch.no_grad()
     def _check_in_step(self) -> None:

@@ -85,6 +85,27 @@ class ModelInfo:
     pool: dict | None = None
     sha256: str = ""
 
+    def check(self) -> None:
+        """Raise UserError, naming the field, for values that no run of ours writes."""
+
+        def numbers(values: object) -> bool:
+            return isinstance(values, list) and len(values) == 3 and all(type(v) in (int, float) for v in values)
+
+        fine = {
+            "name": isinstance(self.name, str),
+            "dataset": isinstance(self.dataset, str),
+            "num_classes": type(self.num_classes) is int and self.num_classes >= 2,
+            "image_size": type(self.image_size) is int and self.image_size >= 1,
+            "mean": numbers(self.mean),
+            "std": numbers(self.std) and min(self.std) > 0,
+            "pool": self.pool is None or isinstance(self.pool, dict),
+        }
+        for field, good in fine.items():
+            if not good:
+                raise UserError(f"model.json: '{field}' cannot be {getattr(self, field)!r}")
+        if self.pool is not None:
+            Pool(**self.pool).check()
+
 
 def save_pretrained(model: Network, info: ModelInfo, folder: Path) -> ModelInfo:
     """Write `model.safetensors` and `model.json`, each atomically; return the info with its checksum."""
@@ -108,6 +129,7 @@ def load_pretrained(folder: str | Path) -> Network:
         raise UserError(f"'{folder}' holds no trained model (model.json and model.safetensors)")
     try:
         info = ModelInfo(**json.loads((folder / "model.json").read_text()))
+        info.check()
         data = (folder / "model.safetensors").read_bytes()
         if hashlib.sha256(data).hexdigest() != info.sha256:
             raise UserError(f"'{folder / 'model.safetensors'}' is not the file that model.json describes: damaged?")

@@ -32,7 +32,7 @@ class GTNOptions:
 
     Args:
         alpha: weight of the KL between branches and teacher (the paper: 3 on CIFAR-100, 1 on ImageNet-200).
-        alpha_phi: weight of that KL in the gates' loss, below 0; default -alpha.
+        alpha_phi: weight of that KL in the gates' loss, at most 0; default -alpha.
         temperature: softmax temperature of the KL (the paper: 1).
         kl_direction: reverse is KL(branch || teacher), as SFTN prints it; forward is KL(teacher || branch).
         gate_every: every how many iterations one updates the gates instead of the weights; 0: never.
@@ -60,6 +60,8 @@ class GTNOptions:
         """Raise UserError for values outside their range."""
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"--temperature {self.temperature}: must be above 0")
+        if self.alpha < 0 or (self.alpha_phi is not None and self.alpha_phi > 0):
+            raise UserError(f"--alpha {self.alpha} must be at least 0, --alpha_phi {self.alpha_phi} at most 0")
         if self.gate_every < 0 or self.gate_every == 1:
             raise UserError(f"--gate_every {self.gate_every}: must be 2 or more, or 0 for fixed gates")
         if not 0 <= self.gate_holdout < 1 or (self.gate_holdout and not self.gate_every):

@@ -1,6 +1,7 @@
 """A user's mistake gets one line, exit code 2, and touches nothing: through the real scripts."""
 
 import io
+import json
 import os
 import pickle
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import safetensors.torch
 from PIL import Image
 
 from tests.runs import TINY, python, read_rows, start, succeeded
@@ -172,3 +174,42 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     arguments = [*TINY, "--epochs", "3", "--lr", "1e30", "--lr_schedule", "constant", "--output_dir", run]
     refused("train_teacher.py", *arguments, said=("'ce' became", "iteration", "last good checkpoint: none yet"), code=1)
     assert read_rows(run / "metrics.jsonl") == [] and not (run / "summary.json").exists()
+
+
+def test_a_recipe_in_another_encoding(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"# caf\xe9\nlr: 0.1\n")
+    refused("train_teacher.py", "--config", tmp_path / "r.yaml", said=("r.yaml",))
+
+
+def test_a_seed_beyond_64_bits(tmp_path):
+    refused("train_teacher.py", "--seed", 10**20, "--output_dir", tmp_path / "run", said=("--seed",))
+
+
+def test_a_vanilla_run_with_another_summary(tmp_path):
+    (tmp_path / "summary.json").write_text("[1]")
+    refused("train_teacher.py", "--vanilla_run", tmp_path, said=("--vanilla_run",))
+
+
+TAMPERED = [{"pool": {"bogus": 1}}, {"image_size": "big"}, {"image_size": -3}, {"std": [0.1]}, {"std": [0, 0, 0]}]
+TAMPERED += [{"mean": "x"}, {"dataset": None}]
+
+
+@pytest.mark.parametrize("change", TAMPERED, ids=str)
+def test_a_model_json_that_makes_no_sense(run, tmp_path, change):
+    shutil.copytree(run, tmp_path / "t")
+    path = tmp_path / "t" / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    arguments = ["--teacher", tmp_path / "t", "--student", "pool:1", "--epochs", 1, "--output_dir", tmp_path / "s"]
+    refused("distill.py", *arguments, said=("--teacher",))
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_weights_that_are_not_finite_are_neither_saved_nor_called_good(tmp_path, epochs):
+    """The loss of an epoch's last batch is finite; the update after it is not."""
+    run = tmp_path / "run"
+    arguments = [*TINY, "--batch_size", "1437", "--epochs", epochs, "--lr", "3e38", "--weight_decay", "10"]
+    done = python("train_teacher.py", *arguments, "--lr_schedule", "constant", "--output_dir", run)
+    assert done.returncode == 1 and "last good checkpoint: none yet" in done.stderr, done.stderr[-300:]
+    for path in run.rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in safetensors.torch.load_file(path).values()), path

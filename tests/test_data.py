@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +16,14 @@ from sklearn.datasets import load_digits
 
 from common import UserError
 from engine.data import hold_out, load_images
-from tests.runs import python
+from tests.runs import ROOT, python
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def encoded(value: int = 0, size=(8, 8), mode: str = "RGB") -> bytes:
     buffer = io.BytesIO()
-    colour = value if mode == "L" else (value, 255 - value, 7)
+    colour = value if mode in ("L", "1") else (value, 255 - value, 7)
     Image.new(mode, size, colour).save(buffer, "PNG")
     return buffer.getvalue()
 
@@ -174,3 +176,53 @@ def test_real_images_in_the_hubs_parquet_layout(tmp_path):
     data = load_images(f"parquet:{tmp_path}/*.parquet")
     assert data.train.images.shape == (300, 3, 32, 32) and data.num_classes == 10
     assert all(0.35 < mean < 0.55 for mean in data.mean)
+
+
+def write_cells(path: Path, cells: list, labels: list) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells, "label": labels}), path)
+
+
+def cells(count: int) -> list[dict]:
+    return [{"bytes": encoded(), "path": None}] * count
+
+
+def test_only_a_whole_word_makes_a_file_the_test_split(tmp_path):
+    write_cells(tmp_path / "latest-train.parquet", cells(20), [0, 1] * 10)
+    write_cells(tmp_path / "latest-test.parquet", cells(4), [0, 1] * 2)
+    data = load_images(f"parquet:{tmp_path}/*.parquet")
+    assert (len(data.train), len(data.test)) == (20, 4)
+
+
+def test_a_picture_of_absurd_size_is_named(tmp_path):
+    images = [encoded(), encoded(1, (20000, 18000), "1")]
+    write_cells(tmp_path / "x.parquet", [{"bytes": image, "path": None} for image in images], [0, 1])
+    with pytest.raises(UserError, match="parquet row 1"):
+        load_images(f"parquet:{tmp_path}/x.parquet", 8)
+
+
+def test_image_cells_without_bytes_are_named(tmp_path):
+    write_cells(tmp_path / "x.parquet", [{"path": "a.png"}] * 10, [0, 1] * 5)
+    with pytest.raises(UserError, match="parquet row 0"):
+        load_images(f"parquet:{tmp_path}/x.parquet")
+
+
+LITTLE_MEMORY = """
+import resource, sys
+from common import UserError
+from engine.data import load_images
+used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    load_images(sys.argv[1])
+except UserError as error:
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used
+    assert "class 1 has no training image" in str(error) and grown < 200_000, (error, grown)
+    sys.exit(9)
+"""
+
+
+def test_a_huge_label_costs_no_memory(tmp_path):
+    write_cells(tmp_path / "train.parquet", cells(20), [0] * 19 + [10_000_000])
+    write_cells(tmp_path / "test.parquet", cells(2), [0, 0])
+    command = [sys.executable, "-c", LITTLE_MEMORY, f"parquet:{tmp_path}/*.parquet"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr[-300:]

@@ -164,3 +164,9 @@ def test_a_model_of_any_family_can_be_student_and_teacher(tmp_path):
     arguments = ["--teacher", tmp_path / "t", "--student", "resnet8x2", "--epochs", 1, "--batch_size", 128]
     succeeded(python("distill.py", *arguments, *TINY_POOL, "--output_dir", tmp_path / "s"))
     assert load_pretrained(tmp_path / "s").info.name == "resnet8x2"
+
+
+def test_the_next_command_survives_a_space_in_the_path(tmp_path):
+    done = succeeded(python("train_teacher.py", *TINY, "--output_dir", tmp_path / "my teacher"))
+    words = shlex.split(next(x for x in done.stdout.splitlines() if x.startswith("next: ")).removeprefix("next: "))
+    assert words[words.index("--teacher") + 1] == f"{tmp_path}/my teacher"
