@@ -53,6 +53,7 @@ class Loader:
         full, rest = divmod(len(split), batch_size)
         self.edges = [batch_size * i for i in range(full)] + ([batch_size * full] if rest >= 2 * world else [])
         self.edges.append(len(split))
+        self._planned: tuple[int, tuple | None] = (-1, None)  # the epoch that `one` is in
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -67,7 +68,9 @@ class Loader:
     def one(self, number: int) -> Batch:
         """Batch `number` of an endless stream over epochs."""
         epoch, number = divmod(number, len(self))
-        return self._batch(self.plan(epoch), number)
+        if self._planned[0] != epoch:  # shuffled once an epoch, not once a batch
+            self._planned = (epoch, self.plan(epoch))
+        return self._batch(self._planned[1], number)
 
     def plan(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """(order [N], crop offsets [N, 2], flips [N]) of an epoch, the same in every process."""
