@@ -1,10 +1,11 @@
 """The one door to the operations that are worth a kernel of their own.
 
-Callers import from here and nowhere deeper. Today every operation runs its plain PyTorch reference,
-which is also the specification that a faster implementation has to meet.
+Callers import from here and nowhere deeper. Every operation has a plain PyTorch reference, which is its
+specification, and Triton kernels; `use` chooses between them, and on an NVIDIA GPU the kernels are the default.
 """
 
+from kernels.dispatch import use
 from kernels.gates import gate_gradient, gated_mix
-from kernels.kd import cross_entropy, kd_loss
+from kernels.kd import DecoupledLoss, cross_entropy, decoupled_kd_loss, kd_loss
 
-__all__ = ["cross_entropy", "gate_gradient", "gated_mix", "kd_loss"]
+__all__ = ["DecoupledLoss", "cross_entropy", "decoupled_kd_loss", "gate_gradient", "gated_mix", "kd_loss", "use"]

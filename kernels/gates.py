@@ -1,7 +1,8 @@
 """The gated mixed operation of a supernet layer, and the gradient of its gates.
 
 Source: Cai et al., ProxylessNAS (ICLR 2019), section 3.2: binary gates choose one candidate operation a
-layer, and the gates' gradient is what the loss says about every candidate's output.
+layer, and the gates' gradient is what the loss says about every candidate's output. The plain PyTorch
+reference in this file is the specification of the Triton kernels in kernels/gates_triton.py.
 """
 
 from collections.abc import Sequence
@@ -9,32 +10,59 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.dispatch import runs_triton
 
-def gated_mix(outputs: Sequence[Tensor | None], gates: Tensor, active: int, shortcut: Tensor | None = None) -> Tensor:
-    """y = shortcut + sum_j gates[j] * outputs[j] for one-hot gates, without a multiplication.
 
-    The forward pass only selects; the backward pass sends dL/dy to the active output and to the shortcut,
-    and gives every gate dL/dgates[j] = <dL/dy, outputs[j]>, accumulated in float32 or better. Inactive
-    outputs receive no gradient, since their gate is 0.
+def gated_mix(
+    outputs: Sequence[Tensor | None],
+    gates: Tensor,
+    active: int | None = None,
+    shortcut: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """y = shortcut + sum_j gates[j] * outputs[j], then max(y, 0) with `relu`.
+
+    With `active`, gates are one-hot there and nothing is multiplied: the forward pass only selects, dL/dy
+    goes to the active output and to the shortcut, and inactive outputs, whose gate is 0, receive no
+    gradient. Without, gates are weights of any value, and every output receives its share. Either way
+    every gate has its gradient dL/dgates[j] = <dL/dy, outputs[j]>, accumulated in float32 or better in the
+    same pass over memory as the outputs' gradients.
 
     Args:
-        outputs: J candidate outputs of one shape, any layout; None stands for an output of zeros.
-        gates: [J] floating point, one-hot at `active`; only its gradient matters.
-        active: index of the candidate whose gate is 1.
-        shortcut: tensor of the outputs' shape added to the chosen one, or None.
+        outputs: J candidate outputs of one shape; None stands for an output of zeros. Contiguous or
+            channels_last tensors are taken as they are, mixed layouts are brought to the first one's.
+        gates: [J] floating point; with `active` only its gradient matters.
+        active: index of the candidate whose gate is 1, or None for weights.
+        shortcut: tensor of the outputs' shape added to them, or None.
+        relu: clip the sum at 0, as a residual block does.
+
+    Returns:
+        y in the outputs' shape and layout and in the type that outputs and shortcut promote to. Where there
+        is nothing to compute it is the active output, or the shortcut, itself.
 
     Raises:
-        ValueError: `active` out of range, gates of another length, or nothing to return (the active output
-            is zero and there is no shortcut).
+        ValueError: `active` out of range, gates of another length, shapes or devices that differ, or nothing
+            to return (all that counts is zero and there is no shortcut).
     """
-    if gates.shape != (len(outputs),) or not 0 <= active < len(outputs):
+    J = len(outputs)
+    if gates.shape != (J,) or not (active is None or 0 <= active < J):
         raise ValueError(
-            f"{len(outputs)} outputs need gates [{len(outputs)}] and an active index among them; "
+            f"{J} outputs need gates [{J}] and an active index among them; "
             f"got gates {list(gates.shape)} and active {active}"
         )
-    if outputs[active] is None and shortcut is None:
+    if not gates.is_floating_point():
+        raise ValueError(f"gates must be floating point; got {gates.dtype}")
+    present = [tensor for tensor in (*outputs, shortcut) if tensor is not None]
+    for tensor in present:
+        if tensor.shape != present[0].shape or not tensor.is_floating_point():
+            described = ", ".join(f"{each.dtype} {list(each.shape)}" for each in present)
+            raise ValueError(f"outputs and shortcut must be floating point and of one shape; got {described}")
+        if tensor.device != gates.device:
+            raise ValueError(f"gates are on {gates.device} but an output or the shortcut is on {tensor.device}")
+    counted = outputs if active is None else [outputs[active]]
+    if shortcut is None and all(output is None for output in counted):
         raise ValueError("the active output is zero and there is no shortcut: the signal would be cut")
-    return _GatedMix.apply(gates, active, shortcut, *outputs)
+    return _GatedMix.apply(gates, active, relu, shortcut, *outputs)
 
 
 def gate_gradient(probabilities: Tensor, gate_gradients: Tensor) -> Tensor:
@@ -55,24 +83,136 @@ def gate_gradient(probabilities: Tensor, gate_gradients: Tensor) -> Tensor:
 
 
 class _GatedMix(torch.autograd.Function):
+    """Keeps the operators below from copying where the result is one of the inputs."""
+
     @staticmethod
-    def forward(ctx, gates, active, shortcut, *outputs):
-        ctx.active, ctx.has_shortcut = active, shortcut is not None
-        ctx.present = [output is not None for output in outputs]
-        ctx.save_for_backward(gates, *(output for output in outputs if output is not None))
-        chosen = outputs[active]
-        if chosen is None:
-            return shortcut
-        return chosen if shortcut is None else shortcut + chosen
+    def forward(ctx, gates, active, relu, shortcut, *outputs):
+        ctx.active, ctx.dtypes = active, [None if each is None else each.dtype for each in (shortcut, *outputs)]
+        chosen = outputs if active is None else [outputs[active]]
+        terms = [each for each in (*chosen, shortcut) if each is not None]
+        if active is not None and len(terms) == 1 and not relu:
+            y = terms[0].view_as(terms[0])
+        else:
+            y = _mix(chosen, gates if active is None else None, shortcut, relu)
+        kept = outputs if active is None or ctx.needs_input_grad[0] else [None] * len(outputs)
+        ctx.save_for_backward(gates, y if relu else None, *kept)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        gates, *saved = ctx.saved_tensors
-        gate_grads = torch.zeros_like(gates)
-        if ctx.needs_input_grad[0]:
-            accumulate = torch.promote_types(grad.dtype, torch.float32)
-            dots = iter([(grad.to(accumulate) * output).sum() for output in saved])
-            zero = gates.new_zeros(())
-            gate_grads = torch.stack([next(dots).to(gates.dtype) if there else zero for there in ctx.present])
-        output_grads = [grad if j == ctx.active and there else None for j, there in enumerate(ctx.present)]
-        return gate_grads, None, grad if ctx.has_shortcut else None, *output_grads
+        gates, y, *outputs = ctx.saved_tensors
+        soft, wants_gates = ctx.active is None, ctx.needs_input_grad[0]
+        dz, dots, shares = grad, None, []
+        if soft or wants_gates or y is not None:
+            clipped, dots, shares = _mix_backward(grad, outputs, gates if soft else None, y, wants_gates)
+            dz = grad if y is None else clipped
+        shares = iter(shares)
+        d_terms = [dz]
+        for j in range(len(outputs)):
+            d_terms.append(next(shares) if soft and outputs[j] is not None else dz if j == ctx.active else None)
+        # A term that is not there has no dtype and no gradient.
+        d_terms = [
+            None if each is None or dtype is None else each.to(dtype)
+            for each, dtype in zip(d_terms, ctx.dtypes, strict=True)
+        ]
+        return dots.to(gates.dtype) if wants_gates else None, None, None, *d_terms
+
+
+# The operators. `gates` are None where the one output is taken as it is.
+
+
+@torch.library.custom_op("distillation::mix", mutates_args=())
+def _mix(outputs: Sequence[Tensor | None], gates: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
+    *outputs, shortcut = _same_layout([*outputs, shortcut])
+    if runs_triton(*outputs, shortcut):
+        from kernels import gates_triton
+
+        return gates_triton.mix(outputs, gates, shortcut, relu)
+    return reference_mix(outputs, gates, shortcut, relu)
+
+
+@_mix.register_fake
+def _(outputs, gates, shortcut, relu):
+    terms = [each for each in _same_layout([*outputs, shortcut]) if each is not None]
+    return torch.empty_like(terms[0], dtype=mixed_dtype(terms))
+
+
+@torch.library.custom_op("distillation::mix_backward", mutates_args=())
+def _mix_backward(
+    grad: Tensor, outputs: Sequence[Tensor | None], gates: Tensor | None, y: Tensor | None, for_gates: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(gradient before the ReLU, empty without `y`; dots [J], empty unless wanted; with `gates` those of the
+    outputs that are there)."""
+    *outputs, y, grad = _same_layout([*outputs, y, grad])
+    if runs_triton(*outputs, y, grad):
+        from kernels import gates_triton
+
+        return gates_triton.mix_backward(grad, outputs, gates, y, for_gates)
+    return reference_mix_backward(grad, outputs, gates, y, for_gates)
+
+
+@_mix_backward.register_fake
+def _(grad, outputs, gates, y, for_gates):
+    *outputs, y, grad = _same_layout([*outputs, y, grad])
+    dots = grad.new_empty(len(outputs) if for_gates else 0, dtype=accumulate_dtype(grad))
+    d_outputs = [] if gates is None else [torch.empty_like(each) for each in outputs if each is not None]
+    return grad.new_empty(0) if y is None else torch.empty_like(grad), dots, d_outputs
+
+
+# The reference.
+
+
+def reference_mix(outputs, gates, shortcut, relu):
+    """As `_mix`, for tensors of one layout."""
+    terms = [each for each in (shortcut, *outputs) if each is not None]
+    if gates is None:
+        y = terms[0] + terms[1] if len(terms) == 2 else terms[0]
+        return y.clamp(min=0) if relu else y.clone() if len(terms) == 1 else y
+    dtype = accumulate_dtype(*terms)
+    total = torch.zeros_like(terms[0], dtype=dtype) if shortcut is None else shortcut.to(dtype)
+    for gate, output in zip(gates, outputs, strict=True):
+        if output is not None:
+            total = total + gate.to(dtype) * output
+    total = total.to(mixed_dtype(terms))
+    return total.clamp(min=0) if relu else total
+
+
+def reference_mix_backward(grad, outputs, gates, y, for_gates):
+    """As `_mix_backward`, for tensors of one layout."""
+    dtype = accumulate_dtype(grad)
+    dz = grad if y is None else grad.masked_fill(y <= 0, 0.0)
+    wide = dz.to(dtype)
+    dots = grad.new_empty(0, dtype=dtype)
+    if for_gates:
+        zero = wide.new_zeros(())
+        dots = torch.stack([zero if each is None else (wide * each).sum() for each in outputs])
+    d_outputs = []
+    if gates is not None:
+        pairs = zip(gates, outputs, strict=True)
+        d_outputs = [(gate.to(dtype) * wide).to(output.dtype) for gate, output in pairs if output is not None]
+    return grad.new_empty(0) if y is None else dz, dots, d_outputs
+
+
+def mixed_dtype(terms: Sequence[Tensor]) -> torch.dtype:
+    """What the terms of a sum promote to."""
+    dtype = terms[0].dtype
+    for term in terms[1:]:
+        dtype = torch.promote_types(dtype, term.dtype)
+    return dtype
+
+
+def accumulate_dtype(*terms: Tensor) -> torch.dtype:
+    return torch.promote_types(mixed_dtype(terms), torch.float32)
+
+
+def _same_layout(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors as dense ones whose elements lie in the same order: as they are if they do, copies if not."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    images = present[0].dim() == 4
+    if images and all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in present):
+        return list(tensors)
+    if all(tensor.is_contiguous() for tensor in present):
+        return list(tensors)
+    first_is_last = images and present[0].is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if first_is_last else torch.contiguous_format
+    return [None if tensor is None else tensor.contiguous(memory_format=layout) for tensor in tensors]

@@ -1,13 +1,33 @@
-"""The losses between K students and their teacher: temperature KL divergence and cross-entropy."""
+"""The losses between K students and their teacher: cross-entropy and temperature KL divergence.
+
+The public functions check their arguments and call one operator, registered with PyTorch so that autograd,
+autocast, torch.compile and CUDA graphs know it; its backward pass is a second one. Each has two
+implementations: the plain PyTorch reference in this file, which is the specification, and the Triton kernels
+of kernels/kd_triton.py. Both passes recompute what they need from the logits: between them only a few
+numbers a row are kept.
+"""
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.dispatch import runs_triton
+
 Direction = Literal["forward", "reverse"]
+Reduction = Literal["mean", "none"]
+
+SMALL = 0.25  # |log p - log q| under which `divergence_terms` uses its series
+
+
+class DecoupledLoss(NamedTuple):
+    """Per-student losses of `decoupled_kd_loss`, each [K] or [K, N]."""
+
+    ce: Tensor
+    target: Tensor
+    non_target: Tensor
 
 
 def kd_loss(
@@ -17,67 +37,329 @@ def kd_loss(
     *,
     temperature: float = 1.0,
     direction: Direction = "forward",
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
 ) -> tuple[Tensor | None, Tensor]:
-    """Cross-entropy of every student and its KL divergence from the teacher, each a mean over the batch.
+    """Cross-entropy of every student and its KL divergence from the teacher.
 
     With p = softmax(teacher / T) and q_k = softmax(students[k] / T), the divergence is KL(p || q_k) when
     `direction` is "forward" (Hinton et al., 2015) and KL(q_k || p) when it is "reverse" (SFTN, eq. 5). It is
     the plain divergence in nats: the factor T^2 that keeps its gradients comparable is the caller's weight.
-    Gradients reach the students and the teacher alike; pass `teacher.detach()` where the teacher is fixed.
+    Gradients reach the students and the teacher alike, whichever require them; pass `teacher.detach()`
+    where the teacher is fixed. They cannot be differentiated a second time.
 
     Args:
-        students: logits [K, N, C], or [N, C] for a single student (K = 1).
+        students: logits [K, N, C], or [N, C] for a single student (K = 1). -inf masks a class out.
         teacher: logits [N, C].
         labels: class indices [N], int64; without them no cross-entropy is computed.
         temperature: T > 0, applied to the divergence only.
         direction: "forward" or "reverse".
+        label_smoothing: share of the target, in [0, 1], spread evenly over all classes.
+        ignore_index: rows with this label have no cross-entropy and do not count in its mean (0 if all have
+            it); their divergence counts.
+        reduction: "mean" over the batch, or "none".
 
     Returns:
-        (ce, kl): float tensors [K] in nats; `ce` is None without labels. Half-precision logits are
-        computed in float32, float64 stays float64.
+        (ce, kl): float tensors in nats, [K] for "mean" and [K, N] for "none"; `ce` is None without labels.
+        Half-precision logits are computed in float32, float64 stays float64. A row whose label is neither a
+        class nor `ignore_index` has a cross-entropy of NaN: to raise would mean to wait for the device.
 
     Raises:
-        ValueError: a temperature that is not a positive number, an unknown direction, or shapes, dtypes or
-            devices that do not belong together.
+        ValueError: a temperature that is not a positive number, an unknown direction or reduction, a
+            smoothing outside its range, or shapes, dtypes or devices that do not belong together.
     """
     students = students.unsqueeze(0) if students.dim() == 2 else students
-    _check_kd_arguments(students, teacher, labels, temperature, direction)
-    students, teacher = _at_least_float32(students), _at_least_float32(teacher)
-    log_p = F.log_softmax(teacher / temperature, dim=-1)
-    log_q = F.log_softmax(students / temperature, dim=-1)
-    if direction == "forward":
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1)
-    else:
-        kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean(-1)
-    return (None if labels is None else _mean_cross_entropy(students, labels)), kl
+    _check_logits(students, teacher)
+    _check_options(temperature, direction, label_smoothing, reduction)
+    if labels is not None:
+        _check_labels(labels, students)
+    ce, kl, _, _ = _forward(
+        students, teacher, labels, temperature, direction, label_smoothing, ignore_index, reduction == "mean"
+    )
+    return (None if labels is None else ce), kl
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def decoupled_kd_loss(
+    students: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+) -> DecoupledLoss:
+    """Cross-entropy, and the two parts into which DKD takes the forward divergence (Zhao et al., CVPR 2022).
+
+    With p_y and q_y the probabilities of the labelled class at temperature T, `target` is the divergence
+    between the binary distributions (p_y, 1 - p_y) and (q_y, 1 - q_y), and `non_target` that between p and q
+    restricted to the other classes and renormalised (eq. 5 to 7 there). DKD's loss is alpha T^2 target +
+    beta T^2 non_target: alpha, beta and T^2 are the caller's weights; target + (1 - p_y) non_target, row by
+    row, is KL(p || q).
+
+    Args and errors as in `kd_loss`, with C >= 2; a row with `ignore_index` counts in none of the three means.
+    """
+    students = students.unsqueeze(0) if students.dim() == 2 else students
+    _check_logits(students, teacher)
+    _check_options(temperature, "forward", label_smoothing, reduction)
+    _check_labels(labels, students)
+    if students.shape[-1] < 2:
+        raise ValueError(f"students need 2 classes or more to have non-target ones; got {_shape(students)}")
+    ce, non_target, target, _ = _forward(
+        students, teacher, labels, temperature, "decoupled", label_smoothing, ignore_index, reduction == "mean"
+    )
+    return DecoupledLoss(ce, target, non_target)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = -100) -> Tensor:
     """Mean cross-entropy in nats of logits [N, C] against class indices [N] int64, in float32 or better.
 
-    Raises ValueError for shapes, dtypes or devices that do not belong together.
+    Options as in `kd_loss`. Raises ValueError for shapes, dtypes or devices that do not belong together.
     """
     if logits.dim() != 2 or 0 in logits.shape or not logits.is_floating_point():
         raise ValueError(f"logits must be floating point [N, C], not empty; got {logits.dtype} {_shape(logits)}")
-    _check_labels(labels, logits)
-    return _mean_cross_entropy(_at_least_float32(logits)[None], labels)[0]
+    _check_options(1.0, "forward", label_smoothing, "mean")
+    _check_labels(labels, logits[None])
+    return _forward(logits[None], None, labels, 1.0, "none", label_smoothing, ignore_index, True)[0][0]
 
 
-def _mean_cross_entropy(students: Tensor, labels: Tensor) -> Tensor:
-    log_q = F.log_softmax(students, dim=-1)
-    index = labels.expand(len(students), -1).unsqueeze(-1)
-    return -log_q.gather(-1, index).squeeze(-1).mean(-1)
+# The operators. `form` is a direction, "decoupled", or "none" when there is no teacher. Of the results ce, kl
+# (the non-target part when decoupled) and target, those that a form lacks are empty. `rows` is what the
+# kernels keep for their backward pass; the reference keeps nothing.
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+@torch.library.custom_op("distillation::kd", mutates_args=())
+def _forward(
+    students: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    temperature: float,
+    form: str,
+    label_smoothing: float,
+    ignore_index: int,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = (students, teacher, labels, temperature, form, label_smoothing, ignore_index, mean)
+    if runs_triton(students, teacher):
+        from kernels import kd_triton
+
+        return kd_triton.forward(*arguments)
+    return reference_forward(*arguments)
 
 
-def _check_kd_arguments(students, teacher, labels, temperature, direction) -> None:
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be a positive number; got {temperature}")
-    if direction not in ("forward", "reverse"):
-        raise ValueError(f"direction must be 'forward' or 'reverse'; got {direction!r}")
+@_forward.register_fake
+def _(students, teacher, labels, temperature, form, label_smoothing, ignore_index, mean):
+    shape = students.shape[:1] if mean else students.shape[:2]
+    dtype = _compute_dtype(students, teacher)
+    wanted = (labels is not None, form != "none", form == "decoupled")
+    losses = [students.new_empty(shape if there else (0,), dtype=dtype) for there in wanted]
+    kept = _kept_numbers(students) if runs_triton(students, teacher) else 0
+    return *losses, students.new_empty(kept, dtype=torch.float32)
+
+
+@torch.library.custom_op("distillation::kd_backward", mutates_args=())
+def _backward(
+    grad_ce: Tensor | None,
+    grad_kl: Tensor | None,
+    grad_target: Tensor | None,
+    students: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    rows: Tensor,
+    temperature: float,
+    form: str,
+    label_smoothing: float,
+    ignore_index: int,
+    mean: bool,
+    for_students: bool,
+    for_teacher: bool,
+) -> tuple[Tensor, Tensor]:
+    grads, wanted = (grad_ce, grad_kl, grad_target), (for_students, for_teacher)
+    options = (temperature, form, label_smoothing, ignore_index, mean)
+    if rows.numel():
+        from kernels import kd_triton
+
+        return kd_triton.backward(*grads, students, teacher, labels, rows, *options, *wanted)
+    return reference_backward(*grads, students, teacher, labels, *options, *wanted)
+
+
+@_backward.register_fake
+def _(grad_ce, grad_kl, grad_target, students, teacher, labels, rows, *options):
+    *_, for_students, for_teacher = options
+    d_students = students.new_empty(students.shape if for_students else (0,))
+    d_teacher = teacher.new_empty(teacher.shape) if for_teacher else students.new_empty(0)
+    return d_students, d_teacher
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    students, teacher, labels, *ctx.options = inputs
+    ctx.set_materialize_grads(False)  # a loss that is not used costs nothing in the backward pass
+    ctx.save_for_backward(students, teacher, labels, output[3])
+
+
+def _autograd(ctx, grad_ce, grad_kl, grad_target, _):
+    for_students, for_teacher = ctx.needs_input_grad[:2]
+    tensors = ctx.saved_tensors
+    d_students, d_teacher = _backward(grad_ce, grad_kl, grad_target, *tensors, *ctx.options, for_students, for_teacher)
+    return d_students if for_students else None, d_teacher if for_teacher else None, *[None] * 6
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+# The reference: the formulas, in float32 or better.
+
+
+def reference_forward(students, teacher, labels, temperature, form, label_smoothing, ignore_index, mean):
+    """(ce, kl, target, nothing kept), as the operator returns them."""
+    dtype = _compute_dtype(students, teacher)
+    s = students.to(dtype)
+    ce, kl, target, kept = (s.new_empty(0, dtype=each) for each in (dtype, dtype, dtype, torch.float32))
+    counted = None if labels is None else labels != ignore_index
+    if labels is not None:
+        log_q = s.log_softmax(-1)
+        likelihood = _at_label(log_q, labels)
+        ce = -(1 - label_smoothing) * likelihood - label_smoothing * log_q.mean(-1)
+        ce = ce.masked_fill(~counted, 0.0)
+    if form != "none":
+        t = teacher.to(dtype)
+        if form == "decoupled":
+            target = _target_divergence(s, t, labels, temperature).masked_fill(~counted, 0.0)
+            s, t = _without_target(s, labels), _without_target(t, labels)
+        log_p, log_q = (t / temperature).log_softmax(-1), (s / temperature).log_softmax(-1)
+        pair = (log_q, log_p) if form == "reverse" else (log_p, log_q)
+        kl = divergence_terms(*pair).sum(-1)
+        kl = kl.masked_fill(~counted, 0.0) if form == "decoupled" else kl
+    if not mean:
+        return ce, kl, target, kept
+    count = None if counted is None else counted.sum().clamp(min=1)
+    ce = ce if labels is None else ce.sum(-1) / count
+    if form == "decoupled":
+        return ce, kl.sum(-1) / count, target.sum(-1) / count, kept
+    return ce, kl if form == "none" else kl.mean(-1), target, kept
+
+
+def reference_backward(
+    grad_ce,
+    grad_kl,
+    grad_target,
+    students,
+    teacher,
+    labels,
+    temperature,
+    form,
+    label_smoothing,
+    ignore_index,
+    mean,
+    for_students,
+    for_teacher,
+):
+    """Gradients of students and teacher, in their dtypes; empty where not wanted."""
+    dtype = _compute_dtype(students, teacher)
+    s = students.to(dtype)
+    counted = None if labels is None else labels != ignore_index
+    # Upstream gradients a row, [K, N, 1], with the factor of the mean in them.
+    every = 1 / s.shape[1] if mean else 1.0
+    labelled = every if counted is None else counted.to(dtype) / (counted.sum().clamp(min=1) if mean else 1)
+    of_kl = labelled if form == "decoupled" else every
+    g_ce, g_kl, g_target = (
+        None if grad is None else ((grad[:, None] if mean else grad) * factor).expand(s.shape[:2])[..., None]
+        for grad, factor in ((grad_ce, labelled), (grad_kl, of_kl), (grad_target, labelled))
+    )
+    ds = torch.zeros_like(s)
+    dt = torch.zeros(() if teacher is None else teacher.shape, dtype=dtype, device=s.device)
+    if g_ce is not None:
+        goal = (1 - label_smoothing) * _onehot(s, labels) + label_smoothing / s.shape[-1]
+        known = (labels >= 0) & (labels < s.shape[-1]) | ~counted
+        ds += g_ce * (s.softmax(-1) - goal).masked_fill(~known[:, None], math.nan)
+        ds = ds.masked_fill(~counted[:, None], 0.0)
+    if form == "decoupled":
+        t = teacher.to(dtype)
+        onehot = _onehot(s, labels)
+        z_s, z_t = _target_logit(s, labels, temperature), _target_logit(t, labels, temperature)
+        s, t = _without_target(s, labels), _without_target(t, labels)
+    elif form != "none":
+        t = teacher.to(dtype)
+    if form != "none" and not (g_kl is None and g_target is None):
+        log_p, log_q = (t / temperature).log_softmax(-1), (s / temperature).log_softmax(-1)
+        p, q = log_p.exp(), log_q.exp()
+        if g_kl is not None and form == "reverse":
+            kl = divergence_terms(log_q, log_p).sum(-1, keepdim=True)
+            ds += g_kl / temperature * torch.where(q == 0, 0.0, q * (log_q - log_p - kl))
+            dt += (g_kl / temperature * (p - q)).sum(0)
+        elif g_kl is not None:
+            kl = divergence_terms(log_p, log_q).sum(-1, keepdim=True)
+            ds += g_kl / temperature * (q - p)
+            dt += (g_kl / temperature * torch.where(p == 0, 0.0, p * (log_p - log_q - kl))).sum(0)
+        if g_target is not None:
+            p_y, q_y = z_t.sigmoid()[..., None], z_s.sigmoid()[..., None]
+            slope = (p_y * z_t.neg().sigmoid()[..., None]) * (z_t - z_s)[..., None]
+            ds += g_target / temperature * (q_y - p_y) * (onehot - q)
+            dt += (g_target / temperature * slope * (onehot - p)).sum(0)
+    if form == "decoupled":
+        ds, dt = ds.masked_fill(~counted[:, None], 0.0), dt.masked_fill(~counted[:, None], 0.0)
+    nothing = students.new_empty(0)
+    return ds.to(students.dtype) if for_students else nothing, dt.to(teacher.dtype) if for_teacher else nothing
+
+
+def divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Terms p (d - 1) + q, with d = log p - log q, that sum to KL(p || q) over the classes.
+
+    As p and q both sum to 1 this is sum p d, but of terms that are never negative: float32 does not lose a
+    small divergence in the cancellation of large terms. For |d| < SMALL a series replaces what would
+    cancel within the term. Where p = 0 the term is q.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    d = log_p - log_q
+    series = d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d / 720))))
+    if d.dtype == torch.float64:  # the series is good for float32
+        series = torch.expm1(-d) + d
+    terms = p * torch.where(d.abs() < SMALL, series, d - 1) + torch.where(d.abs() < SMALL, 0.0, q)
+    return torch.where(p == 0, q, terms)
+
+
+def _compute_dtype(students: Tensor, teacher: Tensor | None) -> torch.dtype:
+    dtypes = [students.dtype] if teacher is None else [students.dtype, teacher.dtype]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _kept_numbers(students: Tensor) -> int:
+    """Length of `rows`: the kernels keep 9 numbers a row and student, and how many rows count."""
+    return 9 * students.shape[0] * students.shape[1] + 1
+
+
+def _clamped(labels: Tensor, classes: int) -> Tensor:
+    return labels.clamp(0, classes - 1)
+
+
+def _at_label(x: Tensor, labels: Tensor) -> Tensor:
+    """x[..., n, labels[n]], NaN for a label that is no class."""
+    classes = x.shape[-1]
+    index = _clamped(labels, classes).expand(x.shape[:-1])[..., None]
+    return x.gather(-1, index)[..., 0].masked_fill((labels < 0) | (labels >= classes), math.nan)
+
+
+def _onehot(x: Tensor, labels: Tensor) -> Tensor:
+    return (torch.arange(x.shape[-1], device=x.device) == labels[:, None]).to(x.dtype)
+
+
+def _without_target(x: Tensor, labels: Tensor) -> Tensor:
+    return x.masked_fill(_onehot(x, labels).bool(), -math.inf)
+
+
+def _target_logit(x: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """log p_y / (1 - p_y) by row: the labelled logit against the log-sum-exp of the others."""
+    return _at_label(x, labels) / temperature - (_without_target(x, labels) / temperature).logsumexp(-1)
+
+
+def _target_divergence(s: Tensor, t: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    z_s, z_t = _target_logit(s, labels, temperature), _target_logit(t, labels, temperature)
+    yes = divergence_terms(F.logsigmoid(z_t), F.logsigmoid(z_s))
+    return yes + divergence_terms(F.logsigmoid(-z_t), F.logsigmoid(-z_s))
+
+
+def _check_logits(students: Tensor, teacher: Tensor) -> None:
     if students.dim() != 3 or teacher.dim() != 2 or students.shape[1:] != teacher.shape:
         raise ValueError(
             f"students must be [K, N, C] or [N, C] and teacher [N, C]; got {_shape(students)} and {_shape(teacher)}"
@@ -88,15 +370,24 @@ def _check_kd_arguments(students, teacher, labels, temperature, direction) -> No
         raise ValueError(f"logits must be floating point; got {students.dtype} and {teacher.dtype}")
     if students.device != teacher.device:
         raise ValueError(f"students are on {students.device} but the teacher is on {teacher.device}")
-    if labels is not None:
-        _check_labels(labels, teacher)
 
 
-def _check_labels(labels: Tensor, logits: Tensor) -> None:
-    if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64 [{logits.shape[0]}]; got {labels.dtype} {_shape(labels)}")
-    if labels.device != logits.device:
-        raise ValueError(f"labels are on {labels.device} but the logits on {logits.device}")
+def _check_options(temperature: float, direction: str, label_smoothing: float, reduction: str) -> None:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be a positive number; got {temperature}")
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"direction must be 'forward' or 'reverse'; got {direction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none'; got {reduction!r}")
+
+
+def _check_labels(labels: Tensor, students: Tensor) -> None:
+    if labels.shape != students.shape[1:2] or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 [{students.shape[1]}]; got {labels.dtype} {_shape(labels)}")
+    if labels.device != students.device:
+        raise ValueError(f"labels are on {labels.device} but the logits on {students.device}")
 
 
 def _shape(tensor: Tensor) -> str:

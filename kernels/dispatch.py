@@ -1,0 +1,82 @@
+"""Which implementation an operation runs: its Triton kernels or its plain PyTorch reference."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+CHOICES = ("auto", "triton", "reference")
+TRITON_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_choice = "auto"
+
+
+def use(choice: str, device: torch.device | str) -> str:
+    """Set the implementation for this process, and say which one will run on `device`, and why.
+
+    Args:
+        choice: "triton", "reference", or "auto": Triton wherever it runs, the reference elsewhere. float64
+            tensors always go to the reference, since the kernels compute in float32.
+        device: where the tensors will be.
+
+    Raises:
+        ValueError: an unknown choice, or "triton" where it cannot run.
+    """
+    global _choice
+    if choice not in CHOICES:
+        raise ValueError(f"kernels must be one of {', '.join(CHOICES)}; got {choice!r}")
+    obstacle = _obstacle(torch.device(device))
+    if choice == "triton" and obstacle:
+        raise ValueError(f"the Triton kernels cannot run: {obstacle}; 'auto' takes the reference instead")
+    _choice = choice
+    if choice == "reference":
+        return "reference, as asked"
+    return f"reference: {obstacle}" if obstacle or not _wanted(torch.device(device)) else "triton"
+
+
+def runs_triton(*tensors: Tensor | None) -> bool:
+    """Whether these tensors go to the Triton kernels.
+
+    Raises:
+        ValueError: "triton" was asked for, and they cannot.
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    device, types = present[0].device, {tensor.dtype for tensor in present}
+    if _choice == "reference" or torch.float64 in types or not _wanted(device):
+        return False
+    obstacle = _obstacle(device)
+    if obstacle is None and not types <= set(TRITON_TYPES):
+        obstacle = f"no kernel for {types - set(TRITON_TYPES)}"
+    if obstacle is None and torch.bfloat16 in types and device.type == "cuda" and _capability(device) < (8, 0):
+        obstacle = "this GPU has no bfloat16: use float16"
+    if obstacle and _choice == "triton":
+        raise ValueError(f"the Triton kernels cannot run: {obstacle}")
+    return obstacle is None
+
+
+def _wanted(device: torch.device) -> bool:
+    # The interpreter, which runs the kernels on a CPU, is far too slow to be anyone's default.
+    return _choice == "triton" or device.type == "cuda"
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot run on `device`, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "no GPU"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"{device.type} is no NVIDIA GPU"
+    if _capability(device) < (7, 0):
+        return f"compute capability {'.'.join(map(str, _capability(device)))} is below 7.0"
+    return None
+
+
+_capabilities: dict[torch.device, tuple[int, int]] = {}
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    if device not in _capabilities:
+        _capabilities[device] = torch.cuda.get_device_capability(device)
+    return _capabilities[device]

@@ -1,0 +1,121 @@
+"""Triton kernels of the gated mixed operation: one launch forward, two backward (the second sums partial dots).
+
+Elements are taken in the order in which they lie in memory, so that every dense layout is contiguous here.
+The forward pass reads each term once and writes y; the backward pass reads dL/dy and each output once,
+writes what gradients are not dL/dy itself, and multiplies and sums in float32. Formulas: the reference in
+kernels/gates.py.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gates import accumulate_dtype, mixed_dtype
+
+BLOCK = 4096
+
+
+@triton.jit
+def mix_kernel(
+    outputs,  # tuple of pointers, None for zeros
+    gates,  # [J], or None: outputs are taken as they are
+    shortcut,  # or None
+    y,
+    elements,
+    J: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < elements
+    total = tl.zeros([BLOCK], tl.float32)
+    if shortcut is not None:
+        total = tl.load(shortcut + at, mask=inside).to(tl.float32)
+    for j in tl.static_range(J):
+        if outputs[j] is not None:
+            output = tl.load(outputs[j] + at, mask=inside).to(tl.float32)
+            if gates is not None:
+                output = tl.load(gates + j).to(tl.float32) * output
+            total += output
+    if RELU:
+        total = tl.where(total < 0, 0.0, total)  # NaN stays NaN
+    tl.store(y + at, total, mask=inside)
+
+
+@triton.jit
+def mix_backward_kernel(
+    grad,
+    outputs,
+    gates,  # [J], or None: no output has a gradient of its own
+    y,  # or None: no ReLU
+    dz,  # with y
+    d_outputs,  # with gates: tuple of pointers, None for zeros
+    partial,  # [J, programs], or None: gates need no gradient
+    elements,
+    J: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < elements
+    d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    if y is not None:
+        d = tl.where(tl.load(y + at, mask=inside, other=0.0) <= 0, 0.0, d)
+        tl.store(dz + at, d, mask=inside)
+    for j in tl.static_range(J):
+        if outputs[j] is not None:
+            if partial is not None:
+                output = tl.load(outputs[j] + at, mask=inside, other=0.0).to(tl.float32)
+                tl.store(partial + j * tl.num_programs(0) + tl.program_id(0), tl.sum(d * output, 0))
+            if gates is not None:
+                tl.store(d_outputs[j] + at, tl.load(gates + j).to(tl.float32) * d, mask=inside)
+        elif partial is not None:
+            tl.store(partial + j * tl.num_programs(0) + tl.program_id(0), 0.0)
+
+
+def mix(outputs: Sequence[Tensor | None], gates: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
+    """As the operator in kernels/gates.py, for tensors of one layout."""
+    terms = [each for each in (*outputs, shortcut) if each is not None]
+    y = torch.empty_like(terms[0], dtype=mixed_dtype(terms))
+    if y.numel():
+        with on_device_of(y):
+            mix_kernel[(triton.cdiv(y.numel(), BLOCK),)](
+                tuple(outputs), gates, shortcut, y, y.numel(), J=len(outputs), RELU=relu, BLOCK=BLOCK, num_warps=8
+            )
+    return y
+
+
+def mix_backward(
+    grad: Tensor, outputs: Sequence[Tensor | None], gates: Tensor | None, y: Tensor | None, for_gates: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """As the operator in kernels/gates.py, for tensors of one layout."""
+    J, elements = len(outputs), grad.numel()
+    programs = triton.cdiv(elements, BLOCK)
+    dz = grad.new_empty(0) if y is None else torch.empty_like(grad)
+    partial = grad.new_empty((J, programs) if for_gates else (0, 0), dtype=accumulate_dtype(grad))
+    d_outputs = [None if each is None or gates is None else torch.empty_like(each) for each in outputs]
+    if programs:
+        with on_device_of(grad):
+            mix_backward_kernel[(programs,)](
+                grad,
+                tuple(outputs),
+                gates,
+                y,
+                None if y is None else dz,
+                None if gates is None else tuple(d_outputs),
+                partial if for_gates else None,
+                elements,
+                J=J,
+                BLOCK=BLOCK,
+                num_warps=8,
+            )
+    dots = partial.sum(1) if for_gates else partial.new_empty(0)
+    return dz, dots, [each for each in d_outputs if each is not None]
+
+
+def on_device_of(tensor: Tensor):
+    """Triton launches on the current GPU, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,138 @@
+"""Every Triton kernel compiles to machine code for the GPUs we name, as its launcher calls it. Needs no GPU.
+
+The launchers run on CPU tensors with the launch itself replaced: what would have been launched is compiled,
+for sm_70 (V100), sm_80 (A100) and sm_90 (H100, H200), in float32, float16 and (not sm_70) bfloat16.
+"""
+
+import re
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402 - after importorskip
+from triton.compiler import ASTSource  # noqa: E402 - after importorskip
+
+from kernels import gates_triton, kd_triton  # noqa: E402 - after importorskip
+
+NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+}
+OPTIONS = ("num_warps", "num_stages")
+TARGETS = [(70, torch.float32), (70, torch.float16)]
+TARGETS += [(arch, dtype) for arch in (80, 90) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+each_target = pytest.mark.parametrize(("arch", "dtype"), TARGETS, ids=lambda value: str(value).replace("torch.", ""))
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The launches that happened, each (kernel, arguments by name)."""
+    calls = []
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        calls.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
+
+    monkeypatch.setattr(triton.JITFunction, "run", run)
+    return calls
+
+
+def describe(value, path: tuple, attributes: dict):
+    """A launch argument's type in a signature; pointers and integers that 16 divides are noted, as at run time."""
+    if isinstance(value, tuple):
+        return tuple(describe(each, (*path, i), attributes) for i, each in enumerate(value))
+    if isinstance(value, torch.Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return "*" + NAMES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if value is None or value == 1:
+        return "constexpr"
+    if value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32"
+
+
+def compile_launch(kernel, arguments: dict, arch: int):
+    signature, constants, attributes = {}, {}, {}
+    options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
+    constexprs = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    for place, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        signature[name] = "constexpr" if name in constexprs else describe(value, (place,), attributes)
+        if signature[name] == "constexpr":
+            constants[name] = value
+        elif isinstance(value, tuple):
+            constants |= {(place, i): None for i, each in enumerate(value) if each is None}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def check(launched, arch: int) -> list:
+    compiled = [compile_launch(*launch, arch) for launch in launched]
+    for kernel in compiled:
+        assert kernel.asm["cubin"][:4] == b"\x7fELF" and f".target sm_{arch}" in kernel.asm["ptx"]
+    return compiled
+
+
+FORMS = {
+    "forward": {"temperature": 4.0, "form": "forward", "label_smoothing": 0.0},
+    "reverse": {"temperature": 3.0, "form": "reverse", "label_smoothing": 0.1},
+    "decoupled": {"temperature": 4.0, "form": "decoupled", "label_smoothing": 0.1},
+    "none": {"temperature": 1.0, "form": "none", "label_smoothing": 0.0},
+}
+
+
+@each_target
+@pytest.mark.parametrize("classes", [100, 32000])
+@pytest.mark.parametrize("form", FORMS)
+def test_losses_compile(launched, form, classes, arch, dtype):
+    students = torch.zeros(3, 8, classes, dtype=dtype)
+    teacher = None if form == "none" else torch.zeros(8, classes, dtype=dtype)
+    labels = torch.zeros(8, dtype=torch.int64)
+    options = FORMS[form] | {"ignore_index": -100, "mean": True}
+    rows = kd_triton.forward(students, teacher, labels, **options)[3]
+    grad = torch.ones(3)
+    grads = (grad, None if form == "none" else grad, grad if form == "decoupled" else None)
+    kd_triton.backward(
+        *grads, students, teacher, labels, rows, **options, for_students=True, for_teacher=form != "none"
+    )
+    assert len(launched) == 3
+    check(launched, arch)
+
+
+@each_target
+@pytest.mark.parametrize("soft", [False, True])
+def test_gates_compile(launched, soft, arch, dtype):
+    outputs = [torch.zeros(4, 16, 8, 8, dtype=dtype), torch.zeros(4, 16, 8, 8, dtype=dtype), None]
+    gates = torch.zeros(3) if soft else None
+    y = gates_triton.mix(outputs if soft else outputs[:1], gates, outputs[0], relu=True)
+    gates_triton.mix_backward(y, outputs, gates, y, for_gates=True)
+    gates_triton.mix_backward(y, outputs, gates, None, for_gates=True)
+    assert len(launched) == 3
+    check(launched, arch)
+
+
+@pytest.mark.parametrize("classes", [1000, 32000])
+def test_logits_travel_sixteen_bytes_at_a_time(launched, classes):
+    """C = 1000 is no multiple of 16: without the hint of 8 every lane would load two bytes."""
+    students, teacher = torch.zeros(3, 8, classes, dtype=torch.bfloat16), torch.zeros(8, classes, dtype=torch.bfloat16)
+    labels = torch.zeros(8, dtype=torch.int64)
+    options = FORMS["forward"] | {"ignore_index": -100, "mean": True}
+    rows = kd_triton.forward(students, teacher, labels, **options)[3]
+    kd_triton.backward(torch.ones(3), torch.ones(3), None, students, teacher, labels, rows, **options, **BOTH)
+    forward, _, backward = (kernel.asm["ptx"] for kernel in check(launched, 90))
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", forward)) >= 2
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", backward)) >= 2
+    assert len(re.findall(r"st\.global\S*\.v4\.b32", backward)) >= 2
+
+
+BOTH = {"for_students": True, "for_teacher": True}
