@@ -130,8 +130,11 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 
 def state_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; what two modules share appears once."""
-    return dict(module.named_parameters()) | dict(module.named_buffers())
+    """The tensors of a module's state themselves, by name; what two modules share appears once."""
+    once: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        once.setdefault(id(tensor), (name, tensor))
+    return dict(once.values())
 
 
 @torch.no_grad()

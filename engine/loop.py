@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from common import derive_seed
-from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint
+from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint, state_tensors
 from engine.config import NOT_COMPUTED, RunConfig
 from engine.data import ImageSet, Split
 from engine.loader import Batch, Loader, evaluation_batches
@@ -259,7 +259,8 @@ class Loop:
     @torch.no_grad()
     def _check_finite(self) -> None:
         """A finite loss can be followed by an update that is not: stop before it is saved as good."""
-        norms = torch.stack([parameter.abs().max() for parameter in self.objective.parameters()])
+        device = self.accelerator.device
+        norms = torch.stack([tensor.abs().max().to(device) for tensor in self._floating_state()])
         if not norms.isfinite().all():
             saved = self.folder.last if self.folder.last.is_file() else "none yet"
             raise RunError(
@@ -275,10 +276,15 @@ class Loop:
         for buffer in self.objective.buffers():
             if buffer.is_floating_point():
                 buffer.copy_(self._average(buffer))
-        sums = torch.stack([parameter.double().sum() for parameter in self.objective.parameters()])
+        device = self.accelerator.device
+        sums = torch.stack([tensor.double().sum().to(device) for tensor in self._floating_state()])
         everyone = self.accelerator.gather(sums[None])
         if not torch.equal(everyone, everyone[:1].expand_as(everyone)):
             raise RunError(f"the processes no longer hold the same weights (epoch {self.progress.epoch + 1})")
+
+    def _floating_state(self) -> list[Tensor]:
+        """Weights and statistics; a method may keep some of its state on the host."""
+        return [tensor for tensor in state_tensors(self.objective).values() if tensor.is_floating_point()]
 
     def _gather(self, totals: "_Totals") -> "_Totals":
         """Sums over all processes, in all processes; the time is the main process's own."""

@@ -16,8 +16,8 @@ from models.pool import Pool, build_candidate, build_head
 
 class Draw(NamedTuple):
     """What one layer runs: candidate `active`; with `gates` [J] also the others of `candidates`, whose
-    outputs are wanted for the gates' gradient. `active` is an index into the layer's candidates, and
-    candidates[position of active] is among the J."""
+    outputs are wanted for the gates' gradient. `active` is an index into the layer's candidates and among
+    `candidates`, which are J or fewer: the gates of a layer with fewer are filled up."""
 
     active: int
     candidates: tuple[int, ...] = ()
@@ -40,6 +40,7 @@ class MixedLayer(nn.Module):
             # An inactive candidate's gate is 0, so nothing flows back through it: only its output is needed.
             with torch.no_grad():
                 outputs = [output if j == draw.active else self._candidate(j)(x) for j in draw.candidates]
+            outputs += [None] * (len(draw.gates) - len(outputs))
             return gated_mix(outputs, draw.gates, draw.candidates.index(draw.active), shortcut)
         if output is None:
             return x

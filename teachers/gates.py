@@ -18,7 +18,11 @@ class Gates(nn.Module):
     """Gate parameters phi [L, K] of all gated layers at once, p = softmax(phi) over what a layer offers.
 
     Rows are layers, branch after branch; a layer with fewer than K candidates has the rest masked out.
-    Draws are made on the CPU from a generator that the caller seeds, so that all processes draw alike.
+    phi is a few dozen numbers that the host must know before it can run a path, so it lives there, in
+    float64, wherever the networks are: drawing waits for no device, and a whole gate update costs a GPU two
+    small copies, the gates to it and their gradients back. Hence phi is no nn.Parameter, which would travel
+    with the module; it is part of its state all the same. Draws come from a generator that the caller
+    seeds, so that all processes draw alike.
 
     Args:
         counts: number of candidates of every gated layer.
@@ -29,18 +33,14 @@ class Gates(nn.Module):
         super().__init__()
         self.counts = list(counts)
         self.full = full
-        offered = torch.arange(max(counts)) < torch.tensor(self.counts)[:, None]
-        self.register_buffer("offered", offered)
-        self.phi = nn.Parameter(torch.where(offered, torch.randn(offered.shape) * 1e-3, 0.0))
-        self._on_host: Tensor | None = None  # probabilities [L, K] on the CPU, until phi changes
+        self.offered = torch.arange(max(counts)) < torch.tensor(self.counts)[:, None]
+        phi = torch.where(self.offered, torch.randn(self.offered.shape) * 1e-3, 0.0)
+        self.phi = phi.double().requires_grad_()
         self._step: _GateStep | None = None  # what the gate step under way has drawn
 
     def probabilities(self) -> Tensor:
-        """p [L, K] on the CPU, float64, 0 for what a layer does not offer. One transfer after each change."""
-        if self._on_host is None:
-            phi = self.phi.detach().cpu().double().masked_fill(~self.offered.cpu(), -math.inf)
-            self._on_host = phi.softmax(-1)
-        return self._on_host
+        """p [L, K], 0 for what a layer does not offer."""
+        return self.phi.detach().masked_fill(~self.offered, -math.inf).softmax(-1)
 
     def normalised_entropy(self) -> list[float]:
         """Entropy of every layer's p over that of the uniform choice, in [0, 1]; 1 for a layer with one choice."""
@@ -51,22 +51,25 @@ class Gates(nn.Module):
         """One candidate a layer, drawn by p."""
         return [Draw(active) for active in self._draw_one(self.probabilities(), generator)]
 
-    def draw_gate_step(self, generator: torch.Generator) -> list[Draw]:
+    def draw_gate_step(self, generator: torch.Generator, like: Tensor | None = None) -> list[Draw]:
         """What a gate step runs: one active candidate a layer, and those whose outputs are wanted beside it.
 
         In the two-path form two different candidates are drawn by p and one of them is made active by
-        their renormalised probabilities. `set_gradient` and `finish_update` complete the step.
+        their renormalised probabilities. `set_gradient` and `finish_update` complete the step. The binary
+        gates are put where `like` is, in its type or float32 if that is wider.
         """
         p = self.probabilities()
         columns = torch.arange(p.shape[1]).expand(len(p), -1) if self.full else self._draw_two(p, generator)
         mass = p.gather(1, columns)
         share = mass / mass.sum(1, keepdim=True)
         active = columns.gather(1, torch.tensor(self._draw_one(share, generator))[:, None])[:, 0].tolist()
-        gates = (columns == torch.tensor(active)[:, None]).to(self.phi.dtype).to(self.phi.device).requires_grad_()
-        self._step = _GateStep(columns, share, self._log_sum(columns.to(self.phi.device)), gates)
+        like = torch.empty(0) if like is None else like
+        gates = (columns == torch.tensor(active)[:, None]).to(torch.promote_types(like.dtype, torch.float32))
+        gates = gates.to(like.device, non_blocking=True).requires_grad_()
+        self._step = _GateStep(columns, share, self._log_sum(columns), gates)
         return [
-            Draw(chosen, tuple(row[:count].tolist()), line[:count])
-            for chosen, row, line, count in zip(active, columns, gates, self._widths(columns), strict=True)
+            Draw(chosen, tuple(row[:count].tolist()), line)
+            for chosen, row, line, count in zip(active, columns, gates.unbind(), self._widths(columns), strict=True)
         ]
 
     def leaf(self) -> Tensor:
@@ -76,9 +79,8 @@ class Gates(nn.Module):
     def set_gradient(self, average) -> None:
         """phi.grad from the binary gates' gradients, for all layers at once, averaged over processes."""
         step = self._step
-        columns, share = step.columns.to(self.phi.device), step.share.to(self.phi)
-        self.phi.grad = torch.zeros_like(self.phi).scatter(1, columns, gate_gradient(share, step.gates.grad))
-        self.phi.grad = average(self.phi.grad)
+        dg = average(step.gates.grad).to(self.phi)  # the step's one wait for the device
+        self.phi.grad = torch.zeros_like(self.phi).scatter(1, step.columns, gate_gradient(step.share, dg))
 
     @torch.no_grad()
     def finish_update(self) -> None:
@@ -86,19 +88,31 @@ class Gates(nn.Module):
 
         p of the others is exp(phi) over the sum of all exp(phi): it stays if the pair's sum does.
         """
-        step, self._step, self._on_host = self._step, None, None
+        step, self._step = self._step, None
         if not self.full:
-            columns = step.columns.to(self.phi.device)
-            shift = step.log_sum.to(self.phi.device) - self._log_sum(columns)
-            self.phi.scatter_add_(1, columns, shift.to(self.phi.dtype).expand(columns.shape))
+            shift = step.log_sum - self._log_sum(step.columns)
+            self.phi.scatter_add_(1, step.columns, shift.expand(step.columns.shape))
 
     def _log_sum(self, columns: Tensor) -> Tensor:
-        """log sum exp(phi) [L, 1] over the drawn candidates, float64."""
-        phi = self.phi.detach().double().masked_fill(~self.offered, -math.inf)
+        """log sum exp(phi) [L, 1] over the drawn candidates."""
+        phi = self.phi.detach().masked_fill(~self.offered, -math.inf)
         return phi.gather(1, columns).logsumexp(1, keepdim=True)
 
     def _widths(self, columns: Tensor) -> list[int]:
         return [min(count, columns.shape[1]) for count in self.counts]
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        destination[prefix + "phi"] = self.phi if keep_vars else self.phi.detach()
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        saved = state_dict.get(prefix + "phi")
+        if saved is None:
+            missing.append(prefix + "phi")
+        elif saved.shape != self.phi.shape:
+            errors.append(f"{prefix}phi: {list(saved.shape)} does not fit {list(self.phi.shape)}")
+        else:
+            self.phi.copy_(saved)
 
     @staticmethod
     def _draw_one(p: Tensor, generator: torch.Generator) -> list[int]:
@@ -117,4 +131,4 @@ class _GateStep:
     columns: Tensor  # [L, J] the candidates that run
     share: Tensor  # [L, J] their probabilities, renormalised
     log_sum: Tensor  # [L, 1] their log sum exp(phi) before the update
-    gates: Tensor  # [L, J] one-hot, the leaf of the backward pass
+    gates: Tensor  # [L, J] one-hot, the leaf of the backward pass, on the networks' device

@@ -103,7 +103,7 @@ class GTN(Objective):
     def forward(self, images: Tensor, labels: Tensor, iteration: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(derive_seed(self.options.seed, "paths", iteration))
         if self.phase(iteration) == "gates":
-            return self._gate_terms(images, labels, self.gates.draw_gate_step(generator))
+            return self._gate_terms(images, labels, self.gates.draw_gate_step(generator, images))
         return self._weight_terms(images, labels, self.gates.draw(generator))
 
     def _weight_terms(self, images: Tensor, labels: Tensor, draws: list[Draw]) -> dict[str, Tensor]:

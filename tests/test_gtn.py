@@ -346,8 +346,8 @@ def test_the_gradient_of_phi_in_float64_equals_autograd_through_explicit_gates(f
     objective.before_update("gates", lambda gradient: gradient)
     found = objective.gates.phi.grad.clone()
 
-    draws = objective.gates.draw_gate_step(torch.Generator().manual_seed(derive_seed(0, "paths", 1)))
-    one_hot = [draw.gates.detach().clone().requires_grad_() for draw in draws]
+    draws = objective.gates.draw_gate_step(torch.Generator().manual_seed(derive_seed(0, "paths", 1)), images)
+    one_hot = [draw.gates[: len(draw.candidates)].detach().clone().requires_grad_() for draw in draws]
     with torch.no_grad():
         features, teacher = run_blocks(objective.teacher, images)
     row, branch_logits = 0, []

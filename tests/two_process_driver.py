@@ -31,8 +31,8 @@ def main() -> None:
     paths, seen, undrawn = [], [], []
 
     def recording(draw):
-        def wrapped(generator):
-            draws = draw(generator)
+        def wrapped(generator, *rest):
+            draws = draw(generator, *rest)
             paths.append([(one.active, one.candidates) for one in draws])
             return draws
 
@@ -68,7 +68,7 @@ def main() -> None:
         "paths": paths,
         "seen": seen,
         "undrawn_untouched": all(undrawn),
-        "weights": digest(objective.parameters()),
+        "weights": digest([*objective.parameters(), objective.gates.phi]),
         "buffers": digest(objective.buffers()),
     }
     (Path(report_folder) / f"rank{accelerator.process_index}.json").write_text(json.dumps(report))
