@@ -13,6 +13,7 @@ from shlex import quote
 
 import torch
 
+import kernels
 from common import UserError, check_name
 from engine.config import RunConfig, parse
 from engine.data import ImageSet, hold_out, load_images
@@ -68,6 +69,10 @@ def main() -> None:
     trackers = config.report_to if config.with_tracking else None
     accelerator = start_accelerator(config.mixed_precision, trackers, config.output_dir, sparse_gradients=False)
     screen = Screen(accelerator.is_main_process, config.epochs)
+    try:
+        implementation = kernels.use(config.kernels, accelerator.device)
+    except ValueError as error:
+        raise UserError(f"--kernels {config.kernels}: {error}") from None
 
     with accelerator.main_process_first():
         data = load_images(config.dataset, image_size(config, teacher), progress=accelerator.is_main_process)
@@ -84,7 +89,8 @@ def main() -> None:
     screen.say(
         f"student {config.student} ({parameters:,} parameters), {source}, on {data.name}: {len(data.train):,} training "
         f"and {len(data.test):,} test images of {data.image_size}x{data.image_size}, {data.num_classes} classes; "
-        f"seed {config.seed}, {accelerator.num_processes} process(es) on {accelerator.device.type}"
+        f"seed {config.seed}, {accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"kernels: {implementation}"
     )
     loop.run()
 
@@ -93,6 +99,7 @@ def main() -> None:
     if accelerator.is_main_process:
         info = save_pretrained(objective.product(), info, folder.path)
     described = {"method": config.method, "model": config.student, "parameters": parameters, "sha256": info.sha256}
+    described["kernels"] = implementation
     if teacher:
         described["teacher"] = {"path": config.teacher, "model": teacher.info.name, "sha256": teacher.info.sha256}
     finish_run(

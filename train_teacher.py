@@ -15,6 +15,7 @@ from shlex import quote
 import safetensors.torch
 import torch
 
+import kernels
 from common import UserError, check_name, write_atomically
 from engine.checkpoint import state_tensors
 from engine.config import RunConfig, parse
@@ -56,6 +57,10 @@ def main() -> None:
     trackers = config.report_to if config.with_tracking else None
     accelerator = start_accelerator(config.mixed_precision, trackers, config.output_dir, sparse)
     screen = Screen(accelerator.is_main_process, config.epochs)
+    try:
+        implementation = kernels.use(config.kernels, accelerator.device)
+    except ValueError as error:
+        raise UserError(f"--kernels {config.kernels}: {error}") from None
 
     with accelerator.main_process_first():
         data = load_images(config.dataset, config.image_size, progress=accelerator.is_main_process)
@@ -69,7 +74,8 @@ def main() -> None:
     screen.say(
         f"{config.method} teacher {config.model} ({count(teacher):,} parameters) on {data.name}: {len(data.train):,} "
         f"training and {len(data.test):,} test images of {data.image_size}x{data.image_size}, {data.num_classes} "
-        f"classes; seed {config.seed}, {accelerator.num_processes} process(es) on {accelerator.device.type}"
+        f"classes; seed {config.seed}, {accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"kernels: {implementation}"
     )
     progress = loop.run()
 
@@ -87,7 +93,13 @@ def main() -> None:
             save_supernet(objective, folder.path / "supernet.safetensors")
     finish_run(
         loop,
-        described={"method": config.method, "model": config.model, "parameters": count(teacher), "sha256": info.sha256},
+        described={
+            "method": config.method,
+            "model": config.model,
+            "parameters": count(teacher),
+            "sha256": info.sha256,
+            "kernels": implementation,
+        },
         warnings=warnings,
         next_command=f"python distill.py --teacher {quote(str(folder.path))} "
         f"--student {'pool:7' if pool else 'resnet8'} --method kd --epochs {config.epochs} "

@@ -42,6 +42,7 @@ class RunConfig:
         resume_from_checkpoint: a checkpoint file, or "latest" for the one in output_dir.
         checkpointing_epochs: epochs between checkpoints.
         mixed_precision: no, fp16 or bf16; default: what accelerate launch says.
+        kernels: triton or reference (plain PyTorch) for losses and gates; auto is Triton on an NVIDIA GPU.
         with_tracking: also log to the trackers of --report_to.
         report_to: tracker names known to Accelerate, comma-separated.
     """
@@ -66,6 +67,7 @@ class RunConfig:
     resume_from_checkpoint: str | None = None
     checkpointing_epochs: int = 1
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    kernels: Literal["auto", "triton", "reference"] = "auto"
     with_tracking: bool = False
     report_to: str = "tensorboard"
 
