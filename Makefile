@@ -1,9 +1,10 @@
 # make demo   a generic teacher, two students, and the comparison: under 5 minutes on two CPU cores
 # make test   lint and all tests
+# make gpu-check   on a machine with an NVIDIA GPU: the kernels' whole test grid and their benchmark, under 8 minutes
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare test lint benchmark clean
+.PHONY: demo compare test lint benchmark gpu-check clean
 
 demo: .venv/installed
 	$(BIN)/python -m benchmarks.compare --students pool:1 pool:3 --seeds 0 --output_dir runs/demo
@@ -20,6 +21,11 @@ lint: .venv/installed
 
 benchmark: .venv/installed
 	$(BIN)/python -m benchmarks.steps
+
+gpu-check: .venv/installed
+	$(BIN)/python -c "import torch; raise SystemExit(0 if torch.cuda.is_available() else 'make gpu-check: no NVIDIA GPU here')"
+	$(BIN)/python -m pytest tests/triton_grid.py tests/test_triton.py::test_both_scripts_train_alike_with_either_implementation
+	$(BIN)/python -m benchmarks.kernels
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

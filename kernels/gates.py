@@ -167,14 +167,14 @@ def reference_mix(outputs, gates, shortcut, relu):
     terms = [each for each in (shortcut, *outputs) if each is not None]
     if gates is None:
         y = terms[0] + terms[1] if len(terms) == 2 else terms[0]
-        return y.clamp(min=0) if relu else y.clone() if len(terms) == 1 else y
+        return y.relu() if relu else y.clone() if len(terms) == 1 else y
     dtype = accumulate_dtype(*terms)
     total = torch.zeros_like(terms[0], dtype=dtype) if shortcut is None else shortcut.to(dtype)
     for gate, output in zip(gates, outputs, strict=True):
         if output is not None:
             total = total + gate.to(dtype) * output
     total = total.to(mixed_dtype(terms))
-    return total.clamp(min=0) if relu else total
+    return total.relu() if relu else total
 
 
 def reference_mix_backward(grad, outputs, gates, y, for_gates):

@@ -154,7 +154,11 @@ def _(students, teacher, labels, temperature, form, label_smoothing, ignore_inde
     dtype = _compute_dtype(students, teacher)
     wanted = (labels is not None, form != "none", form == "decoupled")
     losses = [students.new_empty(shape if there else (0,), dtype=dtype) for there in wanted]
-    kept = _kept_numbers(students) if runs_triton(students, teacher) else 0
+    kept = 0
+    if runs_triton(students, teacher):
+        from kernels import kd_triton
+
+        kept = kd_triton.planes_of(form) * students.shape[0] * students.shape[1] + int(mean)
     return *losses, students.new_empty(kept, dtype=torch.float32)
 
 
@@ -195,6 +199,7 @@ def _(grad_ce, grad_kl, grad_target, students, teacher, labels, rows, *options):
 def _setup_context(ctx, inputs, output) -> None:
     students, teacher, labels, *ctx.options = inputs
     ctx.set_materialize_grads(False)  # a loss that is not used costs nothing in the backward pass
+    ctx.mark_non_differentiable(output[3], *(loss for loss in output[:3] if not loss.numel()))
     ctx.save_for_backward(students, teacher, labels, output[3])
 
 
@@ -322,11 +327,6 @@ def divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
 def _compute_dtype(students: Tensor, teacher: Tensor | None) -> torch.dtype:
     dtypes = [students.dtype] if teacher is None else [students.dtype, teacher.dtype]
     return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def _kept_numbers(students: Tensor) -> int:
-    """Length of `rows`: the kernels keep 9 numbers a row and student, and how many rows count."""
-    return 9 * students.shape[0] * students.shape[1] + 1
 
 
 def _clamped(labels: Tensor, classes: int) -> Tensor:

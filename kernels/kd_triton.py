@@ -26,17 +26,17 @@ LOG2E = tl.constexpr(1 / math.log(2))
 LOWEST = tl.constexpr(-3.0e38)  # finite: a maximum of -inf would turn 2^(x - max) into NaN
 NEAR = tl.constexpr(1 / 32)  # nats of divergence below which a row is summed by the series
 
-# The planes [K, N] of `rows`. Where students mask the target (decoupled), MAX and LOG_SUM are of the rest.
+# The planes [K, N] of `rows`: the first three always, the next five with a teacher, the last when decoupled. There
+# MAX and LOG_SUM are of the classes but the target.
 CE = tl.constexpr(0)
-KL = tl.constexpr(1)
-TARGET = tl.constexpr(2)
-MAX = tl.constexpr(3)  # of the student's logits
-LOG_SUM = tl.constexpr(4)  # log2 of sum exp((s - MAX) / T)
-MAX_1 = tl.constexpr(5)  # the same at temperature 1, over all classes
-LOG_SUM_1 = tl.constexpr(6)
-TEACHER_MAX = tl.constexpr(7)
-TEACHER_LOG_SUM = tl.constexpr(8)
-PLANES = 9
+MAX_1 = tl.constexpr(1)  # of the student's logits, over all classes
+LOG_SUM_1 = tl.constexpr(2)  # log2 of sum exp(s - MAX_1)
+KL = tl.constexpr(3)
+MAX = tl.constexpr(4)  # of the student's logits
+LOG_SUM = tl.constexpr(5)  # log2 of sum exp((s - MAX) / T)
+TEACHER_MAX = tl.constexpr(6)  # the same of the teacher's, repeated for every student
+TEACHER_LOG_SUM = tl.constexpr(7)
+TARGET = tl.constexpr(8)
 
 
 @triton.jit
@@ -100,6 +100,15 @@ def _load_at_label(base, offsets, label, known):
 @triton.jit
 def _store_row(rows, PLANE: tl.constexpr, k, n, K, N, value):
     tl.store(rows + (PLANE * K + k) * tl.cast(N, tl.int64) + n, value, mask=n < N)
+
+
+@triton.jit
+def _store_no_labels(rows, k, n, K, N):
+    """What an operator returns it has written, used or not."""
+    zeros = (n * 0).to(tl.float32)
+    _store_row(rows, CE, k, n, K, N, zeros)
+    _store_row(rows, MAX_1, k, n, K, N, zeros)
+    _store_row(rows, LOG_SUM_1, k, n, K, N, zeros)
 
 
 @triton.jit
@@ -192,7 +201,11 @@ def forward_tile(
             _store_row(rows, KL, k, n, K, N, kl)
             _store_row(rows, MAX, k, n, K, N, largest)
             _store_row(rows, LOG_SUM, k, n, K, N, log_sum)
-        if labels is not None:
+            _store_row(rows, TEACHER_MAX, k, n, K, N, t_max)
+            _store_row(rows, TEACHER_LOG_SUM, k, n, K, N, t_log_sum)
+        if labels is None:
+            _store_no_labels(rows, k, n, K, N)
+        else:
             largest_1 = largest
             if DECOUPLED:
                 largest_1 = tl.maximum(largest, s_y)
@@ -208,9 +221,6 @@ def forward_tile(
             _store_row(rows, CE, k, n, K, N, ce)
             _store_row(rows, MAX_1, k, n, K, N, largest_1)
             _store_row(rows, LOG_SUM_1, k, n, K, N, log_sum_1)
-    if teacher is not None:
-        _store_row(rows, TEACHER_MAX, 0, n, K, N, t_max)
-        _store_row(rows, TEACHER_LOG_SUM, 0, n, K, N, t_log_sum)
 
 
 @triton.jit
@@ -309,8 +319,6 @@ def forward_loop(
                 t = tl.where(start + lanes == label[:, None], -float("inf"), t)
             largest, total = _online(largest, total, t, scale)
         t_max, t_log_sum = _finish(largest, total, scale)
-        _store_row(rows, TEACHER_MAX, 0, n, K, N, t_max)
-        _store_row(rows, TEACHER_LOG_SUM, 0, n, K, N, t_log_sum)
     for k in range(K):
         offsets = (tl.cast(k, tl.int64) * stride_k + row * stride_n) * ALIGN
         largest, total, largest_1, total_1, above = lowest, zeros, lowest, zeros, zeros
@@ -354,7 +362,11 @@ def forward_loop(
             _store_row(rows, KL, k, n, K, N, kl)
             _store_row(rows, MAX, k, n, K, N, s_max)
             _store_row(rows, LOG_SUM, k, n, K, N, log_sum)
-        if labels is not None:
+            _store_row(rows, TEACHER_MAX, k, n, K, N, t_max)
+            _store_row(rows, TEACHER_LOG_SUM, k, n, K, N, t_log_sum)
+        if labels is None:
+            _store_no_labels(rows, k, n, K, N)
+        else:
             max_1, log_sum_1 = _finish(largest_1, total_1, LOG2E)
             mean = tl.sum(above, 1) / C + pivot - max_1
             ce = _cross_entropy(s_y, mean, max_1, log_sum_1, smoothing, counted)
@@ -364,7 +376,9 @@ def forward_loop(
 
 
 @triton.jit
-def mean_rows(rows, labels, ce, kl, target, K, N, ignore_index, BLOCK: tl.constexpr):
+def mean_rows(
+    rows, labels, ce, kl, target, N, ignore_index, K: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr
+):
     """Batch means [K] of the losses, one program a student; the last number of `rows` is how many rows count."""
     k = tl.program_id(0)
     zeros = tl.zeros([BLOCK], tl.float32)
@@ -387,8 +401,8 @@ def mean_rows(rows, labels, ce, kl, target, K, N, ignore_index, BLOCK: tl.conste
     if ce is not None:
         count = tl.maximum(tl.sum(counted, 0), 1.0)
         tl.store(ce + k, tl.sum(ce_sum, 0) / count)
-        if k == 0:
-            tl.store(rows + 9 * K * tl.cast(N, tl.int64), count)
+    if k == 0:
+        tl.store(rows + PLANES * K * tl.cast(N, tl.int64), count)
     if target is not None:
         tl.store(target + k, tl.sum(target_sum, 0) / count)
     else:
@@ -431,6 +445,7 @@ def gradients(
     DECOUPLED: tl.constexpr,
     REVERSE: tl.constexpr,
     MEAN: tl.constexpr,
+    PLANES: tl.constexpr,
     POWER: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -449,7 +464,7 @@ def gradients(
         label, counted, known = _load_labels(labels, row, ignore_index, C)
         at_label = columns == label[:, None]
         if MEAN:
-            of_labelled /= tl.load(rows + 9 * K * tl.cast(N, tl.int64))
+            of_labelled /= tl.load(rows + PLANES * K * tl.cast(N, tl.int64))
     of_target = scale * LN2 * of_labelled
     if DECOUPLED:
         of_kl = of_target
@@ -526,7 +541,8 @@ def forward(
     """(ce, kl, target, rows), as the operator in kernels/kd.py returns them."""
     count, batch, classes = students.shape
     students, teacher, labels = _rows_contiguous(students), _rows_contiguous(teacher), _contiguous(labels)
-    rows = students.new_empty(PLANES * count * batch + 1, dtype=torch.float32)
+    planes = planes_of(form)
+    rows = students.new_empty(planes * count * batch + int(mean), dtype=torch.float32)
     block_n, block_c, warps = forward_shape(classes)
     align, strides = _layout(students, teacher)
     kernel = forward_tile if classes <= TILE else forward_loop
@@ -549,16 +565,17 @@ def forward(
             num_warps=warps,
         )
         wanted = (labels is not None, form != "none", form == "decoupled")
-        if not mean:
-            planes = rows[: 3 * count * batch].view(3, count, batch)
-            losses = [
-                plane.clone() if there else rows.new_empty(0) for plane, there in zip(planes, wanted, strict=True)
-            ]
-            return *losses, rows
-        losses = [rows.new_empty(count if there else 0) for there in wanted]
-        given = [loss if there else None for loss, there in zip(losses, wanted, strict=True)]
-        block = min(triton.next_power_of_2(batch), 4096)
-        mean_rows[(count,)](rows, labels, *given, count, batch, ignore_index, BLOCK=block, num_warps=8)
+        if mean:
+            losses = [rows.new_empty(count if there else 0) for there in wanted]
+            given = [loss if there else None for loss, there in zip(losses, wanted, strict=True)]
+            block = min(triton.next_power_of_2(batch), 4096)
+            mean_rows[(count,)](
+                rows, labels, *given, batch, ignore_index, K=count, PLANES=planes, BLOCK=block, num_warps=8
+            )
+        else:
+            parts = zip((CE.value, KL.value, TARGET.value), wanted, strict=True)
+            by_plane = rows.view(planes, count, batch)
+            losses = [by_plane[plane].clone() if there else rows.new_empty(0) for plane, there in parts]
     return *losses, rows
 
 
@@ -606,11 +623,17 @@ def backward(
             **_constants(students, temperature, form),
             ALIGN=align,
             MEAN=mean,
+            PLANES=planes_of(form),
             BLOCK_N=block_n,
             BLOCK_C=block_c,
             num_warps=warps,
         )
     return d_students, d_teacher
+
+
+def planes_of(form: str) -> int:
+    """How many planes [K, N] the forward pass keeps; after them, for a mean, stands how many rows count."""
+    return 3 if form == "none" else 9 if form == "decoupled" else 8
 
 
 def forward_shape(classes: int) -> tuple[int, int, int]:

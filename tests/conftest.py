@@ -1,6 +1,8 @@
-"""Fast tests first: what starts the real scripts comes after everything else."""
+"""Fast tests first: what compiles kernels or starts the real scripts comes after everything else."""
 
-STARTS_SCRIPTS = [
+SLOW = [
+    "test_kernels_compile",
+    "test_triton",
     "test_benchmarks",
     "test_readme",
     "test_scripts",
@@ -13,6 +15,6 @@ STARTS_SCRIPTS = [
 def pytest_collection_modifyitems(items) -> None:
     def place(item) -> int:
         stem = item.path.stem
-        return STARTS_SCRIPTS.index(stem) + 1 if stem in STARTS_SCRIPTS else 0
+        return SLOW.index(stem) + 1 if stem in SLOW else 0
 
     items.sort(key=place)

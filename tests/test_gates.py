@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels import gate_gradient, gated_mix
+from kernels.gates import _mix, _mix_backward
 from teachers.gates import Gates
 
 
@@ -345,3 +346,112 @@ def test_same_seed_same_gate_step_other_seed_other_gate_step():
     first = pairs(1)
     torch.manual_seed(2)  # the global generator has no say
     assert pairs(1) == first != pairs(2)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("zero", [None, 1])
+@pytest.mark.parametrize("with_shortcut", [False, True])
+@pytest.mark.parametrize("active", [None, 0, 2])
+def test_soft_gates_and_the_epilogue_equal_the_explicit_sum(active, with_shortcut, zero, relu):
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    outputs = [None if j == zero else tensors[j] for j in range(3)]
+    shortcut = tensors[3] if with_shortcut else None
+    gates = torch.randn(3, dtype=torch.float64) if active is None else torch.eye(3, dtype=torch.float64)[active]
+    gates.requires_grad_()
+    explicit = sum(g * o for g, o in zip(gates, outputs, strict=True) if o is not None)
+    explicit = explicit + shortcut if with_shortcut else explicit
+    explicit = explicit.relu() if relu else explicit
+    y = gated_mix(outputs, gates, active, shortcut, relu)
+    assert torch.allclose(y, explicit, rtol=1e-14)
+    leaves = [gates, *(x for j, x in enumerate(outputs) if x is not None and active in (None, j))]
+    leaves += [shortcut] if with_shortcut else []
+    upstream = torch.randn_like(y)
+    expected = torch.autograd.grad(explicit, leaves, upstream)
+    for a, b in zip(torch.autograd.grad(y, leaves, upstream), expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_gates_meet_the_free_gradient_of_an_affine_batchnorm():
+    """An output of BatchNorm is linear in gamma and beta, so <dL/dy, o> = gamma dL/dgamma + beta dL/dbeta."""
+    torch.manual_seed(0)
+    norms = [torch.nn.BatchNorm2d(6).double() for _ in range(2)]
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    convs = [torch.nn.Conv2d(3, 6, 3).double() for _ in range(2)]
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    gates = torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)
+    y = gated_mix([norm(conv(x)) for norm, conv in zip(norms, convs, strict=True)], gates)
+    y.square().sum().backward()
+    for gate, slope, norm in zip(gates.tolist(), gates.grad.tolist(), norms, strict=True):
+        free = (norm.weight * norm.weight.grad + norm.bias * norm.bias.grad).sum().item()
+        assert gate * slope == pytest.approx(free, rel=1e-10)
+
+
+def test_layouts_are_kept_and_mixed_ones_follow_the_first():
+    last = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    plain = torch.randn(2, 3, 4, 5, requires_grad=True)
+    gates = torch.tensor([1.0, 0.0], requires_grad=True)
+    for outputs, layout in (([last, plain], torch.channels_last), ([plain, last], torch.contiguous_format)):
+        y = gated_mix(outputs, gates, 0, outputs[1], relu=True)
+        assert y.is_contiguous(memory_format=layout)
+        assert torch.equal(y, (last + plain).relu())
+        (dg,) = torch.autograd.grad(y.sum(), gates)
+        assert torch.allclose(dg, torch.stack([((y > 0) * each).sum() for each in outputs]), rtol=1e-5)
+
+
+def test_a_shortcut_in_another_type_keeps_it():
+    half = torch.randn(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    shortcut = torch.randn(2, 3, requires_grad=True)
+    y = gated_mix([half], torch.ones(1), 0, shortcut)
+    assert y.dtype == torch.float32 and torch.equal(y, half + shortcut)
+    y.sum().backward()
+    assert half.grad.dtype == torch.bfloat16 and shortcut.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"outputs": [torch.zeros(2), torch.zeros(3)]}, "one shape"),
+        ({"shortcut": torch.zeros(3)}, "one shape"),
+        ({"shortcut": torch.zeros(2, dtype=torch.int64)}, "floating"),
+        ({"shortcut": torch.zeros(2, device="meta")}, "is on meta"),
+        ({"gates": torch.zeros(2, dtype=torch.int64)}, "gates must be floating"),
+    ],
+)
+def test_gated_mix_names_what_does_not_fit(wrong, named):
+    fine = {"outputs": [torch.zeros(2), torch.zeros(2)], "gates": torch.zeros(2), "active": 0, "shortcut": None}
+    with pytest.raises(ValueError, match=named):
+        gated_mix(**(fine | wrong))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_mix_operators_keep_the_rules_of_custom_operators(soft, relu):
+    a, b, s = torch.randn(3, 2, 3, 4, 4)
+    gates = torch.tensor([0.3, 0.7, 0.1]) if soft else None
+    torch.library.opcheck(_mix, ([a, None, b] if soft else [a], gates, s, relu))
+    torch.library.opcheck(_mix_backward, (s, [a, None, b], gates, b if relu else None, True))
+
+
+def test_phi_is_state_but_stays_on_the_host():
+    gates = make_gates([3, 2])
+    assert list(gates.parameters()) == [] and list(gates.state_dict()) == ["phi"]
+    gates.to("meta").half()  # as a module on its way to a GPU
+    assert gates.phi.device.type == "cpu" and gates.phi.dtype == torch.float64
+    other = make_gates([3, 2])
+    torch.nn.init.normal_(other.phi)
+    phi = gates.phi
+    gates.load_state_dict(other.state_dict())
+    assert gates.phi is phi and torch.equal(phi, other.phi)  # in place: an optimiser holds it
+    with pytest.raises(RuntimeError, match="phi"):
+        gates.load_state_dict({})
+    with pytest.raises(RuntimeError, match="does not fit"):
+        gates.load_state_dict(make_gates([3, 3, 3]).state_dict())
+
+
+def test_a_gate_step_puts_its_gates_where_the_images_are():
+    gates = make_gates([3, 2])
+    gates.draw_gate_step(generator(), torch.zeros(1, device="meta", dtype=torch.bfloat16))
+    assert gates.leaf().device.type == "meta" and gates.leaf().dtype == torch.float32

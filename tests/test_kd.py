@@ -1,12 +1,15 @@
 """kd_loss and cross_entropy against their formulas in float64, and what they imply."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from kernels import cross_entropy, kd_loss
+import kernels
+from kernels import cross_entropy, decoupled_kd_loss, dispatch, kd, kd_loss
+from tests.triton_grid import oracle, ours
 
 
 def formulas(students, teacher, labels, temperature, direction):
@@ -232,3 +235,177 @@ def test_cross_entropy_refuses_what_does_not_fit(logits, labels, named):
 def test_labels_on_another_device_are_refused():
     with pytest.raises(ValueError, match="labels are on meta"):
         kd_loss(GOOD["students"], GOOD["teacher"], GOOD["labels"].to("meta"))
+
+
+# What both implementations offer beyond that. tests/triton_grid.py holds the Triton kernels to the same oracle.
+
+
+@pytest.fixture
+def reference():
+    kernels.use("reference", "cpu")
+    yield
+    kernels.use("auto", "cpu")
+
+
+OPTIONS = list(itertools.product([0.0, 0.1, 1.0], [-100, 2], ["mean", "none"]))
+
+
+@pytest.mark.parametrize("form", ["forward", "reverse", "decoupled"])
+@pytest.mark.parametrize(("smoothing", "ignore", "reduction"), OPTIONS)
+def test_every_option_against_pytorchs_own_functions(form, smoothing, ignore, reduction):
+    students, teacher, _ = logits(3, 6, 7)
+    labels = torch.tensor([0, 2, 6, 2, 3, 1])
+    options = {"smoothing": smoothing, "ignore": ignore, "reduction": reduction}
+    found = ours(students, teacher, labels, form, 3.0, **options)
+    expected = oracle(students, teacher, labels, form, 3.0, **options)
+    upstream = [torch.randn(loss.shape, dtype=torch.float64) for loss in found]
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == ((3,) if reduction == "mean" else (3, 6)) and torch.allclose(a, b, rtol=1e-10, atol=1e-14)
+    exact = torch.autograd.grad(expected, [students, teacher], upstream)
+    for a, b in zip(torch.autograd.grad(found, [students, teacher], upstream), exact, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck_of_the_decoupled_form_and_of_every_option(reduction):
+    students, teacher, labels = logits(2, 3, 5)
+    options = {"temperature": 2.0, "label_smoothing": 0.1, "ignore_index": int(labels[0]), "reduction": reduction}
+    assert torch.autograd.gradcheck(lambda s, t: tuple(decoupled_kd_loss(s, t, labels, **options)), (students, teacher))
+    assert torch.autograd.gradcheck(lambda s, t: kd_loss(s, t, labels, **options), (students, teacher))
+
+
+def test_the_decoupled_parts_add_up_to_the_divergence():
+    """KL(p || q) = target + (1 - p_y) non_target, row by row (DKD, eq. 7)."""
+    students, teacher, labels = logits(3, 8, 10)
+    parts = decoupled_kd_loss(students, teacher, labels, temperature=4.0, reduction="none")
+    ce, kl = kd_loss(students, teacher, labels, temperature=4.0, reduction="none")
+    p_y = (teacher / 4).softmax(-1).gather(1, labels[:, None])[:, 0]
+    assert torch.allclose(parts.target + (1 - p_y) * parts.non_target, kl, rtol=1e-10)
+    assert torch.equal(parts.ce, ce)
+
+
+def test_the_decoupled_loss_of_a_certain_student_is_finite():
+    """In probabilities 1 - q_y underflows to 0 here, and its logarithm with it."""
+    teacher = torch.tensor([[60.0, 0.0, 1.0]], requires_grad=True)
+    students = torch.tensor([[80.0, 1.0, 0.0]], requires_grad=True)
+    parts = decoupled_kd_loss(students, teacher, torch.tensor([0]))
+    gradients = torch.autograd.grad(parts.target.sum() + parts.non_target.sum(), [students, teacher])
+    assert all(x.isfinite().all() for x in (*parts, *gradients)) and parts.target > 0
+
+
+def test_a_class_masked_out_by_the_teacher_is_a_class_of_probability_zero():
+    students, teacher, _ = logits(2, 3, 5)
+    masked = teacher.detach().index_fill(1, torch.tensor([4]), -math.inf).requires_grad_()
+    _, kl = kd_loss(students, masked)
+    q = students.softmax(-1)
+    p = masked.detach().softmax(-1)
+    assert torch.allclose(kl, (torch.special.xlogy(p, p) - p * q.log()).sum(-1).mean(-1), rtol=1e-12)
+    ds, dt = torch.autograd.grad(kl.sum(), [students, masked])
+    assert torch.allclose(ds, (q - p) / 3, rtol=1e-10, atol=1e-15) and dt.isfinite().all() and not dt[:, 4].any()
+
+
+@pytest.mark.parametrize("sigma", [1e-1, 1e-2, 1e-3])
+def test_float32_keeps_the_digits_of_a_small_divergence(sigma):
+    source = torch.Generator().manual_seed(0)
+    teacher = torch.randn(8, 300, generator=source) * 8
+    students = teacher + sigma * torch.randn(2, 8, 300, generator=source)
+    for direction in ("forward", "reverse"):
+        _, kl = kd_loss(students, teacher, temperature=4.0, direction=direction)
+        _, exact = kd_loss(students.double(), teacher.double(), temperature=4.0, direction=direction)
+        assert ((kl - exact).abs() <= 1e-6 / sigma * exact).all()
+
+
+def test_labels_that_are_no_class_show_and_ignored_ones_do_not():
+    students, teacher, labels = logits(2, 3, 5)
+    labels = torch.tensor([1, 5, 2])
+    ce, kl = kd_loss(students, teacher, labels, reduction="none")
+    assert ce.isnan().tolist() == [[False, True, False]] * 2 and kl.isfinite().all()
+    assert torch.autograd.grad(ce.sum(), students)[0].isnan().any(-1).tolist() == [[False, True, False]] * 2
+    ce, _ = kd_loss(students, teacher, labels, ignore_index=5)
+    gradient = torch.autograd.grad(ce.sum(), students)[0]
+    assert ce.isfinite().all() and not gradient[:, 1].any() and gradient[:, 0].all()
+    ce, kl = kd_loss(students, teacher, torch.full((3,), -100))
+    assert ce.tolist() == [0, 0] and kl.isfinite().all()
+
+
+def test_a_second_derivative_is_refused():
+    students, teacher, _ = logits(1, 3, 5)
+    (first,) = torch.autograd.grad(kd_loss(students, teacher)[1].sum(), students, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(first.square().sum(), students)
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong", "named"),
+    [
+        (kd_loss, {"label_smoothing": -0.1}, "label_smoothing"),
+        (kd_loss, {"label_smoothing": math.nan}, "label_smoothing"),
+        (kd_loss, {"reduction": "sum"}, "reduction"),
+        (decoupled_kd_loss, {"temperature": 0.0}, "temperature"),
+        (decoupled_kd_loss, {"label_smoothing": 2.0}, "label_smoothing"),
+    ],
+)
+def test_options_out_of_range_are_named(function, wrong, named):
+    with pytest.raises(ValueError, match=named):
+        function(*GOOD.values(), **wrong)
+
+
+def test_one_class_has_no_non_target_ones():
+    with pytest.raises(ValueError, match="2 classes"):
+        decoupled_kd_loss(torch.zeros(1, 3, 1), torch.zeros(3, 1), GOOD["labels"])
+
+
+@pytest.mark.parametrize("form", ["forward", "reverse", "decoupled", "none"])
+def test_operators_keep_the_rules_of_custom_operators(form, reference):
+    students, teacher, labels = logits(2, 3, 7, torch.float32)
+    teacher = None if form == "none" else teacher
+    arguments = (students, teacher, labels, 2.0, form, 0.1, -100, True)
+    torch.library.opcheck(kd._forward, arguments)
+    ce, kl, target, rows = (x.detach() for x in kd._forward(*arguments))
+    grads = [torch.ones_like(x) if x.numel() else None for x in (ce, kl, target)]
+    tensors = [x if x is None else x.detach() for x in (students, teacher, labels)]
+    torch.library.opcheck(kd._backward, (*grads, *tensors, rows, *arguments[3:], True, teacher is not None))
+
+
+def test_the_choice_of_implementation_says_what_it_did():
+    assert kernels.use("auto", "cpu") == "reference: no GPU"
+    assert kernels.use("reference", "cpu") == "reference, as asked"
+    with pytest.raises(ValueError, match="no GPU"):
+        kernels.use("triton", "cpu")
+    with pytest.raises(ValueError, match="kernels must be one of auto, triton, reference; got 'cuda'"):
+        kernels.use("cuda", "cpu")
+    with pytest.raises(ValueError, match="meta is no NVIDIA GPU"):
+        kernels.use("triton", "meta")
+    kernels.use("auto", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "runs"),
+    [
+        ((6, 1), torch.float16, False),
+        ((7, 0), torch.float16, True),
+        ((7, 0), torch.bfloat16, False),
+        ((8, 0), torch.bfloat16, True),
+        ((9, 0), torch.float32, True),
+        ((9, 0), torch.float64, False),
+    ],
+)
+def test_what_the_kernels_take_on_a_gpu(monkeypatch, capability, dtype, runs):
+    """What a GPU of that compute capability would run; no GPU is asked."""
+    monkeypatch.setattr(dispatch, "_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    class OnGPU:
+        device = torch.device("cuda", 0)
+
+        def __init__(self, dtype):
+            self.dtype = dtype
+
+    kernels.use("auto", "cpu")
+    assert dispatch.runs_triton(OnGPU(dtype), None) is runs
+    monkeypatch.setattr(dispatch, "_choice", "triton")
+    if runs or dtype == torch.float64:
+        assert dispatch.runs_triton(OnGPU(dtype)) is runs
+    else:
+        with pytest.raises(ValueError, match=r"bfloat16: use float16|6\.1 is below 7\.0"):
+            dispatch.runs_triton(OnGPU(dtype))
