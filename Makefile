@@ -23,8 +23,9 @@ benchmark: .venv/installed
 	$(BIN)/python -m benchmarks.steps
 
 gpu-check: .venv/installed
-	$(BIN)/python -c "import torch; raise SystemExit(0 if torch.cuda.is_available() else 'make gpu-check: no NVIDIA GPU here')"
-	$(BIN)/python -m pytest tests/triton_grid.py tests/test_triton.py::test_both_scripts_train_alike_with_either_implementation
+	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 12 tests/triton_grid.py \
+		tests/test_triton.py::test_both_scripts_train_alike_with_either_implementation
 	$(BIN)/python -m benchmarks.kernels
 
 .venv/installed: requirements.txt

@@ -147,7 +147,7 @@ def test_losses_and_gradients(shape, form, T, dtype, smoothing, ignore, reductio
     compare(students, teacher, labels_of(n, c), form, T, smoothing=smoothing, ignore=ignore, reduction=reduction)
 
 
-@settings(max_examples=300 if GPU else 15, deadline=None, derandomize=True)
+@settings(max_examples=60 if GPU else 15, deadline=None, derandomize=True)
 @given(
     K=st.integers(1, 4),
     n=st.integers(1, 70 if GPU else 6),

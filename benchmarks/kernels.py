@@ -1,0 +1,553 @@
+"""What the kernels cost on a GPU, against eager PyTorch, torch.compile and Liger-Kernel.
+
+python -m benchmarks.kernels           on an NVIDIA GPU: measures, draws, and says which targets were reached
+python -m benchmarks.kernels --check   anywhere: only whether every contestant computes the same
+
+Two times are reported. "device" is the time of one call on the GPU alone: replays of a CUDA graph between two
+events, over several sets of inputs in turn, so that large ones come from memory and not from the cache. "wall"
+is the time of one call in a queue of many, as a training loop sees it, Python included. Each is a median with
+the 20th and 80th percentile. Shares are of the bandwidth that a large copy reached in the same run, for the
+fewest bytes that the operation could move: every input read once, every result written once, once a pass.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from common import write_atomically
+from engine.tracking import machine
+from teachers.gates import Gates
+
+TEMPERATURE = 4.0
+SIZES, CLASSES, STUDENTS = (64, 128, 256, 1024, 8192), (10, 100, 200, 1000, 32000), (1, 3)
+COMPILED = {(256, 100), (256, 1000), (8192, 100), (8192, 1000), (8192, 32000)}  # (N, C): every shape takes seconds
+MAPS, BATCHES = ((64, 32), (128, 16), (256, 8)), (64, 256, 1024)  # (channels, side) of the supernet's layers
+ROTATE_BYTES = 256 << 20  # inputs in turn exceed this, several times any cache
+LONGEST = 0.1  # seconds of measurement for each time
+
+
+@dataclass(frozen=True)
+class Loss:
+    """kd_loss on students [K, N, C] and a teacher [N, C]."""
+
+    K: int
+    N: int
+    C: int
+    dtype: torch.dtype
+    backward: bool = True
+
+    def minimum_bytes(self) -> int:
+        """Every logit read once a pass, every gradient written."""
+        logits = (self.K + 1) * self.N * self.C * self.dtype.itemsize
+        return 3 * logits if self.backward else logits
+
+    def inputs(self, device) -> tuple[Tensor, ...]:
+        students = torch.randn(self.K, self.N, self.C, device=device).mul(3).to(self.dtype).requires_grad_()
+        teacher = torch.randn(self.N, self.C, device=device).mul(3).to(self.dtype).requires_grad_()
+        labels = torch.randint(0, self.C, (self.N,), device=device)
+        return students, teacher, labels, torch.rand(self.K, device=device), torch.rand(self.K, device=device)
+
+    def small(self) -> "Loss":
+        return Loss(self.K, min(self.N, 32), self.C, self.dtype, self.backward)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """gated_mix of two candidates, one of them active (or both weighted), and a shortcut."""
+
+    batch: int
+    channels: int
+    side: int
+    dtype: torch.dtype
+    relu: bool = False
+    soft: bool = False
+
+    def minimum_bytes(self) -> int:
+        """In maps: forward reads what is summed and writes y, backward reads dL/dy and both outputs; with a ReLU it
+        also reads y and writes the clipped gradient, and weighted outputs have gradients of their own."""
+        maps = (4 if self.soft else 3) + 3 + 2 * self.relu + 2 * self.soft
+        return maps * self.batch * self.channels * self.side**2 * self.dtype.itemsize
+
+    def inputs(self, device) -> tuple[Tensor, ...]:
+        shape = (self.batch, self.channels, self.side, self.side)
+        maps = [torch.randn(shape, device=device).to(self.dtype) for _ in range(4)]
+        a, b, shortcut, upstream = (each.contiguous(memory_format=torch.channels_last) for each in maps)
+        gates = torch.tensor([0.6, 0.4] if self.soft else [1.0, 0.0], device=device)
+        leaves = (a.requires_grad_(), b.requires_grad_(self.soft), shortcut.requires_grad_(), gates.requires_grad_())
+        return *leaves, upstream
+
+    def small(self) -> "Gate":
+        return Gate(min(self.batch, 2), self.channels, self.side, self.dtype, self.relu, self.soft)
+
+
+Case = Loss | Gate
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+# The contestants: each makes a step, from a case and its inputs, that returns losses and gradients.
+
+
+def loss_step(case: Loss, inputs, losses) -> Step:
+    students, teacher, labels, *upstream = inputs
+
+    def step():
+        terms = losses(students, teacher, labels)
+        if not case.backward:
+            return terms
+        return *terms, *torch.autograd.grad(terms, [students, teacher], upstream)
+
+    return step
+
+
+def fused_losses(students, teacher, labels):
+    return kernels.kd_loss(students, teacher, labels, temperature=TEMPERATURE)
+
+
+def eager_losses(students, teacher, labels):
+    """Logarithmic target: the other form of F.kl_div moves more. Half precision is upcast, as autocast does."""
+    wide = torch.promote_types(students.dtype, torch.float32)
+    s, t = students.to(wide), teacher.to(wide)
+    log_p, log_q = (t / TEMPERATURE).log_softmax(-1), (s / TEMPERATURE).log_softmax(-1)
+    kl = F.kl_div(log_q, log_p.expand_as(log_q), reduction="none", log_target=True).sum(-1).mean(-1)
+    ce = F.cross_entropy(s.flatten(0, 1), labels.repeat(len(s)), reduction="none").view(s.shape[:2]).mean(-1)
+    return ce, kl
+
+
+def liger_step(case: Loss, inputs) -> Step:
+    """KL alone, gradient for the students alone: Liger-Kernel has no other."""
+    from liger_kernel.transformers import LigerKLDIVLoss
+
+    students, teacher, _, _, upstream = inputs
+    divergence = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+
+    def step():
+        log_p = (teacher.detach().float() / TEMPERATURE).log_softmax(-1)
+        log_q = (students.float() / TEMPERATURE).log_softmax(-1)
+        kl = torch.stack([divergence(row, log_p) for row in log_q])
+        return (kl, torch.autograd.grad(kl, students, upstream)[0]) if case.backward else (kl,)
+
+    return step
+
+
+def gate_step(case: Gate, inputs, mix) -> Step:
+    a, b, shortcut, gates, upstream = inputs
+    leaves = [a, b, shortcut, gates] if case.soft else [a, shortcut, gates]
+
+    def step():
+        y = mix(a, b, shortcut, gates)
+        return y, *torch.autograd.grad(y, leaves, upstream)
+
+    return step
+
+
+def fused_mix(case: Gate):
+    active = None if case.soft else 0
+    return lambda a, b, shortcut, gates: kernels.gated_mix([a, b], gates, active, shortcut, case.relu)
+
+
+def eager_mix(case: Gate):
+    """The gates as ProxylessNAS writes them: they multiply, and the inactive output is detached."""
+
+    def mix(a, b, shortcut, gates):
+        y = gates[0] * a + gates[1] * (b if case.soft else b.detach()) + shortcut
+        y = y.to(a.dtype)
+        return y.relu() if case.relu else y
+
+    return mix
+
+
+def make_step(case: Case, provider: str, inputs) -> Step:
+    if provider == "liger":
+        return liger_step(case, inputs)
+    fused = provider == "fused"
+    if isinstance(case, Loss):
+        function = fused_losses if fused else eager_losses
+    else:
+        function = fused_mix(case) if fused else eager_mix(case)
+    if provider == "compile":
+        function = torch.compile(function, fullgraph=True, dynamic=False)
+    return (loss_step if isinstance(case, Loss) else gate_step)(case, inputs, function)
+
+
+def providers(case: Case, liger: bool) -> list[str]:
+    names = ["fused", "eager"]
+    half = case.dtype != torch.float32
+    if isinstance(case, Gate):
+        return names + ["compile"] * (half and case.batch == 256 and not case.relu and not case.soft)
+    full = half and case.backward and case.K == 3
+    names += ["compile"] * (full and (case.N, case.C) in COMPILED)
+    return names + ["liger"] * (full and liger and case.N == 8192)
+
+
+def cases(half: torch.dtype) -> list[Case]:
+    losses = [Loss(K, N, C, half) for K in STUDENTS for N in SIZES for C in CLASSES]
+    losses += [Loss(K, N, C, half, False) for K in STUDENTS for N in (256, 8192) for C in CLASSES]
+    losses += [Loss(K, N, C, torch.float32) for K in STUDENTS for N in (256, 8192) for C in CLASSES]
+    gates = [Gate(batch, *size, half, relu) for batch in BATCHES for size in MAPS for relu in (False, True)]
+    gates += [Gate(256, *size, torch.float32) for size in MAPS] + [Gate(256, *size, half, soft=True) for size in MAPS]
+    return losses + gates
+
+
+# Measuring.
+
+
+def relative_error(case: Case, provider: str, device) -> float:
+    """The largest ||out - exact|| / ||exact|| of the step's results, exact being the eager form in float64."""
+    torch.manual_seed(0)
+    case = case if provider == "compile" else case.small()  # another size would be compiled for twice
+    inputs = case.inputs(device)
+    found = make_step(case, provider, inputs)()
+    wide = tuple(x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs)
+    exact = make_step(case, "eager", wide)()
+    if provider == "liger":
+        _, kl, *gradients = exact
+        if gradients:  # the students' gradient of the divergence alone
+            kl = eager_losses(*wide[:3])[1]
+            gradients = torch.autograd.grad(kl, wide[0], wide[4])
+        exact = (kl, *gradients)
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+    return max(errors)
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """Milliseconds."""
+    low, _, _, high = statistics.quantiles(seconds, n=5, method="inclusive")
+    return {"p20": 1e3 * low, "p50": 1e3 * statistics.median(seconds), "p80": 1e3 * high}
+
+
+def device_time(steps: list[Step]) -> tuple[dict[str, float], bool]:
+    """Time of a step on the device alone, and whether it was replayed from a CUDA graph (else launched)."""
+    runs, graphed = [], True
+    try:
+        pool = torch.cuda.graph_pool_handle()
+        for step in steps:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                step()
+            runs.append(graph.replay)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError:  # what waits for the device, or allocates outside, cannot be captured
+        torch.cuda.synchronize()
+        runs, graphed = steps, False
+    return percentiles(timed(runs)), graphed
+
+
+def timed(runs: list[Callable]) -> list[float]:
+    """Seconds of each call, by events, for LONGEST seconds and 20 calls or more."""
+    for run in runs:
+        run()
+    torch.cuda.synchronize()
+    events, start, number = [], time.perf_counter(), 0
+    while number < 20 or (time.perf_counter() - start < LONGEST and number < 1000):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        runs[number % len(runs)]()
+        end.record()
+        events.append((begin, end))
+        number += 1
+        if number % 50 == 0:
+            torch.cuda.synchronize()  # the clock above is to see the work, not the queue
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1e3 for begin, end in events]
+
+
+def wall_time(step: Step) -> dict[str, float]:
+    """Time of a call among many that wait in the queue."""
+    for _ in range(5):
+        step()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    calls = max(3, min(100, int(LONGEST / 9 / (time.perf_counter() - start))))
+    seconds = []
+    for _ in range(9):
+        start = time.perf_counter()
+        for _ in range(calls):
+            step()
+        torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - start) / calls)
+    return percentiles(seconds)
+
+
+def device_work(run: Callable) -> list[str]:
+    """Names of the kernels, copies and fills that a call gives the device."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def peak_bytes(step: Step) -> int:
+    """Memory at the peak of a step, above what was held before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy of 1 GiB."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    seconds = statistics.median(timed([lambda: target.copy_(source)]))
+    return 2 * source.numel() * source.itemsize / seconds
+
+
+def measure(case: Case, provider: str, bandwidth: float) -> dict:
+    """One row of the results."""
+    row = {"op": type(case).__name__.lower(), "provider": provider, **asdict(case)}
+    row["dtype"] = str(case.dtype).removeprefix("torch.")
+    torch._dynamo.reset()  # or it stops compiling after a few shapes
+    try:
+        row["error"] = error = relative_error(case, provider, "cuda")
+    except torch.cuda.OutOfMemoryError:
+        return row | {"skipped": "out of memory"}
+    if not error < (1e-4 if case.dtype == torch.float32 else 2e-2):
+        return row | {"skipped": f"wrong: relative error {error:.1e}"}
+    try:
+        inputs = case.inputs("cuda")
+        size = sum(x.numel() * x.itemsize for x in inputs)
+        sets = [inputs] + [case.inputs("cuda") for _ in range(min(15, ROTATE_BYTES // size))]
+        # torch.compile is timed on one set: every set would be compiled for again.
+        steps = [make_step(case, provider, each) for each in (sets[:1] if provider == "compile" else sets)]
+        peak, launches = peak_bytes(steps[0]), len(device_work(steps[0]))
+        wall = wall_time(steps[0])
+        device, graphed = device_time(steps)
+    except torch.cuda.OutOfMemoryError:
+        return row | {"skipped": "out of memory"}
+    finally:
+        sets = steps = inputs = None
+        torch.cuda.empty_cache()
+    rate = case.minimum_bytes() / (device["p50"] / 1e3)
+    row |= {"device_ms": device, "graphed": graphed, "wall_ms": wall, "launches": launches, "peak_bytes": peak}
+    row |= {"minimum_bytes": case.minimum_bytes(), "gigabytes_per_second": rate / 1e9, "share": rate / bandwidth}
+    return row
+
+
+def measure_gate_update() -> dict:
+    """Draw, gradient of all gates, Adam, rescaling, for six layers of twelve candidates."""
+    gates, like = Gates([12] * 6), torch.empty(0, device="cuda")
+    adam = torch.optim.Adam([gates.phi], lr=1e-3, betas=(0.0, 0.999))
+    generator = torch.Generator().manual_seed(0)
+
+    def begin():
+        draws = gates.draw_gate_step(generator, like)
+        gates.leaf().grad = torch.randn(gates.leaf().shape, device="cuda")
+        return draws
+
+    def finish():
+        gates.set_gradient(lambda gradient: gradient)
+        adam.step()
+        gates.finish_update()
+
+    begin()
+    finish()
+    gates.draw_gate_step(generator, like)
+    drawn = device_work(lambda: gates.draw_gate_step(generator, like))
+    begin()
+    work = drawn + device_work(finish)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(100):
+        begin()
+        finish()
+    torch.cuda.synchronize()
+    milliseconds = (time.perf_counter() - start) * 10
+    waits = sum("DtoH" in name or "Device -> " in name for name in work)
+    return {"op": "update", "provider": "host", "launches": len(work), "waits": waits, "wall_ms": milliseconds}
+
+
+# Reading the results.
+
+
+def find(rows: list[dict], provider: str, **wanted) -> dict | None:
+    """The measured row of a provider with these values, if there is one."""
+    for row in rows:
+        if row["provider"] == provider and "skipped" not in row and all(row.get(k) == v for k, v in wanted.items()):
+            return row
+    return None
+
+
+def figures(rows: list[dict], half: str) -> list[tuple[str, float | None, str, float]]:
+    """(what, measured value or None, "at least" or "at most", target) of every target that the kernels have."""
+    found = []
+
+    def compare(what: str, comparison: str, target: float, value: Callable, *needed: dict | None) -> None:
+        found.append((what, None if None in needed else value(*needed), comparison, target))
+
+    def times(name: str) -> Callable:
+        return lambda ours, other: other[name]["p50"] / ours[name]["p50"]
+
+    big = {"op": "loss", "K": 3, "N": 8192, "dtype": half, "backward": True}
+    ours, eager, compiled = (find(rows, name, C=1000, **big) for name in ("fused", "eager", "compile"))
+    compare("loss 3x8192x1000, share of copy bandwidth", "at least", 0.8, lambda row: row["share"], ours)
+    compare("loss 3x8192x1000, times eager", "at least", 4.0, times("device_ms"), ours, eager)
+    compare("loss 3x8192x1000, times torch.compile", "at least", 1.0, times("device_ms"), ours, compiled)
+    ours, eager, compiled = (find(rows, name, C=32000, **big) for name in ("fused", "eager", "compile"))
+    compare("loss 3x8192x32000, times torch.compile", "at least", 1.2, times("device_ms"), ours, compiled)
+    what = "loss 3x8192x32000, peak memory of eager's"
+    compare(what, "at most", 0.5, lambda ours, eager: ours["peak_bytes"] / eager["peak_bytes"], ours, eager)
+    for size in (64, 128, 256):
+        small = big | {"N": size, "C": 100}
+        ours, eager = (find(rows, name, **small) for name in ("fused", "eager"))
+        compare(f"loss 3x{size}x100, wall, times eager", "at least", 3.0, times("wall_ms"), ours, eager)
+        compare(f"loss 3x{size}x100, launches", "at most", 4, lambda row: row["launches"], ours)
+    for channels, side in MAPS:
+        gate = {"op": "gate", "batch": 256, "channels": channels, "dtype": half, "relu": False, "soft": False}
+        ours, eager = (find(rows, name, **gate) for name in ("fused", "eager"))
+        name = f"gate 256x{channels}x{side}x{side}"
+        compare(f"{name}, share of copy bandwidth", "at least", 0.7, lambda row: row["share"], ours)
+        compare(f"{name}, times eager", "at least", 3.0, times("device_ms"), ours, eager)
+    update = find(rows, "host", op="update")
+    compare("gate update, launches", "at most", 10, lambda row: row["launches"], update)
+    compare("gate update, waits for the device", "at most", 1, lambda row: row["waits"], update)
+    return found
+
+
+def reached(value: float, comparison: str, target: float) -> bool:
+    return value >= target if comparison == "at least" else value <= target
+
+
+def line(row: dict) -> str:
+    """A row of the table."""
+    if row["op"] == "loss":
+        name = f"loss {row['K']}x{row['N']}x{row['C']} {'forward+backward' if row['backward'] else 'forward'}"
+    else:
+        kind = "soft " * row["soft"] + "relu " * row["relu"]
+        name = f"gate {row['batch']}x{row['channels']}x{row['side']}x{row['side']} {kind}".rstrip()
+    start = f"{name:38} {row['dtype']:8} {row['provider']:8}"
+    if "skipped" in row:
+        return f"{start} {row['skipped']}"
+    device = row["device_ms"]
+    return (
+        f"{start} device {device['p50']:8.4f} ms ({device['p20']:.4f}-{device['p80']:.4f})  "
+        f"wall {row['wall_ms']['p50']:8.4f} ms  "
+        f"{row['launches']:3} launches  {row['gigabytes_per_second']:6.0f} GB/s ({100 * row['share']:3.0f}% of copy)  "
+        f"peak {row['peak_bytes'] / 2**20:8.1f} MiB  error {row['error']:.0e}"
+    )
+
+
+def plot(rows: list[dict], half: str, bandwidth: float, path: Path) -> None:
+    """Time of the losses against the number of classes, for many rows and for a training batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.5))
+    for panel, size, time_name in zip(panels, (8192, 256), ("device_ms", "wall_ms"), strict=False):
+        for provider in ("eager", "compile", "liger", "fused"):
+            case = {"op": "loss", "K": 3, "N": size, "dtype": half, "backward": True}
+            points = [(C, row[time_name]["p50"]) for C in CLASSES if (row := find(rows, provider, C=C, **case))]
+            if points:
+                panel.loglog(*zip(*points, strict=True), marker="o", label=provider)
+        floor = [1e3 * Loss(3, size, C, getattr(torch, half)).minimum_bytes() / bandwidth for C in CLASSES]
+        panel.loglog(CLASSES, floor, "k:", label="copy bandwidth")
+        panel.set(xlabel="classes", ylabel="ms", title=f"losses, K=3, N={size}, {half}: {time_name.split('_')[0]}")
+        panel.legend()
+    shown = ("eager", "compile", "fused")
+    for place, provider in enumerate(shown):
+        case = {"op": "gate", "batch": 256, "dtype": half, "relu": False, "soft": False}
+        heights = [(find(rows, provider, channels=channels, **case) or {}) for channels, _ in MAPS]
+        heights = [row["device_ms"]["p50"] if row else 0.0 for row in heights]
+        panels[2].bar([i + place / 4 for i in range(len(MAPS))], heights, width=0.24, label=provider)
+    panels[2].set_xticks([i + 0.25 for i in range(len(MAPS))], [f"{c}x{s}x{s}" for c, s in MAPS])
+    panels[2].set(ylabel="ms", title=f"gate of two candidates, batch 256, {half}: device")
+    panels[2].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def check(device: str) -> bool:
+    """Whether all contestants agree with float64 on a few shapes; prints a line each."""
+    fine = True
+    dtypes, kinds = (torch.bfloat16, torch.float32), ((False, False), (True, False), (False, True))
+    small = [Loss(3, 16, C, dtype) for C in (10, 1000) for dtype in dtypes]
+    small += [Gate(2, 16, 8, dtype, relu, soft) for dtype in dtypes for relu, soft in kinds]
+    for case in small:
+        for provider in ("fused", "eager"):
+            error = relative_error(case, provider, device)
+            fine &= error < (1e-4 if case.dtype == torch.float32 else 2e-2)
+            print(f"{provider:6} {case}: relative error {error:.1e}, at least {case.minimum_bytes():,} bytes")
+    return fine
+
+
+def has_liger() -> bool:
+    try:
+        import liger_kernel.transformers  # noqa: F401 - whether it is there is the question
+    except ImportError:
+        print("Liger-Kernel is not installed: left out (pip install liger-kernel)")
+        return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare results, on whatever machine this is")
+    parser.add_argument("--output", default="benchmarks/results/kernels.json")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    implementation = kernels.use("auto", device)
+    if options.check:
+        print(f"fused is: {implementation}")
+        sys.exit(0 if check(device) else 1)
+    if implementation != "triton":
+        print(f"benchmarks.kernels: needs an NVIDIA GPU ({implementation}); --check runs anywhere", file=sys.stderr)
+        sys.exit(2)
+
+    half = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    name = str(half).removeprefix("torch.")
+    liger, start = has_liger(), time.perf_counter()
+    bandwidth = copy_bandwidth()
+    print(f"copy: {bandwidth / 1e9:.0f} GB/s read and written")
+    rows = []
+    for case in cases(half):
+        for provider in providers(case, liger):
+            rows.append(measure(case, provider, bandwidth))
+            print(line(rows[-1]), flush=True)
+    rows.append(measure_gate_update())
+    again = copy_bandwidth()  # whether the device was in the same state at the end
+    print(f"copy at the end: {again / 1e9:.0f} GB/s; {time.perf_counter() - start:.0f} s in all\n")
+    targets = figures(rows, name)
+    for what, value, comparison, target in targets:
+        verdict = (
+            "not measured" if value is None else "reached" if reached(value, comparison, target) else "NOT REACHED"
+        )
+        print(f"{what:48} {'-' if value is None else f'{value:.2f}':>8}  ({comparison} {target:g})  {verdict}")
+    report = {
+        "command": "python -m benchmarks.kernels",
+        **machine(),
+        "copy_bytes_per_second": [bandwidth, again],
+        "figures": [dict(zip(("what", "value", "comparison", "target"), each, strict=True)) for each in targets],
+        "rows": rows,
+    }
+    output = Path(options.output)
+    write_atomically(output, json.dumps(report, indent=1) + "\n")
+    plot(rows, name, bandwidth, output.with_suffix(".png"))
+    print(f"written: {output}, {output.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
