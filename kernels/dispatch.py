@@ -1,7 +1,9 @@
 """Which implementation an operation runs: its Triton kernels or its plain PyTorch reference."""
 
+import functools
 import importlib.util
 import os
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -55,6 +57,13 @@ def runs_triton(*tensors: Tensor | None) -> bool:
     return obstacle is None
 
 
+def on_device_of(tensor: Tensor):
+    """A context in which Triton, which launches on the current GPU, launches on the tensor's."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
 def _wanted(device: torch.device) -> bool:
     # The interpreter, which runs the kernels on a CPU, is far too slow to be anyone's default.
     return _choice == "triton" or device.type == "cuda"
@@ -62,7 +71,7 @@ def _wanted(device: torch.device) -> bool:
 
 def _obstacle(device: torch.device) -> str | None:
     """Why Triton cannot run on `device`, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed"
     if device.type == "cpu":
         return None if os.environ.get("TRITON_INTERPRET") == "1" else "no GPU"
@@ -73,10 +82,11 @@ def _obstacle(device: torch.device) -> str | None:
     return None
 
 
-_capabilities: dict[torch.device, tuple[int, int]] = {}
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    if device not in _capabilities:
-        _capabilities[device] = torch.cuda.get_device_capability(device)
-    return _capabilities[device]
+    return torch.cuda.get_device_capability(device)

@@ -7,13 +7,13 @@ kernels/gates.py.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dispatch import on_device_of
 from kernels.gates import accumulate_dtype, mixed_dtype
 
 BLOCK = 4096
@@ -114,8 +114,3 @@ def mix_backward(
             )
     dots = partial.sum(1) if for_gates else partial.new_empty(0)
     return dz, dots, [each for each in d_outputs if each is not None]
-
-
-def on_device_of(tensor: Tensor):
-    """Triton launches on the current GPU, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -12,12 +12,13 @@ small divergence needs is only summed for rows that have one. The softmax of a r
 """
 
 import math
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.dispatch import on_device_of
 
 TILE = 4096  # classes that a program holds in registers
 LOOP_TILE = 2048  # classes that it takes at a time when there are more
@@ -677,8 +678,3 @@ def _rows_contiguous(logits: Tensor | None) -> Tensor | None:
 
 def _contiguous(labels: Tensor | None) -> Tensor | None:
     return None if labels is None else labels.contiguous()
-
-
-def on_device_of(tensor: Tensor):
-    """Triton launches on the current GPU, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
