@@ -57,6 +57,15 @@ def runs_triton(*tensors: Tensor | None) -> bool:
     return obstacle is None
 
 
+def recorded(tensor: Tensor) -> bool:
+    """Whether a graph is being recorded, by torch.compile or a tracer, that has to see operators.
+
+    Otherwise the kernels are called around the operators: PyTorch's handling of operators written in Python
+    takes longer than the kernels themselves.
+    """
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
 def on_device_of(tensor: Tensor):
     """A context in which Triton, which launches on the current GPU, launches on the tensor's."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():

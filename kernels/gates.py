@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import runs_triton
+from kernels.dispatch import recorded, runs_triton
 
 
 def gated_mix(
@@ -93,18 +94,21 @@ class _GatedMix(torch.autograd.Function):
         if active is not None and len(terms) == 1 and not relu:
             y = terms[0].view_as(terms[0])
         else:
-            y = _mix(chosen, gates if active is None else None, shortcut, relu)
+            mix = _mix if recorded(terms[0]) else _run_mix
+            y = mix(chosen, gates if active is None else None, shortcut, relu)
         kept = outputs if active is None or ctx.needs_input_grad[0] else [None] * len(outputs)
         ctx.save_for_backward(gates, y if relu else None, *kept)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         gates, y, *outputs = ctx.saved_tensors
         soft, wants_gates = ctx.active is None, ctx.needs_input_grad[0]
         dz, dots, shares = grad, None, []
         if soft or wants_gates or y is not None:
-            clipped, dots, shares = _mix_backward(grad, outputs, gates if soft else None, y, wants_gates)
+            mix_backward = _mix_backward if recorded(grad) else _run_mix_backward
+            clipped, dots, shares = mix_backward(grad, outputs, gates if soft else None, y, wants_gates)
             dz = grad if y is None else clipped
         shares = iter(shares)
         d_terms = [dz]
@@ -121,8 +125,7 @@ class _GatedMix(torch.autograd.Function):
 # The operators. `gates` are None where the one output is taken as it is.
 
 
-@torch.library.custom_op("distillation::mix", mutates_args=())
-def _mix(outputs: Sequence[Tensor | None], gates: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
+def _run_mix(outputs: Sequence[Tensor | None], gates: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
     *outputs, shortcut = _same_layout([*outputs, shortcut])
     if runs_triton(*outputs, shortcut):
         from kernels import gates_triton
@@ -131,14 +134,16 @@ def _mix(outputs: Sequence[Tensor | None], gates: Tensor | None, shortcut: Tenso
     return reference_mix(outputs, gates, shortcut, relu)
 
 
+_mix = torch.library.custom_op("distillation::mix", _run_mix, mutates_args=())
+
+
 @_mix.register_fake
 def _(outputs, gates, shortcut, relu):
     terms = [each for each in _same_layout([*outputs, shortcut]) if each is not None]
     return torch.empty_like(terms[0], dtype=mixed_dtype(terms))
 
 
-@torch.library.custom_op("distillation::mix_backward", mutates_args=())
-def _mix_backward(
+def _run_mix_backward(
     grad: Tensor, outputs: Sequence[Tensor | None], gates: Tensor | None, y: Tensor | None, for_gates: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(gradient before the ReLU, empty without `y`; dots [J], empty unless wanted; with `gates` those of the
@@ -149,6 +154,9 @@ def _mix_backward(
 
         return gates_triton.mix_backward(grad, outputs, gates, y, for_gates)
     return reference_mix_backward(grad, outputs, gates, y, for_gates)
+
+
+_mix_backward = torch.library.custom_op("distillation::mix_backward", _run_mix_backward, mutates_args=())
 
 
 @_mix_backward.register_fake

@@ -82,7 +82,7 @@ def mix(outputs: Sequence[Tensor | None], gates: Tensor | None, shortcut: Tensor
     y = torch.empty_like(terms[0], dtype=mixed_dtype(terms))
     if y.numel():
         with on_device_of(y):
-            mix_kernel[(triton.cdiv(y.numel(), BLOCK),)](
+            mix_kernel[(-(-y.numel() // BLOCK),)](
                 tuple(outputs), gates, shortcut, y, y.numel(), J=len(outputs), RELU=relu, BLOCK=BLOCK, num_warps=8
             )
     return y
@@ -93,7 +93,7 @@ def mix_backward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As the operator in kernels/gates.py, for tensors of one layout."""
     J, elements = len(outputs), grad.numel()
-    programs = triton.cdiv(elements, BLOCK)
+    programs = -(-elements // BLOCK)
     dz = grad.new_empty(0) if y is None else torch.empty_like(grad)
     partial = grad.new_empty((J, programs) if for_gates else (0, 0), dtype=accumulate_dtype(grad))
     d_outputs = [None if each is None or gates is None else torch.empty_like(each) for each in outputs]

@@ -1,10 +1,10 @@
 """The losses between K students and their teacher: cross-entropy and temperature KL divergence.
 
-The public functions check their arguments and call one operator, registered with PyTorch so that autograd,
-autocast, torch.compile and CUDA graphs know it; its backward pass is a second one. Each has two
+The public functions check their arguments and call one operation, whose backward pass is a second one. Both
+are operators of PyTorch, so that torch.compile and other tracers know them, and each has two
 implementations: the plain PyTorch reference in this file, which is the specification, and the Triton kernels
-of kernels/kd_triton.py. Both passes recompute what they need from the logits: between them only a few
-numbers a row are kept.
+of kernels/kd_triton.py. Both passes compute what they need from the logits: between them only a few numbers
+a row are kept.
 """
 
 import math
@@ -13,8 +13,9 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import runs_triton
+from kernels.dispatch import recorded, runs_triton
 
 Direction = Literal["forward", "reverse"]
 Reduction = Literal["mean", "none"]
@@ -74,7 +75,7 @@ def kd_loss(
     _check_options(temperature, direction, label_smoothing, reduction)
     if labels is not None:
         _check_labels(labels, students)
-    ce, kl, _, _ = _forward(
+    ce, kl, _, _ = _losses(
         students, teacher, labels, temperature, direction, label_smoothing, ignore_index, reduction == "mean"
     )
     return (None if labels is None else ce), kl
@@ -106,7 +107,7 @@ def decoupled_kd_loss(
     _check_labels(labels, students)
     if students.shape[-1] < 2:
         raise ValueError(f"students need 2 classes or more to have non-target ones; got {_shape(students)}")
-    ce, non_target, target, _ = _forward(
+    ce, non_target, target, _ = _losses(
         students, teacher, labels, temperature, "decoupled", label_smoothing, ignore_index, reduction == "mean"
     )
     return DecoupledLoss(ce, target, non_target)
@@ -121,7 +122,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
         raise ValueError(f"logits must be floating point [N, C], not empty; got {logits.dtype} {_shape(logits)}")
     _check_options(1.0, "forward", label_smoothing, "mean")
     _check_labels(labels, logits[None])
-    return _forward(logits[None], None, labels, 1.0, "none", label_smoothing, ignore_index, True)[0][0]
+    return _losses(logits[None], None, labels, 1.0, "none", label_smoothing, ignore_index, True)[0][0]
+
+
+def _losses(students: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (_forward if recorded(students) else _Eager.apply)(students, *arguments)
 
 
 # The operators. `form` is a direction, "decoupled", or "none" when there is no teacher. Of the results ce, kl
@@ -129,8 +134,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
 # kernels keep for their backward pass; the reference keeps nothing.
 
 
-@torch.library.custom_op("distillation::kd", mutates_args=())
-def _forward(
+def _run_forward(
     students: Tensor,
     teacher: Tensor | None,
     labels: Tensor | None,
@@ -148,6 +152,9 @@ def _forward(
     return reference_forward(*arguments)
 
 
+_forward = torch.library.custom_op("distillation::kd", _run_forward, mutates_args=())
+
+
 @_forward.register_fake
 def _(students, teacher, labels, temperature, form, label_smoothing, ignore_index, mean):
     shape = students.shape[:1] if mean else students.shape[:2]
@@ -162,8 +169,7 @@ def _(students, teacher, labels, temperature, form, label_smoothing, ignore_inde
     return *losses, students.new_empty(kept, dtype=torch.float32)
 
 
-@torch.library.custom_op("distillation::kd_backward", mutates_args=())
-def _backward(
+def _run_backward(
     grad_ce: Tensor | None,
     grad_kl: Tensor | None,
     grad_target: Tensor | None,
@@ -188,6 +194,9 @@ def _backward(
     return reference_backward(*grads, students, teacher, labels, *options, *wanted)
 
 
+_backward = torch.library.custom_op("distillation::kd_backward", _run_backward, mutates_args=())
+
+
 @_backward.register_fake
 def _(grad_ce, grad_kl, grad_target, students, teacher, labels, rows, *options):
     *_, for_students, for_teacher = options
@@ -203,14 +212,32 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(students, teacher, labels, output[3])
 
 
-def _autograd(ctx, grad_ce, grad_kl, grad_target, _):
+def _gradients(ctx, grads, backward):
     for_students, for_teacher = ctx.needs_input_grad[:2]
-    tensors = ctx.saved_tensors
-    d_students, d_teacher = _backward(grad_ce, grad_kl, grad_target, *tensors, *ctx.options, for_students, for_teacher)
+    d_students, d_teacher = backward(*grads[:3], *ctx.saved_tensors, *ctx.options, for_students, for_teacher)
     return d_students if for_students else None, d_teacher if for_teacher else None, *[None] * 6
 
 
+def _autograd(ctx, *grads):
+    return _gradients(ctx, grads, _backward)
+
+
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """What the operator does, without being one."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _run_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        return _gradients(ctx, grads, _run_backward)
 
 
 # The reference: the formulas, in float32 or better.

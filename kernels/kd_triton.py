@@ -11,6 +11,7 @@ small divergence needs is only summed for rows that have one. The softmax of a r
 (maximum, log2 of the sum of powers below it), instead of as their sum, so that large logits lose nothing.
 """
 
+import functools
 import math
 
 import torch
@@ -548,7 +549,7 @@ def forward(
     align, strides = _layout(students, teacher)
     kernel = forward_tile if classes <= TILE else forward_loop
     with on_device_of(students):
-        kernel[(triton.cdiv(batch, block_n),)](
+        kernel[(-(-batch // block_n),)](
             students,
             teacher,
             labels,
@@ -569,7 +570,7 @@ def forward(
         if mean:
             losses = [rows.new_empty(count if there else 0) for there in wanted]
             given = [loss if there else None for loss, there in zip(losses, wanted, strict=True)]
-            block = min(triton.next_power_of_2(batch), 4096)
+            block = min(1 << (batch - 1).bit_length(), 4096)
             mean_rows[(count,)](
                 rows, labels, *given, batch, ignore_index, K=count, PLANES=planes, BLOCK=block, num_warps=8
             )
@@ -606,7 +607,7 @@ def backward(
     for grad in (grad_ce, grad_kl, grad_target):
         strides += (0, 0) if grad is None else (grad.stride(0), 0 if mean else grad.stride(1))
     with on_device_of(students):
-        gradients[(triton.cdiv(batch, block_n), triton.cdiv(classes, block_c))](
+        gradients[(-(-batch // block_n), -(-classes // block_c))](
             grad_ce,
             grad_kl,
             grad_target,
@@ -637,6 +638,7 @@ def planes_of(form: str) -> int:
     return 3 if form == "none" else 9 if form == "decoupled" else 8
 
 
+@functools.cache
 def forward_shape(classes: int) -> tuple[int, int, int]:
     """(rows, classes, warps) of a program: 16 elements a thread, few warps a row, as its sums have to meet."""
     block_c = triton.next_power_of_2(classes) if classes <= TILE else LOOP_TILE
@@ -644,6 +646,7 @@ def forward_shape(classes: int) -> tuple[int, int, int]:
     return block_n, block_c, max(1, block_n * block_c // 512)
 
 
+@functools.cache
 def backward_shape(classes: int) -> tuple[int, int, int]:
     """The same for the backward pass, where the classes of a row need not meet."""
     block_c = min(triton.next_power_of_2(classes), 1024)
