@@ -109,6 +109,22 @@ def test_losses_compile(launched, form, classes, arch, dtype):
     check(launched, arch)
 
 
+@pytest.mark.parametrize("classes", [1, 16, 5000])
+@pytest.mark.parametrize("with_labels", [False, True])
+@pytest.mark.parametrize("form", ["forward", "reverse"])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_arguments_of_one_and_absent_ones_compile(launched, batch, form, with_labels, classes):
+    """Triton makes a constant of an integer that is 1 and of None: batch, strides and ignore_index here."""
+    students = torch.zeros(1, batch, classes, dtype=torch.float16)
+    labels = torch.zeros(batch, dtype=torch.int64) if with_labels else None
+    options = {"temperature": 2.0, "form": form, "label_smoothing": 0.0, "ignore_index": 1, "mean": with_labels}
+    rows = kd_triton.forward(students, students[0], labels, **options)[3]
+    grad_kl = torch.ones(1) if with_labels else torch.ones(1, batch)
+    wanted = {"for_students": with_labels, "for_teacher": True}
+    kd_triton.backward(None, grad_kl, None, students, students[0], labels, rows, **options, **wanted)
+    check(launched, 90)
+
+
 @each_target
 @pytest.mark.parametrize("soft", [False, True])
 def test_gates_compile(launched, soft, arch, dtype):
