@@ -251,8 +251,9 @@ def reference_forward(students, teacher, labels, temperature, form, label_smooth
     counted = None if labels is None else labels != ignore_index
     if labels is not None:
         log_q = s.log_softmax(-1)
-        likelihood = _at_label(log_q, labels)
-        ce = -(1 - label_smoothing) * likelihood - label_smoothing * log_q.mean(-1)
+        ce = -(1 - label_smoothing) * _at_label(log_q, labels)
+        if label_smoothing:  # not 0 times the infinity of a class that is masked out
+            ce = ce - label_smoothing * log_q.mean(-1)
         ce = ce.masked_fill(~counted, 0.0)
     if form != "none":
         t = teacher.to(dtype)

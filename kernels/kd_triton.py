@@ -48,17 +48,22 @@ def _load(base, offsets, columns, C: tl.constexpr):
 
 
 @triton.jit
-def _terms(p, log_p, q, log_q):
-    """Terms of KL(p || q) that are never negative, from log2 of both: p (d - 1) + q with d in nats."""
-    return tl.where(p == 0, q, p * ((log_p - log_q) * LN2 - 1) + q)
+def _terms(p, q, d):
+    """Terms of KL(p || q), d = log p - log q in nats, that are never negative: p (d - 1) + q."""
+    return tl.where(p == 0, q, p * (d - 1) + q)
 
 
 @triton.jit
-def _series_terms(p, log_p, q, log_q):
+def _series_terms(p, q, d):
     """The same where p and q are close: a series in d, as p (d - 1) + q would cancel."""
-    d = (log_p - log_q) * LN2
     series = d * d * (0.5 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720)))))
-    return tl.where((tl.abs(d) < 0.25) & (p != 0), p * series, _terms(p, log_p, q, log_q))
+    return tl.where((tl.abs(d) < 0.25) & (p != 0), p * series, _terms(p, q, d))
+
+
+@triton.jit
+def _log_ratio(below_p, below_q, p_log_sum, q_log_sum):
+    """log p - log q in nats, from log2 of what is summed: where p and q are close their difference is exact."""
+    return (below_p - below_q) * LN2 + ((q_log_sum - p_log_sum) * LN2)[:, None]
 
 
 @triton.jit
@@ -83,8 +88,8 @@ def _log_sigmoid(z):
 def _target_divergence(z_s, z_t):
     """KL between two coins, in nats, from the log odds of their heads."""
     yes_s, yes_t, no_s, no_t = _log_sigmoid(z_s), _log_sigmoid(z_t), _log_sigmoid(-z_s), _log_sigmoid(-z_t)
-    yes = _series_terms(tl.exp(yes_t), yes_t * LOG2E, tl.exp(yes_s), yes_s * LOG2E)
-    return yes + _series_terms(tl.exp(no_t), no_t * LOG2E, tl.exp(no_s), no_s * LOG2E)
+    yes = _series_terms(tl.exp(yes_t), tl.exp(yes_s), yes_t - yes_s)
+    return yes + _series_terms(tl.exp(no_t), tl.exp(no_s), no_t - no_s)
 
 
 @triton.jit
@@ -167,11 +172,11 @@ def forward_tile(
             t_y = _load_at_label(teacher, row * stride_t * ALIGN, label, known)
             t = tl.where(columns == label[:, None], -float("inf"), t)
         t_max = tl.maximum(tl.max(t, 1), LOWEST)
-        log_p = (t - t_max[:, None]) * scale
-        p = tl.exp2(log_p)
+        below_t = (t - t_max[:, None]) * scale
+        p = tl.exp2(below_t)
         t_sum = tl.sum(p, 1)
         t_log_sum = tl.log2(t_sum)
-        log_p, p = log_p - t_log_sum[:, None], p * (1 / t_sum)[:, None]
+        p *= (1 / t_sum)[:, None]
     for k in range(K):
         offsets = (tl.cast(k, tl.int64) * stride_k + row * stride_n) * ALIGN
         s = _load(students, offsets, columns, C)
@@ -181,20 +186,21 @@ def forward_tile(
         if DECOUPLED:
             x = tl.where(columns == label[:, None], -float("inf"), s)
         largest = tl.maximum(tl.max(x, 1), LOWEST)
-        log_q = (x - largest[:, None]) * scale
-        e = tl.exp2(log_q)
+        below_s = (x - largest[:, None]) * scale
+        e = tl.exp2(below_s)
         if teacher is not None:
             s_sum = tl.sum(e, 1)
             log_sum = tl.log2(s_sum)
-            log_q, q = log_q - log_sum[:, None], e * (1 / s_sum)[:, None]
+            q = e * (1 / s_sum)[:, None]
+            d = _log_ratio(below_t, below_s, t_log_sum, log_sum)
             if REVERSE:
-                kl = tl.sum(_terms(q, log_q, p, log_p), 1)
+                kl = tl.sum(_terms(q, p, -d), 1)
                 if tl.min(kl, 0) < NEAR:
-                    kl = tl.sum(_series_terms(q, log_q, p, log_p), 1)
+                    kl = tl.sum(_series_terms(q, p, -d), 1)
             else:
-                kl = tl.sum(_terms(p, log_p, q, log_q), 1)
+                kl = tl.sum(_terms(p, q, d), 1)
                 if tl.min(kl, 0) < NEAR:
-                    kl = tl.sum(_series_terms(p, log_p, q, log_q), 1)
+                    kl = tl.sum(_series_terms(p, q, d), 1)
             if DECOUPLED:
                 z_s, z_t = _log_odds(s_y, largest, log_sum, scale), _log_odds(t_y, t_max, t_log_sum, scale)
                 target = tl.where(counted, _target_divergence(z_s, z_t), 0.0)
@@ -267,14 +273,15 @@ def _sum_divergence(
         if DECOUPLED:
             t = tl.where(columns == label[:, None], -float("inf"), t)
             s = tl.where(columns == label[:, None], -float("inf"), s)
-        a = (t - t_max[:, None]) * scale - t_log_sum[:, None]
-        b = (s - largest[:, None]) * scale - log_sum[:, None]
+        below_t, below_s = (t - t_max[:, None]) * scale, (s - largest[:, None]) * scale
+        p, q = tl.exp2(below_t - t_log_sum[:, None]), tl.exp2(below_s - log_sum[:, None])
+        d = _log_ratio(below_t, below_s, t_log_sum, log_sum)
         if REVERSE:
-            a, b = b, a
+            p, q, d = q, p, -d
         if SERIES:
-            terms += _series_terms(tl.exp2(a), a, tl.exp2(b), b)
+            terms += _series_terms(p, q, d)
         else:
-            terms += _terms(tl.exp2(a), a, tl.exp2(b), b)
+            terms += _terms(p, q, d)
     return tl.sum(terms, 1)
 
 
@@ -477,8 +484,8 @@ def gradients(
             t = tl.where(at_label, -float("inf"), t)
         t_max = _load_row(rows, TEACHER_MAX, 0, row, K, N)
         t_log_sum = _load_row(rows, TEACHER_LOG_SUM, 0, row, K, N)
-        log_p = (t - t_max[:, None]) * scale - t_log_sum[:, None]
-        p = tl.exp2(log_p)
+        below_t = (t - t_max[:, None]) * scale
+        p = tl.exp2(below_t - t_log_sum[:, None])
     dt = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for k in range(K):
         offsets = (tl.cast(k, tl.int64) * stride_k + row * stride_n) * ALIGN
@@ -490,17 +497,18 @@ def gradients(
             x = s
             if DECOUPLED:
                 x = tl.where(at_label, -float("inf"), s)
-            log_q = (x - largest[:, None]) * scale - log_sum[:, None]
-            q = tl.exp2(log_q)
+            below_s = (x - largest[:, None]) * scale
+            q = tl.exp2(below_s - log_sum[:, None])
         if grad_kl is not None:
             g = (tl.load(grad_kl + k * kl_stride_k + row * kl_stride_n).to(tl.float32) * of_kl)[:, None]
             kl = _load_row(rows, KL, k, row, K, N)[:, None]
+            d = _log_ratio(below_t, below_s, t_log_sum, log_sum)
             if REVERSE:
-                ds += tl.where(q == 0, 0.0, g * q * ((log_q - log_p) * LN2 - kl))
+                ds -= tl.where(q == 0, 0.0, g * q * (d + kl))
                 dt += g * (p - q)
             else:
                 ds += g * (q - p)
-                dt += tl.where(p == 0, 0.0, g * p * ((log_p - log_q) * LN2 - kl))
+                dt += tl.where(p == 0, 0.0, g * p * (d - kl))
         if grad_target is not None:
             g = tl.load(grad_target + k * target_stride_k + row * target_stride_n).to(tl.float32) * of_target
             s_y = _load_at_label(students, offsets, label, known)
@@ -561,7 +569,7 @@ def forward(
             ignore_index,
             **_constants(students, temperature, form),
             ALIGN=align,
-            SMOOTH=label_smoothing > 0,
+            SMOOTH=label_smoothing > 0 and labels is not None,
             BLOCK_N=block_n,
             BLOCK_C=block_c,
             num_warps=warps,

@@ -409,3 +409,15 @@ def test_what_the_kernels_take_on_a_gpu(monkeypatch, capability, dtype, runs):
     else:
         with pytest.raises(ValueError, match=r"bfloat16: use float16|6\.1 is below 7\.0"):
             dispatch.runs_triton(OnGPU(dtype))
+
+
+def test_a_class_masked_out_by_the_student_is_left_out_of_its_cross_entropy():
+    students, teacher, _ = logits(2, 3, 5)
+    labels = torch.tensor([0, 2, 1])
+    masked = students.detach().index_fill(2, torch.tensor([4]), -math.inf).requires_grad_()
+    ce, _ = kd_loss(masked, teacher, labels)
+    expected = torch.stack([torch.nn.functional.cross_entropy(row[:, :4], labels) for row in students])
+    assert torch.allclose(ce, expected, rtol=1e-12)
+    (gradient,) = torch.autograd.grad(ce.sum(), masked)
+    assert gradient.isfinite().all() and not gradient[..., 4].any()
+    assert kd_loss(masked, teacher, labels, label_smoothing=0.1)[0].isposinf().all()  # some target is on class 4

@@ -279,6 +279,12 @@ def test_gradients_scaled_for_half_precision_are_scaled_before_they_are_rounded(
     assert error(scaled.double() / 2.0**10, exact) < 4e-4
 
 
+@pytest.mark.parametrize("c", [30, 5001])
+def test_without_labels_there_is_only_the_divergence(c):
+    compare(logits(2, 3, c), logits(3, c, seed=1), None, "forward", 4.0, smoothing=0.1)
+    compare(logits(2, 3, c), logits(3, c, seed=1), None, "reverse", 3.0, reduction="none")
+
+
 @pytest.mark.parametrize("used", [0, 1])
 def test_a_loss_that_is_not_used_has_no_part_in_the_gradient(used):
     students, teacher, labels = logits(2, 5, 30), logits(5, 30, seed=1), labels_of(5, 30)
