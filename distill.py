@@ -75,7 +75,9 @@ def main() -> None:
         raise UserError(f"--kernels {config.kernels}: {error}") from None
 
     with accelerator.main_process_first():
-        data = load_images(config.dataset, image_size(config, teacher), progress=accelerator.is_main_process)
+        data = load_images(
+            config.dataset, image_size(config, teacher), accelerator.is_main_process, config, accelerator.device
+        )
     data = hold_out(fit_to_teacher(data, teacher), config.val_fraction, "val")
     pool = config.pool or (Pool(**teacher.info.pool) if teacher and teacher.info.pool else Pool())
     torch.manual_seed(config.seed)
@@ -92,6 +94,7 @@ def main() -> None:
         f"seed {config.seed}, {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"kernels: {implementation}"
     )
+    screen.say(data.described)
     loop.run()
 
     spec = find_spec(config.student, pool)

@@ -63,7 +63,7 @@ def main() -> None:
         raise UserError(f"--kernels {config.kernels}: {error}") from None
 
     with accelerator.main_process_first():
-        data = load_images(config.dataset, config.image_size, progress=accelerator.is_main_process)
+        data = load_images(config.dataset, config.image_size, accelerator.is_main_process, config, accelerator.device)
     data = hold_out(data, config.val_fraction, "val")
     data = hold_out(data, config.gate_holdout if config.method == "gtn" else 0.0, "gates")
     torch.manual_seed(config.seed)
@@ -77,6 +77,7 @@ def main() -> None:
         f"classes; seed {config.seed}, {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"kernels: {implementation}"
     )
+    screen.say(data.described)
     progress = loop.run()
 
     pool = asdict(config.pool) if config.method == "gtn" else None

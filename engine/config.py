@@ -13,20 +13,16 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from common import UserError
+from engine.data import DataOptions
 
 Config = TypeVar("Config", bound="RunConfig")
 
 
 @dataclass
-class RunConfig:
+class RunConfig(DataOptions):
     """Options that every run has, whatever its method.
 
     Args:
-        dataset: digits, cifar10, cifar100, parquet:GLOB or folder:PATH; default: the teacher's, else digits.
-        image_size: side that images are resized to; default: the data set's own.
-        crop_padding: padding of the random crop; default: an eighth of the side.
-        flip: random horizontal flips; default: what suits the data set (none for digits).
-        val_fraction: part of the training split kept apart to choose the best epoch on; 0: none.
         epochs: passes over the training split.
         batch_size: images a step over all processes together.
         lr: peak learning rate of SGD.
@@ -47,11 +43,6 @@ class RunConfig:
         report_to: tracker names known to Accelerate, comma-separated.
     """
 
-    dataset: str | None = None
-    image_size: int | None = None
-    crop_padding: int | None = None
-    flip: bool | None = None
-    val_fraction: float = 0.0
     epochs: int = 30
     batch_size: int = 64
     lr: float = 0.05
@@ -76,6 +67,9 @@ class RunConfig:
         limits = {
             "image_size": (self.image_size is None or self.image_size >= 8, "at least 8"),
             "crop_padding": (self.crop_padding is None or self.crop_padding >= 0, "at least 0"),
+            "cutout": (self.cutout >= 0, "at least 0"),
+            "data_workers": (self.data_workers is None or self.data_workers >= 0, "at least 0"),
+            "train_fraction": (0 < self.train_fraction <= 1, "in (0, 1]"),
             "val_fraction": (0 <= self.val_fraction < 1, "in [0, 1)"),
             "epochs": (self.epochs >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 2, "at least 2"),

@@ -1,113 +1,325 @@
-"""Image sets as uint8 tensors in memory: by name, from parquet files, or from a folder tree."""
+"""Image sets: which images there are, how they are parted, and whether they are held in memory."""
 
-import glob
-import io
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError, check_name
+from engine.pictures import from_cell, read_rgb
+from engine.sources import (
+    HUB,
+    ParquetSource,
+    Row,
+    Source,
+    Stream,
+    folder_sources,
+    hub_sources,
+    hub_streams,
+    parquet_sources,
+    parquet_streams,
+)
 
-HUB = {"cifar10": ("uoft-cs/cifar10", "img", "label"), "cifar100": ("uoft-cs/cifar100", "img", "fine_label")}
 TEST_SHARE = 0.2  # of a set that comes without a test split
 SPLIT_SEED = 0  # the same split in every run, whatever its seed
-TEST_FILE = re.compile(r"(?<![a-z])(test|val|validation)(?![a-z])")
 MIN_IMAGES_TO_SAY = 5000  # decoding fewer than these shows no bar
+SHARE_OF_MEMORY = 0.5  # of what is free: a set below it is held in memory
+STATISTICS_FROM = 1024  # images that the normalisation of a set that is not in memory is measured on
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # torchvision's weights expect these
+CHUNK = 4096  # images whose statistics are counted at once
+
+
+@dataclass
+class DataOptions:
+    """Which images are trained on, and where they come from.
+
+    Args:
+        dataset: digits, a data set by name (cifar10, cifar100, stl10, tiny_imagenet, imagenet, imagenet200),
+            parquet:GLOB or folder:PATH; default: the teacher's, else digits.
+        data_dir: a local copy of the named data set (a clone of its repository, or a saved one).
+        cache_dir: where Hugging Face datasets keeps what it fetches; default: its own place.
+        offline: fetch nothing, take named data sets from the cache.
+        streaming: read while fetching instead of fetching first (imagenet, parquet:GLOB).
+        train_fraction: part of the training split that is used, the same share of every class.
+        exclude_classes: classes (numbers) whose training images are left out; the test keeps them.
+        val_fraction: part of the training split kept apart to choose the best epoch on; 0: none.
+        image_size: side of the images that networks see; default: the data set's own.
+        augment: crop (zero padding, random crop) or resized_crop (random size and shape, for photographs);
+            default: what suits the data set.
+        crop_padding: padding of the random crop; default: an eighth of the side.
+        flip: random horizontal flips; default: what suits the data set (none for digits).
+        cutout: side of a square that is blanked at a random place; 0: none.
+        pipeline: device (the whole set as uint8 on the device), workers (images are decoded as they are
+            needed) or auto: device if the set fits.
+        data_workers: processes that decode images for the workers pipeline; default: one for each core but one.
+    """
+
+    dataset: str | None = None
+    data_dir: str | None = None
+    cache_dir: str | None = None
+    offline: bool = False
+    streaming: bool = False
+    train_fraction: float = 1.0
+    exclude_classes: list[int] = field(default_factory=list)
+    val_fraction: float = 0.0
+    image_size: int | None = None
+    augment: Literal["crop", "resized_crop"] | None = None
+    crop_padding: int | None = None
+    flip: bool | None = None
+    cutout: int = 0
+    pipeline: Literal["auto", "device", "workers"] = "auto"
+    data_workers: int | None = None
 
 
 @dataclass
 class Split:
-    """images uint8 [N, 3, H, W], labels int64 [N]."""
+    """Images in memory, and their labels int64 [N].
 
-    images: Tensor
+    `pixels` uint8 [M, 3, H, W], stored channels_last; the split is its rows `rows`, all of them if None. So
+    parts of a set share the set's memory.
+    """
+
+    pixels: Tensor
     labels: Tensor
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: Tensor) -> "Split":
-        return Split(self.images[indices], self.labels[indices])
+    @property
+    def images(self) -> Tensor:
+        """uint8 [N, 3, H, W]; a copy where the split is a part."""
+        return self.pixels if self.rows is None else self.pixels[self.rows]
 
-    def to(self, device: torch.device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device))
+    def take(self, indices: Tensor) -> "Split":
+        return Split(self.pixels, self.labels[indices], indices if self.rows is None else self.rows[indices])
+
+
+@dataclass
+class StoredSplit:
+    """Images on disk, decoded whenever they are needed: rows `rows` int64 [N] of `source`, labels int64 [N]."""
+
+    source: Source
+    labels: Tensor
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> "StoredSplit":
+        return StoredSplit(self.source, self.labels[indices], self.rows[indices])
+
+
+@dataclass
+class StreamSplit:
+    """Images that can only be read from front to back."""
+
+    stream: Stream
+
+    def __len__(self) -> int:
+        return self.stream.count
+
+
+AnySplit = Split | StoredSplit | StreamSplit
 
 
 @dataclass
 class ImageSet:
     """A data set ready for training: `val` and `gates` are parts kept apart from `train`, or None.
 
-    `mean` and `std` are those of the training split's RGB values in [0, 1]; `flip` says whether mirrored
-    images keep their class.
+    `mean` and `std` normalise RGB values in [0, 1]; `flip` says whether mirrored images keep their class;
+    `augment` is crop or resized_crop; `described` says where the images are and why.
     """
 
     name: str
     num_classes: int
-    train: Split
-    test: Split
+    image_size: int
+    train: AnySplit
+    test: AnySplit
     mean: list[float]
     std: list[float]
     flip: bool
-    val: Split | None = None
-    gates: Split | None = None
-
-    @property
-    def image_size(self) -> int:
-        return self.train.images.shape[-1]
+    augment: str = "crop"
+    described: str = ""
+    val: AnySplit | None = None
+    gates: AnySplit | None = None
 
 
-def load_images(name: str, image_size: int | None = None, progress: bool = True) -> ImageSet:
+def load_images(
+    name: str,
+    image_size: int | None = None,
+    progress: bool = True,
+    options: DataOptions | None = None,
+    device: torch.device | None = None,
+) -> ImageSet:
     """Load a data set.
 
     Args:
-        name: `digits` (scikit-learn's 1,797 handwritten digits, embedded), `cifar10` or `cifar100` (through
-            Hugging Face datasets), `parquet:GLOB` (columns image and label; files with "test" or "val" in
-            their name are the test split) or `folder:PATH` (PATH/train/CLASS/*.png and PATH/test or PATH/val,
-            or just PATH/CLASS/*.png). A set without a test split gets a fixed, stratified one of a fifth.
+        name: `digits` (scikit-learn's 1,797 handwritten digits, embedded), a name of `HUB`, `parquet:GLOB`
+            (columns image and label; files with "test" or "val" in their name are the test split) or
+            `folder:PATH` (PATH/train/CLASS/*.png and PATH/test or PATH/val, or just PATH/CLASS/*.png). A set
+            without a test split gets a fixed, stratified one of a fifth.
         image_size: side that all images are resized to; None keeps the set's own.
         progress: show a bar while many images are decoded.
+        options: fractions, subsets, places and pipeline; `dataset`, `image_size` and `val_fraction` in it are
+            the caller's to use.
+        device: where images will be held, for the question whether they fit; the CPU when None.
 
     Raises:
         UserError: unknown name, nothing found, an image that cannot be read (named), images of several sizes
             without `image_size`, labels that are not class indices, or an empty split.
     """
+    options = options or DataOptions()
     kind, _, place = name.partition(":")
     check_name("--dataset", kind, ["digits", *HUB, "parquet", "folder"])
     if bool(place) != (kind in ("parquet", "folder")):
         raise UserError(f"--dataset {name}: a place follows parquet: and folder: only, and must follow them")
+    if options.data_dir is not None and kind not in HUB:
+        raise UserError(f"--data_dir {options.data_dir}: only for data sets by name ({', '.join(HUB)})")
+    known = HUB.get(kind)
+    augment = options.augment or ("resized_crop" if known and known.resized_crop else "crop")
+    image_size = image_size or (known.size if known else None)
+    if options.streaming:
+        return _stream(name, image_size, augment, options)
     if kind == "digits":
-        splits, flip = [_digits(image_size or 16)], False
+        splits = [_digits(image_size or 16)]
+        described = "images: in memory"
+        if options.pipeline == "workers" or augment == "resized_crop":
+            raise UserError("--dataset digits: has no encoded images for workers or resized crops")
     else:
-        reader = {"parquet": _parquet, "folder": _folder}.get(kind, _hub)
-        splits = [_decode(*source, image_size, progress) for source in reader(place or kind)]
-        flip = True
+        sources = _sources(kind, place, options)
+        sources = [_first_readable(name, source) for source in sources]
+        size = image_size or sources[0][1]
+        held, described = _decide([len(source) for source, _ in sources], size, augment, options.pipeline, device)
+        if not held and image_size is None:
+            raise UserError(f"--image_size: give the side that networks shall see ({described})")
+        if held:
+            splits = [_decode(source, image_size, progress) for source, _ in sources]
+        else:
+            splits = [_stored(source) for source, _ in sources]
     train, test = splits if len(splits) == 2 else _divide(splits[0], TEST_SHARE, "the test split")
     for where, split in (("training", train), ("test", test)):
         if not len(split):
             raise UserError(f"--dataset {name}: the {where} split is empty")
-    if train.images.shape[1:] != test.images.shape[1:]:
-        raise UserError(f"--dataset {name}: training and test images differ in size; give --image_size")
+    if isinstance(train, Split):
+        if train.pixels.shape[1:] != test.pixels.shape[1:]:
+            raise UserError(f"--dataset {name}: training and test images differ in size; give --image_size")
+        size = train.pixels.shape[-1]
     num_classes = _count_classes(name, train, test)
-    mean, std = _normalisation(train.images)
-    return ImageSet(name, num_classes, train, test, mean, std, flip)
+    train = _subset(train, num_classes, options)
+    mean, std = _normalisation(train, size, known is not None and known.resized_crop)
+    flip = kind != "digits"
+    return ImageSet(name, num_classes, size, train, test, mean, std, flip, augment, described)
 
 
 def hold_out(data: ImageSet, fraction: float, part: str) -> ImageSet:
     """`data` with a fixed, stratified fraction of its training split moved to `part` ("val" or "gates")."""
     if not fraction:
         return data
+    if isinstance(data.train, StreamSplit):
+        raise UserError(f"--streaming: nothing can be held out of a stream for {part}; load the set without it")
     train, held = _divide(data.train, fraction, f"the part for {part}")
     return replace(data, train=train, **{part: held})
 
 
-def _divide(split: Split, share: float, purpose: str) -> tuple[Split, Split]:
+def free_memory(device: torch.device | None) -> int:
+    """Bytes that a process may still take on its device: of the host, its share among the local processes."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return kilobytes * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _sources(kind: str, place: str, options: DataOptions) -> list[Source]:
+    if kind == "parquet":
+        return parquet_sources(place, options.cache_dir)
+    if kind == "folder":
+        return folder_sources(place)
+    return hub_sources(kind, options.data_dir, options.cache_dir, options.offline)
+
+
+def _first_readable(name: str, source: Source) -> tuple[Source, int]:
+    """The source with the side of its first image."""
+    first = next(iter(source), None)
+    if first is None:
+        raise UserError(f"--dataset {name}: a split is empty")
+    return source, read_rgb(first.open, first.where).size[0]
+
+
+def _decide(counts: list[int], size: int, augment: str, pipeline: str, device) -> tuple[bool, str]:
+    """Whether the images are held in memory, and the reason in words."""
+    place = device.type if device is not None else "cpu"
+    needed, free = sum(counts) * 3 * size * size, free_memory(device)
+    if augment == "resized_crop":
+        if pipeline == "device":
+            raise UserError("--pipeline device: resized crops need the original images; use --pipeline workers")
+        return False, "images: decoded by workers, as resized crops need the originals"
+    room = f"{needed / 1e6:,.0f} MB as uint8, {free / 1e6:,.0f} MB free on {place}"
+    if pipeline == "workers":
+        return False, f"images: decoded by workers, as asked ({room})"
+    if pipeline == "device" or needed <= SHARE_OF_MEMORY * free:
+        return True, f"images: all on {place} ({room})"
+    return False, f"images: decoded by workers, as they do not fit ({room})"
+
+
+def _decode(source: Source, image_size: int | None, progress: bool) -> Split:
+    """All images of a source, decoded into one tensor: beside it only a few encoded images are in memory."""
+    count = len(source)
+    quiet = not progress or count < MIN_IMAGES_TO_SAY
+    pixels, labels = None, []
+    rows = tqdm(source, total=count, desc="reading images", disable=quiet or None, leave=False)
+    for index, row in enumerate(rows):
+        image = read_rgb(row.open, row.where, image_size)
+        if pixels is None:
+            pixels = np.empty((count, image.size[1], image.size[0], 3), dtype=np.uint8)
+        if image.size[0] != image.size[1] or image.size[0] != pixels.shape[2]:
+            size = f"{image.size[0]}x{image.size[1]}"
+            raise UserError(f"--dataset: {row.where} is {size}, unlike others or not square; give --image_size")
+        pixels[index] = np.asarray(image)
+        labels.append(_label(row))
+    return Split(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.tensor(labels))
+
+
+def _label(row: Row) -> int:
+    if isinstance(row.label, bool) or not isinstance(row.label, int) or row.label < 0:
+        raise UserError(f"--dataset: {row.where} has the label {row.label!r}; labels are whole numbers from 0")
+    return row.label
+
+
+def _stored(source: Source) -> StoredSplit:
+    if isinstance(source, ParquetSource):
+        source = source.indexed()
+    labels = source.labels()
+    for index, label in enumerate(labels):
+        if type(label) is not int or label < 0:
+            _label(source.row(index))
+    return StoredSplit(source, torch.tensor(labels), torch.arange(len(labels)))
+
+
+def _subset(train: AnySplit, num_classes: int, options: DataOptions) -> AnySplit:
+    """The training images that are left after --exclude_classes and --train_fraction."""
+    excluded = sorted(set(options.exclude_classes))
+    if excluded:
+        wrong = [label for label in excluded if not 0 <= label < num_classes]
+        if wrong:
+            raise UserError(f"--exclude_classes {wrong[0]}: the data set has the classes 0 to {num_classes - 1}")
+        if len(excluded) > num_classes - 2:
+            raise UserError(f"--exclude_classes: leaves {num_classes - len(excluded)} of {num_classes} classes")
+        keep = ~torch.isin(train.labels, torch.tensor(excluded))
+        train = train.take(keep.nonzero().squeeze(1))
+    if options.train_fraction < 1:
+        _, train = _divide(train, options.train_fraction, "--train_fraction")
+    return train
+
+
+def _divide(split: AnySplit, share: float, purpose: str) -> tuple[AnySplit, AnySplit]:
     from sklearn.model_selection import train_test_split
 
     indices = np.arange(len(split))
@@ -124,103 +336,38 @@ def _digits(image_size: int) -> Split:
     bunch = load_digits()
     grey = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)  # 8x8, values 0..16
     resized = F.interpolate(grey, size=(image_size, image_size), mode="bilinear", align_corners=False)
-    images = resized.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    images = resized.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
     return Split(images, torch.from_numpy(bunch.target).long())
 
 
-# A source of images: how many, and an iterator of (what to call it, how to open it, its label).
-Source = tuple[int, Iterable[tuple[str, Callable[[], Image.Image], object]]]
+def _stream(name: str, image_size: int | None, augment: str, options: DataOptions) -> ImageSet:
+    """A set that is never held: its size and classes are what it says of itself."""
+    kind, _, place = name.partition(":")
+    if options.train_fraction < 1 or options.exclude_classes:
+        raise UserError("--streaming: --train_fraction and --exclude_classes need the set to be loaded")
+    if options.pipeline == "device":
+        raise UserError("--pipeline device: holds the whole set in memory, which --streaming avoids")
+    if kind == "parquet":
+        streams = parquet_streams(place, options.cache_dir)
+    elif kind in HUB:
+        streams = hub_streams(kind, options.data_dir, options.cache_dir, options.offline)
+    else:
+        raise UserError(f"--streaming: is for data sets by name and for parquet:, not for {name}")
+    if len(streams) != 2:
+        raise UserError(f"--streaming: {name} needs a test split of its own")
+    train, test = streams
+    if image_size is None:
+        first = next(iter(train.rows))
+        image_size = read_rgb(lambda: from_cell(first[train.image]), f"{train.name} image 0").size[0]
+    classes = max(train.num_classes, 2)
+    if test.num_classes > classes:
+        raise UserError(f"--dataset {name}: the test split has the label {test.num_classes - 1} of {classes} classes")
+    described = "images: streamed, nothing is kept"
+    splits = StreamSplit(train), StreamSplit(test)
+    return ImageSet(name, classes, image_size, *splits, IMAGENET_MEAN, IMAGENET_STD, True, augment, described)
 
 
-def _hub(name: str) -> list[Source]:
-    import datasets
-
-    path, image_column, label_column = HUB[name]
-    try:
-        loaded = datasets.load_dataset(path)
-    except Exception as error:  # the hub client raises many kinds
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--dataset {name}: cannot fetch '{path}' and no cached copy was found ({reason})") from None
-
-    def rows(split):
-        for index, row in enumerate(loaded[split]):
-            yield f"{name} {split} image {index}", lambda image=row[image_column]: image, row[label_column]
-
-    return [(len(loaded[split]), rows(split)) for split in ("train", "test")]
-
-
-def _parquet(pattern: str) -> list[Source]:
-    import pyarrow
-    import pyarrow.parquet
-
-    files = sorted(glob.glob(pattern, recursive=True))
-    if not files:
-        raise UserError(f"--dataset parquet:{pattern}: no file matches")
-    tests = [file for file in files if TEST_FILE.search(Path(file).name)]
-    sources = []
-    for group in ([file for file in files if file not in tests], tests):
-        if not group:
-            continue
-        try:
-            tables = [pyarrow.parquet.read_table(file, columns=["image", "label"]) for file in group]
-        except (pyarrow.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--dataset parquet:{pattern}: cannot read image and label: {reason}") from None
-        sources.append((sum(map(len, tables)), _parquet_rows(group, tables)))
-    return sources
-
-
-def _parquet_rows(files, tables):
-    for file, table in zip(files, tables, strict=True):
-        labels = table["label"].to_pylist()
-        for index, (image, label) in enumerate(zip(table["image"], labels, strict=True)):
-            cell = image.as_py()
-            data = cell.get("bytes") if isinstance(cell, dict) else cell
-            yield f"{file} row {index}", lambda data=data: Image.open(io.BytesIO(data)), label
-
-
-def _folder(path: str) -> list[Source]:
-    from torchvision.datasets import ImageFolder
-
-    root = Path(path)
-    names = [name for name in ("train", "test", "val") if (root / name).is_dir()]
-    try:
-        folders = [ImageFolder(root / name) for name in names[:2]] if "train" in names else [ImageFolder(root)]
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"--dataset folder:{path}: {str(error).splitlines()[0]}") from None
-    if len(folders) == 2 and folders[0].classes != folders[1].classes:
-        raise UserError(f"--dataset folder:{path}: {names[0]} and {names[1]} have different classes")
-
-    def rows(samples):
-        for file, label in samples:
-            yield file, lambda file=file: Image.open(file), label
-
-    return [(len(folder.samples), rows(folder.samples)) for folder in folders]
-
-
-def _decode(count: int, rows: Iterable, image_size: int | None, progress: bool) -> Split:
-    images, labels = [], []
-    quiet = not progress or count < MIN_IMAGES_TO_SAY
-    for where, open_image, label in tqdm(rows, total=count, desc="reading images", disable=quiet or None, leave=False):
-        try:
-            image = open_image().convert("RGB")
-        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"--dataset: cannot read the image {where}: {error}") from None
-        if image_size and image.size != (image_size, image_size):
-            image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-        if image.size[0] != image.size[1] or (images and image.size[0] != images[0].shape[1]):
-            size = f"{image.size[0]}x{image.size[1]}"
-            raise UserError(f"--dataset: {where} is {size}, unlike others or not square; give --image_size")
-        if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-            raise UserError(f"--dataset: {where} has the label {label!r}; labels are whole numbers from 0")
-        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-        labels.append(label)
-    if not images:
-        return Split(torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
-    return Split(torch.stack(images), torch.tensor(labels))
-
-
-def _count_classes(name: str, train: Split, test: Split) -> int:
+def _count_classes(name: str, train: AnySplit, test: AnySplit) -> int:
     classes = int(train.labels.max()) + 1
     present = train.labels.unique()  # sorted; its length, not the largest label, bounds the memory
     if len(present) < classes:
@@ -233,9 +380,21 @@ def _count_classes(name: str, train: Split, test: Split) -> int:
     return classes
 
 
-def _normalisation(images: Tensor) -> tuple[list[float], list[float]]:
-    # Exact sums over integers: the same on every machine.
-    counts = torch.stack([torch.bincount(images[:, c].flatten().int(), minlength=256) for c in range(3)]).double()
+def _normalisation(train: AnySplit, size: int, photographs: bool) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over the training split, values in [0, 1]."""
+    if photographs:
+        return IMAGENET_MEAN, IMAGENET_STD
+    if isinstance(train, StoredSplit):
+        some = torch.linspace(0, len(train) - 1, min(len(train), STATISTICS_FROM)).long()
+        rows = [train.source.row(row) for row in train.rows[some].tolist()]
+        pixels = np.stack([np.asarray(read_rgb(row.open, row.where, size)) for row in rows])
+        train = Split(torch.from_numpy(pixels).permute(0, 3, 1, 2), train.labels[some])
+    # Exact sums over integers: the same on every machine. A chunk at a time: counting takes wider numbers.
+    counts = torch.zeros(3, 256, dtype=torch.float64)
+    rows = torch.arange(len(train)) if train.rows is None else train.rows
+    for chunk in rows.split(CHUNK):
+        images = train.pixels.permute(0, 2, 3, 1)[chunk].flatten(0, 2)
+        counts += torch.stack([torch.bincount(images[:, c].int(), minlength=256) for c in range(3)])
     values = torch.arange(256, dtype=torch.float64) / 255
     mean = (counts * values).sum(1) / counts.sum(1)
     variance = (counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1)

@@ -1,19 +1,52 @@
-"""Batches of normalised, augmented images: on the device, in one piece, and a function of seed and epoch.
+"""Batches of normalised, augmented images, as a function of seed and epoch.
 
-A whole set of small images lives on the device as uint8; a batch is a gather, a crop by index and a flip.
-Which images make a batch and how each is augmented depends on (seed, epoch) alone, so a resumed run needs
-no sampler state, and every process can compute its share of a batch by itself.
+Which images make a batch and how each is augmented depends on (seed, epoch) alone, so a resumed run needs no
+sampler state, and every process can compute its share of a batch by itself. `DeviceLoader` is for sets that
+are in memory: a batch is a gather of rows of pixels on the device. Sets that are not are read by workers.py
+and stream.py, with the same plan.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, derive_seed
 from engine.data import Split
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied.
+
+    kind: "crop" (`padding` zeros around, a random crop of the image's own size) or "resized_crop" (a part of
+    random size and shape, resized: Szegedy et al., CVPR 2015, as torchvision has it). size: side of the result.
+    flip: mirror half of the images. cutout: side of a square set to the mean colour, centred anywhere on the
+    image (DeVries and Taylor, arXiv 1708.04552); 0: none.
+    """
+
+    size: int
+    kind: str = "crop"
+    padding: int = 0
+    flip: bool = True
+    cutout: int = 0
+
+
+class Plan(NamedTuple):
+    """How every image of an epoch is met: what to do with row `order[i]` of the split stands in place i."""
+
+    order: Tensor  # [N] int64
+    offsets: Tensor  # [N, 2] int64, rows and columns, of the crop in the padded image
+    flips: Tensor  # [N] bool
+    holes: Tensor  # [N, 2] int64, rows and columns, centre of the cutout
+
+    def part(self, begin: int, end: int, rank: int, world: int) -> "Plan":
+        return Plan(*(each[begin:end][rank::world] for each in self))
+
+    def to(self, device: torch.device) -> "Plan":
+        return Plan(*(each.to(device) for each in self))
 
 
 class Batch(NamedTuple):
@@ -29,31 +62,31 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Training batches of a split.
+    """Training batches of a split; what its kinds share.
 
     Args:
-        split: on the device already.
+        split: where the images are.
         batch_size: images a step over all processes.
-        mean, std: normalisation of RGB in [0, 1].
-        padding: zeros around an image before a random crop of its own size; 0: no crop.
-        flip: mirror half of the images.
+        normalise: from uint8 to what networks take.
+        augmentation: of training images.
         seed: of the run.
         rank, world: this process and how many there are.
     """
 
-    def __init__(self, split: Split, batch_size: int, mean, std, padding: int, flip: bool, seed: int, rank=0, world=1):
+    def __init__(
+        self, split, batch_size: int, normalise: "Normalise", augmentation: Augmentation, seed: int, rank=0, world=1
+    ):
         if batch_size > len(split):
             raise UserError(f"--batch_size {batch_size}: the training split has {len(split)} images only")
         if batch_size < 2 * world:
             raise UserError(f"--batch_size {batch_size}: {world} processes need at least 2 images each")
-        self.split, self.batch_size, self.padding, self.flip = split, batch_size, padding, flip
+        self.split, self.batch_size, self.normalise, self.augmentation = split, batch_size, normalise, augmentation
         self.seed, self.rank, self.world = seed, rank, world
-        self.normalise = Normalise(mean, std, split.images.device)
         # BatchNorm needs two images in every process: a rest smaller than that joins the batch before it.
         full, rest = divmod(len(split), batch_size)
         self.edges = [batch_size * i for i in range(full)] + ([batch_size * full] if rest >= 2 * world else [])
         self.edges.append(len(split))
-        self._planned: tuple[int, tuple | None] = (-1, None)  # the epoch that `one` is in
+        self._stream: tuple[int, Iterator[Batch] | None] = (-1, None)  # the number `one` gives next
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -61,33 +94,47 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on; together they hold every image exactly once."""
-        plan = self.plan(epoch)
-        for number in range(start, len(self)):
-            yield self._batch(plan, number)
+        raise NotImplementedError
 
     def one(self, number: int) -> Batch:
-        """Batch `number` of an endless stream over epochs."""
-        epoch, number = divmod(number, len(self))
-        if self._planned[0] != epoch:  # shuffled once an epoch, not once a batch
-            self._planned = (epoch, self.plan(epoch))
-        return self._batch(self._planned[1], number)
+        """Batch `number` of an endless stream over epochs; the one after the last is at hand."""
+        expected, batches = self._stream
+        if number != expected or number % len(self) == 0:
+            batches = self.epoch(*divmod(number, len(self)))
+        self._stream = (number + 1, batches)
+        return next(batches)
 
-    def plan(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(order [N], crop offsets [N, 2], flips [N]) of an epoch, the same in every process."""
+    def plan(self, epoch: int) -> Plan:
+        """The plan of an epoch, on the host, the same in every process."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "batches", epoch))
-        images = len(self.split)
+        images, vary = len(self.split), self.augmentation
         order = torch.randperm(images, generator=generator)
-        offsets = torch.randint(0, 2 * self.padding + 1, (images, 2), generator=generator)
-        flips = torch.rand(images, generator=generator) < (0.5 if self.flip else 0.0)
-        device = self.split.images.device
-        return order.to(device), offsets.to(device), flips.to(device)
+        offsets = torch.randint(0, 2 * vary.padding + 1, (images, 2), generator=generator)
+        flips = torch.rand(images, generator=generator) < (0.5 if vary.flip else 0.0)
+        holes = torch.randint(0, vary.size, (images, 2), generator=generator)
+        return Plan(order, offsets, flips, holes)
 
-    def _batch(self, plan, number: int) -> Batch:
-        begin, end = self.edges[number], self.edges[number + 1]
-        order, offsets, flips = (part[begin:end][self.rank :: self.world] for part in plan)
-        images = augment(self.split.images[order], offsets, flips, self.padding)
-        share = len(order) * self.world / (end - begin)
-        return Batch(self.normalise(images), self.split.labels[order], share)
+    def finish(self, images: Tensor, labels: Tensor, holes: Tensor, number: int) -> Batch:
+        """The batch of these uint8 images [n, 3, H, W] on the device, cropped and mirrored already."""
+        images = self.normalise(images)
+        if self.augmentation.cutout:
+            images = cut_out(images, holes, self.augmentation.cutout)
+        return Batch(images, labels, len(labels) * self.world / (self.edges[number + 1] - self.edges[number]))
+
+
+class DeviceLoader(Loader):
+    """Batches of a split whose pixels are on the device."""
+
+    split: Split
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        pixels, rows, padding = self.split.pixels, self.split.rows, self.augmentation.padding
+        plan = self.plan(epoch).to(pixels.device)
+        for number in range(start, len(self)):
+            part = plan.part(self.edges[number], self.edges[number + 1], self.rank, self.world)
+            images = select(pixels, part.order if rows is None else rows[part.order])
+            images = augment(images, part.offsets, part.flips, padding)
+            yield self.finish(images, self.split.labels[part.order], part.holes, number)
 
 
 class Normalise:
@@ -95,32 +142,65 @@ class Normalise:
 
     def __init__(self, mean, std, device: torch.device):
         mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-        self.scale = (1 / (255 * std)).view(1, 3, 1, 1)
-        self.shift = (-mean / std).view(1, 3, 1, 1)
+        self.scale, self.shift = 1 / (255 * std), -mean / std
 
     def __call__(self, images: Tensor) -> Tensor:
-        wide = images.to(torch.float32, memory_format=torch.channels_last)
-        return torch.addcmul(self.shift, wide, self.scale)
+        count, channels, height, width = images.shape
+        flat = images.permute(0, 2, 3, 1).reshape(count, -1)
+        # Whole images in a row: a loop over three channels would be too short to be fast on a CPU.
+        scale, shift = self.scale.repeat(height * width), self.shift.repeat(height * width)
+        wide = torch.addcmul(shift, flat.float(), scale)
+        return wide.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def select(pixels: Tensor, rows: Tensor) -> Tensor:
+    """`pixels[rows]` of channels_last [M, 3, H, W], copied as whole images."""
+    count, channels, height, width = pixels.shape
+    chosen = pixels.permute(0, 2, 3, 1).view(count, -1).index_select(0, rows)
+    return chosen.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
 
 def augment(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
-    """Crop [N, C, H, W] images, padded with zeros, at `offsets` [N, 2] (rows, columns), and mirror `flips` [N]."""
+    """Crop [N, C, H, W] images, padded with zeros, at `offsets` [N, 2] (rows, columns), and mirror `flips` [N].
+
+    The crop is a gather of whole rows of pixels: in channels_last memory those are W * C consecutive bytes.
+    """
     count, channels, height, width = images.shape
+    images = images.permute(0, 2, 3, 1)
     if padding:
-        images = F.pad(images, (padding,) * 4)
-    columns = torch.arange(width, device=images.device).expand(count, -1)
-    columns = torch.where(flips[:, None], width - 1 - columns, columns)
-    rows = torch.arange(height, device=images.device) + offsets[:, :1]
-    columns = columns + offsets[:, 1:]
-    image = torch.arange(count, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[:, None, None]
-    return images[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+        tall, wide = height + 2 * padding, width + 2 * padding
+        canvas = images.new_zeros(count, tall, wide, channels)
+        canvas[:, padding:-padding, padding:-padding] = images
+        image = torch.arange(count, device=images.device)[:, None] * tall
+        line = image + offsets[:, :1] + torch.arange(height, device=images.device)
+        starts = (line * wide + offsets[:, 1:]) * channels
+        length = width * channels
+        lines = canvas.view(-1).as_strided((canvas.numel() - length + 1, length), (1, 1))
+        images = lines.index_select(0, starts.view(-1)).view(count, height, width, channels)
+    both = torch.cat([images, images.flip(2)]).view(2 * count, -1)  # select copies whole images, where() bytes
+    chosen = torch.arange(count, device=images.device) + flips * count
+    return both.index_select(0, chosen).view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def cut_out(images: Tensor, centres: Tensor, side: int) -> Tensor:
+    """Zero, the mean colour, in a square of `side` around `centres` [N, 2], clipped at the border."""
+    height, width = images.shape[2:]
+    first = centres - side // 2
+    rows = torch.arange(height, device=images.device) - first[:, :1]
+    columns = torch.arange(width, device=images.device) - first[:, 1:]
+    inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
+    return images.masked_fill(inside[:, None], 0.0)
+
+
+def evaluation_parts(count: int, batch_size: int, rank: int, world: int) -> Iterator[slice]:
+    """This process's share of `count` images: over all processes each once, in parts of about equal size."""
+    batches = -(-count // (batch_size * world))
+    for number in range(batches):
+        yield slice(rank + number * world, None, batches * world)
 
 
 def evaluation_batches(split: Split, normalise: Normalise, batch_size: int, rank: int, world: int) -> Iterator:
-    """(images, labels) of every world-th image: over all processes, each image once, in batches of about
-    equal size."""
-    batches = -(-len(split) // (batch_size * world))
-    for number in range(batches):
-        part = slice(rank + number * world, None, batches * world)
-        yield normalise(split.images[part]), split.labels[part]
+    """(images, labels) of a split in memory, each image once over all processes."""
+    for part in evaluation_parts(len(split), batch_size, rank, world):
+        rows = torch.arange(len(split), device=split.labels.device)[part]
+        yield normalise(select(split.pixels, rows if split.rows is None else split.rows[rows])), split.labels[part]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from common import derive_seed
 from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint, state_tensors
 from engine.config import NOT_COMPUTED, RunConfig
-from engine.data import ImageSet, Split
-from engine.loader import Batch, Loader, evaluation_batches
+from engine.data import AnySplit, ImageSet
+from engine.loader import Batch
+from engine.pipeline import Pipeline
 from engine.processes import Interrupted, RunError, StopSignals
 from engine.tracking import RunFolder, Screen
 
@@ -62,19 +63,13 @@ class Loop:
         self.progress = Progress()
 
     def _load_data(self, data: ImageSet) -> None:
-        config, device = self.config, self.accelerator.device
-        padding = data.image_size // 8 if config.crop_padding is None else config.crop_padding
-        flip = data.flip if config.flip is None else config.flip
-
-        def loader(split: Split, batch_size: int) -> Loader:
-            where = (self.rank, self.world)
-            split = split.to(device)
-            return Loader(split, batch_size, data.mean, data.std, padding, flip, config.seed, *where)
-
-        self.train = loader(data.train, config.batch_size)
-        self.gates = loader(data.gates, min(config.batch_size, len(data.gates))) if data.gates else None
-        self.test = data.test.to(device)
-        self.val = data.val.to(device) if data.val else None
+        config = self.config
+        self.pipeline = Pipeline(data, config, self.accelerator.device, self.rank, self.world)
+        self.train = self.pipeline.training(data.train, config.batch_size)
+        self.gates = None
+        if data.gates:
+            self.gates = self.pipeline.training(data.gates, min(config.batch_size, len(data.gates)))
+        self.test, self.val = data.test, data.val
 
     def run(self) -> Progress:
         """Train to the last epoch.
@@ -238,11 +233,11 @@ class Loop:
             self.accelerator.log(values, step=row["epoch"])
 
     @torch.no_grad()
-    def _evaluate(self, split: Split) -> tuple[dict[str, float], dict[str, float]]:
+    def _evaluate(self, split: AnySplit) -> tuple[dict[str, float], dict[str, float]]:
         """Top-1 and top-5 in percent, by network name, over all images of `split` exactly once."""
         self.objective.eval()
         correct: dict[str, Tensor] = {}
-        batches = evaluation_batches(split, self.train.normalise, EVALUATION_BATCH, self.rank, self.world)
+        batches = self.pipeline.evaluation(split, EVALUATION_BATCH, self.train)
         for number, (images, labels) in enumerate(batches):
             with self.accelerator.autocast():
                 answers = self.objective.predict(images, derive_seed(self.progress.epoch, number))

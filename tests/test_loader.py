@@ -6,7 +6,7 @@ import torch
 
 from common import UserError
 from engine.data import Split
-from engine.loader import Loader, Normalise, augment, evaluation_batches
+from engine.loader import Augmentation, DeviceLoader, Normalise, augment, cut_out, evaluation_batches
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
@@ -14,12 +14,14 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 def split(count: int = 50, size: int = 8) -> Split:
     source = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, size, size), generator=source, dtype=torch.uint8)
+    images = images.contiguous(memory_format=torch.channels_last)
     return Split(images, torch.arange(count))  # the label tells which image it is
 
 
-def loader(rank=0, world=1, batch_size=12, count=50, **options) -> Loader:
-    options = {"padding": 2, "flip": True, "seed": 3} | options
-    return Loader(split(count), batch_size, MEAN, STD, rank=rank, world=world, **options)
+def loader(rank=0, world=1, batch_size=12, count=50, seed=3, **options) -> DeviceLoader:
+    augmentation = Augmentation(8, **{"padding": 2} | options)
+    normalise = Normalise(MEAN, STD, torch.device("cpu"))
+    return DeviceLoader(split(count), batch_size, normalise, augmentation, seed, rank, world)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -90,12 +92,14 @@ def test_augmentation_against_one_image_at_a_time():
 
 
 def test_crops_and_flips_are_uniform():
-    _, offsets, flips = loader(count=8000, batch_size=100).plan(0)
+    _, offsets, flips, holes = loader(count=8000, batch_size=100).plan(0)
     for axis in range(2):
         counts = torch.bincount(offsets[:, axis], minlength=5)
         assert len(counts) == 5 and ((counts - 1600).abs() < 5 * (8000 * 0.2 * 0.8) ** 0.5).all()
+        counts = torch.bincount(holes[:, axis], minlength=8)
+        assert len(counts) == 8 and ((counts - 1000).abs() < 5 * (8000 / 8 * 7 / 8) ** 0.5).all()
     assert abs(flips.sum() - 4000) < 5 * 2000**0.5
-    assert not loader(flip=False).plan(0)[2].any() and not loader(padding=0).plan(0)[1].any()
+    assert not loader(flip=False).plan(0).flips.any() and not loader(padding=0).plan(0).offsets.any()
 
 
 def test_normalisation_against_float64():
@@ -106,6 +110,30 @@ def test_normalisation_against_float64():
     found = Normalise(MEAN, STD, torch.device("cpu"))(images)
     assert found.dtype == torch.float32 and found.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(found.double(), expected, atol=1e-6)
+
+
+def test_cutouts_against_one_image_at_a_time():
+    images = torch.rand(20, 3, 8, 8) + 1
+    centres = torch.randint(0, 8, (20, 2), generator=torch.Generator().manual_seed(0))
+    found = cut_out(images, centres, 5)
+    for image, (row, column), result in zip(images, centres.tolist(), found, strict=True):
+        expected = image.clone()
+        expected[:, max(0, row - 2) : row + 3, max(0, column - 2) : column + 3] = 0
+        assert torch.equal(result, expected)
+    assert (next(loader(cutout=3).epoch(0)).images == 0).any(dim=1).sum(dim=(1, 2)).min() >= 4
+
+
+def test_a_part_of_a_set_shares_its_pixels():
+    whole = split(30)
+    part = whole.take(torch.arange(5, 30)).take(torch.arange(0, 25, 3))
+    assert part.pixels is whole.pixels and part.labels.tolist() == list(range(5, 30, 3))
+    assert torch.equal(part.images, whole.images[5::3])
+    normalise = Normalise(MEAN, STD, torch.device("cpu"))
+    met = DeviceLoader(part, 3, normalise, Augmentation(8, flip=False), 0)
+    for batch in met.epoch(0):
+        assert torch.equal(batch.images, normalise(whole.images[batch.labels]))
+    for images, labels in evaluation_batches(part, normalise, 4, 0, 1):
+        assert torch.equal(images, normalise(whole.images[labels]))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

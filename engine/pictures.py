@@ -1,0 +1,49 @@
+"""One encoded picture -> one RGB image, or an error that names it."""
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from common import UserError
+
+UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)
+
+
+def read_rgb(open_image: Callable[[], Image.Image], where: str, side: int | None = None) -> Image.Image:
+    """The image as 8-bit RGB, resized to `side` x `side` where one is given.
+
+    Grey images get three equal channels, transparency is dropped, 16-bit images keep their upper half.
+
+    Raises:
+        UserError: an image that cannot be read, naming `where` it is.
+    """
+    try:
+        image = _to_rgb(open_image())
+    except UNREADABLE as error:
+        raise UserError(f"--dataset: cannot read the image {where}: {error}") from None
+    if side and image.size != (side, side):
+        image = image.resize((side, side), Image.Resampling.BILINEAR)
+    return image
+
+
+def from_cell(cell: object) -> Image.Image:
+    """Open a cell of an image column: the encoded bytes, or a struct of `bytes` and `path`."""
+    data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+    if data is None and path is None:
+        raise ValueError("the cell holds no image")
+    return Image.open(path if data is None else io.BytesIO(data))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # Pillow's own conversion would clip everything above 255 to white
+        wide = np.asarray(image).astype(np.int64)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError("its pixels do not fit 16 bits")
+        image = Image.fromarray((wide >> 8).astype(np.uint8))
+    if image.mode == "P":
+        image = image.convert("RGBA")
+    return image.convert("RGB")

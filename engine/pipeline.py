@@ -1,0 +1,59 @@
+"""From a data set to batches: one interface, three kinds of places where images can be."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from engine.data import AnySplit, ImageSet, Split, StoredSplit
+from engine.loader import Augmentation, DeviceLoader, Loader, Normalise, evaluation_batches
+from engine.stream import StreamLoader, stream_evaluation_batches
+from engine.workers import WorkerLoader, worker_evaluation_batches
+
+
+class Pipeline:
+    """Batches of a data set's parts on the device.
+
+    Args:
+        data: the set; what of it is in memory moves to the device.
+        config: the run's options (engine.config.RunConfig).
+        device: where networks are.
+        rank, world: this process and how many there are.
+    """
+
+    def __init__(self, data: ImageSet, config, device: torch.device, rank: int = 0, world: int = 1):
+        padding = data.image_size // 8 if config.crop_padding is None else config.crop_padding
+        flip = data.flip if config.flip is None else config.flip
+        cutout = min(config.cutout, data.image_size)
+        self.augmentation = Augmentation(data.image_size, data.augment, padding, flip, cutout)
+        self.normalise = Normalise(data.mean, data.std, device)
+        self.device, self.seed, self.where = device, config.seed, {"rank": rank, "world": world}
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) // local
+        self.workers = max(1, cores - 1) if config.data_workers is None else config.data_workers
+        self._moved: dict[int, Tensor] = {}
+
+    def training(self, split: AnySplit, batch_size: int) -> Loader:
+        arguments = (self._on_device(split), batch_size, self.normalise, self.augmentation, self.seed)
+        if isinstance(split, Split):
+            return DeviceLoader(*arguments, **self.where)
+        kind = WorkerLoader if isinstance(split, StoredSplit) else StreamLoader
+        return kind(*arguments, **self.where, workers=self.workers, device=self.device)
+
+    def evaluation(self, split: AnySplit, batch_size: int, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of every image once over all processes, in about equal batches of up to `batch_size`."""
+        split = self._on_device(split)
+        if isinstance(split, Split):
+            return evaluation_batches(split, self.normalise, batch_size, **self.where)
+        kind = worker_evaluation_batches if isinstance(split, StoredSplit) else stream_evaluation_batches
+        return kind(split, self.normalise, batch_size, self.augmentation, loader)
+
+    def _on_device(self, split: AnySplit) -> AnySplit:
+        """Parts of a set share its pixels: they are moved once."""
+        if not isinstance(split, Split):
+            return split
+        pixels = self._moved.setdefault(id(split.pixels), split.pixels.to(self.device))
+        rows = None if split.rows is None else split.rows.to(self.device)
+        return replace(split, pixels=pixels, labels=split.labels.to(self.device), rows=rows)
