@@ -4,6 +4,7 @@ import argparse
 import difflib
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Defaul
 from common import UserError
 
 Config = TypeVar("Config", bound="RunConfig")
+Listing = list[str] | Callable[[], list[str]]
 
 
 @dataclass
@@ -26,6 +28,8 @@ class RunConfig:
         image_size: side that images are resized to; default: the data set's own.
         crop_padding: padding of the random crop; default: an eighth of the side.
         flip: random horizontal flips; default: what suits the data set (none for digits).
+        pretrained: start from torchvision's ImageNet weights, or for timm:NAME from timm's.
+        weights: start from the weights in this .safetensors, .pth or .pt file.
         val_fraction: part of the training split kept apart to choose the best epoch on; 0: none.
         epochs: passes over the training split.
         batch_size: images a step over all processes together.
@@ -51,6 +55,8 @@ class RunConfig:
     image_size: int | None = None
     crop_padding: int | None = None
     flip: bool | None = None
+    pretrained: bool = False
+    weights: str | None = None
     val_fraction: float = 0.0
     epochs: int = 30
     batch_size: int = 64
@@ -90,6 +96,8 @@ class RunConfig:
         for name, (fine, wanted) in limits.items():
             if not fine:
                 raise UserError(f"--{name} {getattr(self, name)}: must be {wanted}")
+        if self.pretrained and self.weights is not None:
+            raise UserError(f"--weights {self.weights}: cannot be combined with --pretrained")
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -104,13 +112,13 @@ NOT_COMPUTED = {"output_dir", "overwrite", "resume_from_checkpoint", "with_track
 NOT_COMPUTED |= {"checkpointing_epochs", "config"}
 
 
-def parse(config_class: type[Config], usage: str, listings: dict[str, list[str]], argv=None) -> Config:
+def parse(config_class: type[Config], usage: str, listings: dict[str, Listing], argv=None) -> Config:
     """The command line as an instance of `config_class`.
 
     Args:
         config_class: a dataclass whose docstring describes its fields under "Args:".
         usage: example commands, shown by --help.
-        listings: names to print for each flag --list_<key>.
+        listings: lines to print for each flag --list_<key>, or a function that makes them when asked for.
         argv: arguments; default: those of the process.
 
     Raises:
@@ -119,7 +127,7 @@ def parse(config_class: type[Config], usage: str, listings: dict[str, list[str]]
     argv = list(sys.argv[1:] if argv is None else argv)
     for name, values in listings.items():
         if f"--list_{name}" in argv:
-            print("\n".join(values))
+            print("\n".join(values() if callable(values) else values))
             raise SystemExit(0)
     parser = ArgumentParser(description=usage, formatter_class=_HelpFormatter, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file of these options")

@@ -22,7 +22,9 @@ from models.network import Network
 from models.pool import NAS_STUDENTS, Pool, PoolNet, read_spec
 from models.resnet import ResNet
 from models.shufflenet import ShuffleNetV1, ShuffleNetV2
+from models.timm_models import TimmNetwork
 from models.vgg import LAYERS, VGG
+from models.weights import load_weights as load_weights
 from models.wrn import WideResNet
 
 NARROW, WIDE_X2, WIDE_X4 = (16, 16, 32, 64), (16, 32, 64, 128), (32, 64, 128, 256)
@@ -90,6 +92,8 @@ def create_model(
                 f"({step + 4}, {2 * step + 4}, ..., 40, 100), its growth 1 or more"
             )
         return DenseNet(depth, growth, num_classes, bc)
+    if name.startswith("timm:"):
+        return TimmNetwork(name[5:], num_classes, image_size, argument)
     if (spec := find_spec(name, pool, argument)) is not None:
         return PoolNet(spec, num_classes)
     check_name(argument, name, [*list_models(), "pool:SEED", "timm:NAME"])
