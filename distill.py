@@ -23,9 +23,10 @@ from engine.processes import run_script, start_accelerator
 from engine.tracking import RunFolder, Screen, default_folder
 from losses import METHODS
 from losses.distillation import Distillation
-from models import ModelInfo, create_model, find_spec, list_models, load_pretrained, save_pretrained
+from models import ModelInfo, create_model, describe_models, find_spec, load_pretrained, save_pretrained
 from models.network import Network
 from models.pool import Pool
+from models.weights import initial_weights
 
 
 @dataclass
@@ -59,7 +60,7 @@ class DistillConfig(RunConfig):
 
 
 def main() -> None:
-    listings = {"models": list_models(), "methods": [f"{name}: {row.paper}" for name, row in METHODS.items()]}
+    listings = {"models": describe_models, "methods": [f"{name}: {row.paper}" for name, row in METHODS.items()]}
     config = parse(DistillConfig, __doc__, listings)
     check_name("--method", config.method, METHODS)
     teacher = load_teacher(config)
@@ -81,7 +82,9 @@ def main() -> None:
     data = hold_out(fit_to_teacher(data, teacher), config.val_fraction, "val")
     pool = config.pool or (Pool(**teacher.info.pool) if teacher and teacher.info.pool else Pool())
     torch.manual_seed(config.seed)
-    student = create_model(config.student, data.num_classes, pool, "--student")
+    student = create_model(config.student, data.num_classes, pool, "--student", data.image_size)
+    with accelerator.main_process_first():
+        initial = initial_weights(student, config.pretrained, config.weights)
     loss = METHODS[config.method].loss(config.alpha, config.temperature)
     objective = Distillation(student, loss, teacher)
 
@@ -95,6 +98,8 @@ def main() -> None:
         f"kernels: {implementation}"
     )
     screen.say(data.described)
+    if initial:
+        screen.say(f"initial weights: {initial}")
     loop.run()
 
     spec = find_spec(config.student, pool)

@@ -24,7 +24,8 @@ from engine.finish import finish_run
 from engine.loop import Loop
 from engine.processes import run_script, start_accelerator
 from engine.tracking import RunFolder, Screen, default_folder
-from models import ModelInfo, create_model, list_models, save_pretrained
+from models import ModelInfo, create_model, describe_models, save_pretrained
+from models.weights import initial_weights
 from teachers import TEACHERS
 from teachers.gtn import GTNOptions
 
@@ -45,7 +46,7 @@ class TeacherConfig(GTNOptions, RunConfig):
 
 
 def main() -> None:
-    listings = {"models": list_models(), "methods": [f"{name}: {row.paper}" for name, row in TEACHERS.items()]}
+    listings = {"models": describe_models, "methods": [f"{name}: {row.paper}" for name, row in TEACHERS.items()]}
     config = parse(TeacherConfig, __doc__, listings)
     check_name("--method", config.method, TEACHERS)
     config.check_gtn()
@@ -67,7 +68,9 @@ def main() -> None:
     data = hold_out(data, config.val_fraction, "val")
     data = hold_out(data, config.gate_holdout if config.method == "gtn" else 0.0, "gates")
     torch.manual_seed(config.seed)
-    teacher = create_model(config.model, data.num_classes, config.pool, "--model")
+    teacher = create_model(config.model, data.num_classes, config.pool, "--model", data.image_size)
+    with accelerator.main_process_first():
+        initial = initial_weights(teacher, config.pretrained, config.weights)
     objective = TEACHERS[config.method].objective(teacher, config, data.image_size)
 
     loop = Loop(objective, data, config, accelerator, folder, screen)
@@ -78,6 +81,8 @@ def main() -> None:
         f"kernels: {implementation}"
     )
     screen.say(data.described)
+    if initial:
+        screen.say(f"initial weights: {initial}")
     progress = loop.run()
 
     pool = asdict(config.pool) if config.method == "gtn" else None

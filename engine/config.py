@@ -4,6 +4,7 @@ import argparse
 import difflib
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from common import UserError
 from engine.data import DataOptions
 
 Config = TypeVar("Config", bound="RunConfig")
+Listing = list[str] | Callable[[], list[str]]
 
 
 @dataclass
@@ -23,6 +25,8 @@ class RunConfig(DataOptions):
     """Options that every run has, whatever its method.
 
     Args:
+        pretrained: start from torchvision's ImageNet weights, or for timm:NAME from timm's.
+        weights: start from the weights in this .safetensors, .pth or .pt file.
         epochs: passes over the training split.
         batch_size: images a step over all processes together.
         lr: peak learning rate of SGD.
@@ -43,6 +47,8 @@ class RunConfig(DataOptions):
         report_to: tracker names known to Accelerate, comma-separated.
     """
 
+    pretrained: bool = False
+    weights: str | None = None
     epochs: int = 30
     batch_size: int = 64
     lr: float = 0.05
@@ -84,6 +90,8 @@ class RunConfig(DataOptions):
         for name, (fine, wanted) in limits.items():
             if not fine:
                 raise UserError(f"--{name} {getattr(self, name)}: must be {wanted}")
+        if self.pretrained and self.weights is not None:
+            raise UserError(f"--weights {self.weights}: cannot be combined with --pretrained")
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -98,13 +106,13 @@ NOT_COMPUTED = {"output_dir", "overwrite", "resume_from_checkpoint", "with_track
 NOT_COMPUTED |= {"checkpointing_epochs", "config"}
 
 
-def parse(config_class: type[Config], usage: str, listings: dict[str, list[str]], argv=None) -> Config:
+def parse(config_class: type[Config], usage: str, listings: dict[str, Listing], argv=None) -> Config:
     """The command line as an instance of `config_class`.
 
     Args:
         config_class: a dataclass whose docstring describes its fields under "Args:".
         usage: example commands, shown by --help.
-        listings: names to print for each flag --list_<key>.
+        listings: lines to print for each flag --list_<key>, or a function that makes them when asked for.
         argv: arguments; default: those of the process.
 
     Raises:
@@ -113,7 +121,7 @@ def parse(config_class: type[Config], usage: str, listings: dict[str, list[str]]
     argv = list(sys.argv[1:] if argv is None else argv)
     for name, values in listings.items():
         if f"--list_{name}" in argv:
-            print("\n".join(values))
+            print("\n".join(values() if callable(values) else values))
             raise SystemExit(0)
     parser = ArgumentParser(description=usage, formatter_class=_HelpFormatter, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file of these options")

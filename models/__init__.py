@@ -3,56 +3,125 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import UserError, check_name, write_atomically
+from models.densenet import DenseNet
+from models.imagenet import CUTS, ImageNetFeatures, ImageNetResNet
+from models.imagenet import RESNETS as IMAGENET_RESNETS
+from models.mobilenet import MobileNetV2
 from models.network import Network
 from models.pool import NAS_STUDENTS, Pool, PoolNet, read_spec
 from models.resnet import ResNet
+from models.shufflenet import ShuffleNetV1, ShuffleNetV2
+from models.timm_models import TimmNetwork
+from models.vgg import LAYERS, VGG
+from models.weights import load_weights as load_weights
 from models.wrn import WideResNet
 
 NARROW, WIDE_X2, WIDE_X4 = (16, 16, 32, 64), (16, 32, 64, 128), (32, 64, 128, 256)
-RESNETS = {f"resnet{depth}": (depth, NARROW) for depth in (8, 14, 20, 32, 44, 56, 110)}
-RESNETS |= {"resnet8x2": (8, WIDE_X2), "resnet8x4": (8, WIDE_X4), "resnet32x4": (32, WIDE_X4)}
+SMALL_IMAGE: dict[str, Callable[[int], Network]] = {
+    **{f"resnet{depth}": partial(ResNet, depth, NARROW) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x2": partial(ResNet, depth, WIDE_X2) for depth in (8, 14, 20, 32)},
+    **{f"resnet{depth}x4": partial(ResNet, depth, WIDE_X4) for depth in (8, 32)},
+    **{f"vgg{depth}": partial(VGG, depth) for depth in LAYERS},
+    "mobilenetv2": partial(MobileNetV2, 0.5),
+    "shufflenetv1": ShuffleNetV1,
+    "shufflenetv2": ShuffleNetV2,
+}
+IMAGENET: dict[str, Callable[[int], Network]] = {
+    **{name: partial(ImageNetFeatures, name) for name in CUTS},
+    "shufflenet_v2": partial(ShuffleNetV2, small=False),
+}
 WRN_NAME = re.compile(r"wrn(\d+)_(\d+)")
-WRNS = [f"wrn{depth}_{width}" for depth, width in ((16, 1), (16, 2), (28, 2), (28, 4), (40, 1), (40, 2))]
+WRNS = ["16_1", "16_2", "16_3", "16_4", "16_6", "16_8", "16_11", *(f"28_{width}" for width in range(1, 9))]
+WRNS += ["40_1", "40_2", "52_2", "64_2", "76_2", "88_2", "100_2", "154_2", "250_2"]
+DENSENET_NAME = re.compile(r"densenet(bc)?(\d+)_(\d+)")
+DENSENETS = ["40_12", "40_24", "40_48", "100_12", "100_24", "bc40_12", "bc100_12"]
 
 
 def list_models() -> list[str]:
-    """Every name that `create_model` takes; besides these any wrn{depth}_{width}, pool:SEED and spec files."""
-    return [*RESNETS, *WRNS, *NAS_STUDENTS]
+    """The names that `create_model` takes; besides these any wrn{depth}_{width}, densenet{depth}_{growth} and
+    densenetbc{depth}_{growth}, pool:SEED, spec files, and timm:NAME."""
+    wrns, densenets = [f"wrn{size}" for size in WRNS], [f"densenet{size}" for size in DENSENETS]
+    return [*SMALL_IMAGE, *wrns, *densenets, *NAS_STUDENTS, *IMAGENET_RESNETS, *IMAGENET]
 
 
-def create_model(name: str, num_classes: int, pool: Pool | None = None, argument: str = "model") -> Network:
+def create_model(
+    name: str, num_classes: int, pool: Pool | None = None, argument: str = "model", image_size: int = 32
+) -> Network:
     """A network with fresh weights, drawn from torch's global generator.
 
     Args:
-        name: a zoo name, `pool:SEED` (a random member of `pool`) or the path of a student's spec (.json).
+        name: a zoo name, `pool:SEED` (a random member of `pool`), the path of a student's spec (.json), or
+            `timm:NAME`.
         num_classes: width of the classifier, at least 2.
         pool: the pool that `pool:SEED` draws from; the paper's when None.
         argument: what error messages call `name`, for example "--student".
+        image_size: side of the images it is for. ResNets 18 to 152 have a form for sides up to 64.
 
     Raises:
         UserError: unknown name, a bad seed or spec, or a depth that the family does not have.
     """
     if num_classes < 2:
         raise UserError(f"num_classes must be at least 2; got {num_classes}")
-    if name in RESNETS:
-        return ResNet(*RESNETS[name], num_classes)
+    if builder := (SMALL_IMAGE | IMAGENET).get(name):
+        return builder(num_classes)
+    if name in IMAGENET_RESNETS:
+        return ImageNetResNet(name, num_classes, image_size)
     if match := WRN_NAME.fullmatch(name):
         if int(match[1]) < 10 or (int(match[1]) - 4) % 6 or int(match[2]) < 1:
             raise UserError(
                 f"{argument} {name}: a WRN's depth is 6n + 4 (10, 16, 22, 28, 40, ...), its width 1 or more"
             )
         return WideResNet(int(match[1]), int(match[2]), num_classes)
+    if match := DENSENET_NAME.fullmatch(name):
+        bc, depth, growth = bool(match[1]), int(match[2]), int(match[3])
+        step = 6 if bc else 3
+        if depth < step + 4 or (depth - 4) % step or growth < 1:
+            raise UserError(
+                f"{argument} {name}: a DenseNet{'-BC' if bc else ''}'s depth is {step}n + 4 "
+                f"({step + 4}, {2 * step + 4}, ..., 40, 100), its growth 1 or more"
+            )
+        return DenseNet(depth, growth, num_classes, bc)
+    if name.startswith("timm:"):
+        return TimmNetwork(name[5:], num_classes, image_size, argument)
     if (spec := find_spec(name, pool, argument)) is not None:
         return PoolNet(spec, num_classes)
-    check_name(argument, name, [*list_models(), "pool:SEED"])
+    check_name(argument, name, [*list_models(), "pool:SEED", "timm:NAME"])
     raise AssertionError(f"'{name}' is listed but cannot be built")
+
+
+def describe_models() -> list[str]:
+    """A table of the listed models, a row for each of their sizes: header first, columns aligned.
+
+    Parameters at 100 classes and images of 32 for networks for small images, at 1000 and 224 for ImageNet's;
+    2 floating-point operations a multiply-accumulate of convolutions and linear layers, for one image; the
+    maps C x H x W at the ends of the blocks that SFTN and GTN cut at. Nothing is computed: all is on `meta`.
+    """
+    sizes = [(name, 32) for name in list_models() if name not in IMAGENET]
+    sizes += [(name, 224) for name in (*IMAGENET_RESNETS, *IMAGENET)]
+    rows = [("name", "parameters", "MFLOPs", "image", "block outputs")]
+    for name, size in sizes:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model = create_model(name, 100 if size == 32 else 1000, image_size=size).eval()
+            _, maps, _ = model(torch.zeros(1, 3, size, size), features=True)
+        shapes = "  ".join("x".join(map(str, each.shape[1:])) for each in maps[-4:])
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        rows.append((name, f"{parameters:,}", f"{counter.get_total_flops() / 1e6:,.1f}", f"{size}", shapes))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        f"{name:<{widths[0]}}  {parameters:>{widths[1]}}  {flops:>{widths[2]}}  {size:>{widths[3]}}  {shapes}"
+        for name, parameters, flops, size, shapes in rows
+    ]
 
 
 def find_spec(name: str, pool: Pool | None = None, argument: str = "model") -> dict | None:
@@ -134,7 +203,10 @@ def load_pretrained(folder: str | Path) -> Network:
         if hashlib.sha256(data).hexdigest() != info.sha256:
             raise UserError(f"'{folder / 'model.safetensors'}' is not the file that model.json describes: damaged?")
         tensors = safetensors.torch.load(data)
-        model = PoolNet(info.spec, info.num_classes) if info.spec else create_model(info.name, info.num_classes)
+        if info.spec:
+            model = PoolNet(info.spec, info.num_classes)
+        else:
+            model = create_model(info.name, info.num_classes, image_size=info.image_size)
         model.load_state_dict(tensors)
     except UserError:
         raise

@@ -1,9 +1,12 @@
 """The contract of every network: stages, an embedding, a classifier, and blocks to cut at."""
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import relu
 
 
 class Network(nn.Module):
@@ -13,28 +16,98 @@ class Network(nn.Module):
 
     - `model(x)` gives logits [N, C] for images [N, 3, H, W];
     - `model(x, features=True)` gives (logits, [one feature map a stage], embedding [N, D]);
-    - `model.blocks` is the tuple of blocks that SFTN and GTN cut at; running them in order is the forward
-      pass, so the last one ends in the logits.
+    - `model(x, features="preact")` gives the same with the maps before the last ReLU of each stage; for
+      networks whose maps are raw sums (WRN, DenseNet) it is the next BatchNorm of the map. It is one
+      forward pass: every BatchNorm runs, and updates its statistics, once;
+    - `model.blocks` is the tuple of the 4 blocks that SFTN and GTN cut at (a pool's students: as many as
+      the pool says); running them in order is the forward pass, so the last one ends in the logits.
 
     Stages, blocks and `embed` are not registered as submodules a second time: what they are made of is
     registered by the subclass, so that parameter names stay those of the field's published checkpoints.
+    Where those call the classifier otherwise, `fc` is a property.
+
+    `published` names the weights that `--pretrained` loads (models/weights.py); None: there are none.
     """
 
     fc: nn.Linear
+    published: str | None = None
 
-    def set_stages(self, stages: Sequence[nn.Module], embed: nn.Module) -> None:
+    def set_stages(
+        self, stages: Sequence[nn.Module], embed: nn.Module, preact: Sequence[nn.Module] | None = None, first: int = 1
+    ) -> None:
+        """Declare what the forward pass is made of.
+
+        Args:
+            stages: modules to run in order; their outputs are the feature maps.
+            embed: from the last map to the embedding [N, D].
+            preact: a second cut of the same modules: len(stages) pieces whose outputs are the
+                pre-activations, and one from the last of them to the embedding. By default the last ReLU
+                of each stage moves to the next piece.
+            first: how many stages the first block is made of.
+        """
         self.stages = tuple(stages)
         object.__setattr__(self, "embed", embed)
-        self.blocks = (*self.stages[:-1], nn.Sequential(self.stages[-1], embed, self.fc))
+        self.preact = tuple(preact or cut_before_relu(stages, embed))
+        start = stages[0] if first == 1 else nn.Sequential(*stages[:first])
+        self.blocks = (start, *self.stages[first:-1], nn.Sequential(self.stages[-1], embed, self.fc))
 
-    def forward(self, x: Tensor, features: bool = False):
+    def forward(self, x: Tensor, features: bool | Literal["preact"] = False):
+        if features not in (False, True, "preact"):
+            raise ValueError(f"features must be False, True or 'preact'; got {features!r}")
+        *pieces, embed = self.preact if features == "preact" else (*self.stages, self.embed)
         maps = []
-        for stage in self.stages:
-            x = stage(x)
+        for piece in pieces:
+            x = piece(x)
             maps.append(x)
-        embedding = self.embed(x)
+        embedding = embed(x)
         logits = self.fc(embedding)
         return (logits, maps, embedding) if features else logits
+
+
+class EndsInReLU(nn.Module):
+    """A block whose last step is a ReLU; a subclass says what comes before it."""
+
+    def before_relu(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relu(self.before_relu(x))
+
+
+class BeforeReLU(nn.Module):
+    """All of a block but its last ReLU."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block.before_relu(x)
+
+
+def split_last_relu(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """(`module` without the ReLU it ends in, that ReLU), or (module, identity) where it ends in none."""
+    if isinstance(module, nn.ReLU):
+        return nn.Identity(), nn.ReLU()
+    if hasattr(module, "split_last_relu"):
+        return module.split_last_relu()
+    if hasattr(module, "before_relu"):
+        return BeforeReLU(module), nn.ReLU()
+    if isinstance(module, nn.Sequential) and len(module):
+        *parts, last = module
+        before, after = split_last_relu(last)
+        return nn.Sequential(*parts, before), after
+    return module, nn.Identity()
+
+
+def cut_before_relu(stages: Sequence[nn.Module], embed: nn.Module) -> list[nn.Module]:
+    """The pieces of `Network.set_stages`' `preact`: the stages with each last ReLU moved to the next piece."""
+    pieces, after = [], nn.Identity()
+    for stage in stages:
+        before, following = split_last_relu(stage)
+        pieces.append(nn.Sequential(after, before))
+        after = following
+    return [*pieces, nn.Sequential(after, embed)]
 
 
 def global_average_pool() -> nn.Sequential:
@@ -42,10 +115,22 @@ def global_average_pool() -> nn.Sequential:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def conv_bn(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> list[nn.Module]:
-    """Convolution with "same" padding for odd kernels and no bias, and its BatchNorm."""
-    convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
+def conv_bn(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = False
+) -> list[nn.Module]:
+    """Convolution with "same" padding for odd kernels, by default without a bias, and its BatchNorm."""
+    convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=bias)
     return [convolution, nn.BatchNorm2d(out_channels)]
+
+
+def normal_by_fan_out(module: nn.Module) -> None:
+    """Convolution weights N(0, 2 / (k * k * out)) and biases 0, as the field's WRNs and VGGs start."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            fan_out = part.kernel_size[0] * part.kernel_size[1] * part.out_channels
+            nn.init.normal_(part.weight, 0.0, math.sqrt(2.0 / fan_out))
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
 
 def initialise(module: nn.Module) -> None:

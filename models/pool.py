@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from common import UserError, check_name, derive_seed
-from models.network import Network, conv_bn, global_average_pool, initialise
+from models.network import Network, conv_bn, global_average_pool, initialise, split_last_relu
 from models.resnet import chain
 
 RES = re.compile(r"res([1-9]\d*)x([1-9]\d*)")
@@ -195,6 +195,9 @@ class PoolLayer(nn.Module):
         if out is None:
             return x
         return x + out if self.shortcut else out
+
+    def split_last_relu(self) -> tuple[nn.Module, nn.Module]:
+        return (self, nn.Identity()) if self.shortcut else split_last_relu(self.operation)
 
 
 class PoolNet(Network):

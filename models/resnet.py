@@ -8,10 +8,10 @@ convolution with BatchNorm wherever the shape changes.
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from models.network import Network, conv_bn, global_average_pool, initialise
+from models.network import EndsInReLU, Network, conv_bn, global_average_pool, initialise
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(EndsInReLU):
     """Two convolutions and a shortcut: relu(x + bn(conv(relu(bn(conv(x))))))."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, kernel: int = 3):
@@ -22,9 +22,9 @@ class BasicBlock(nn.Module):
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def before_relu(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
-        return relu(out + (x if self.downsample is None else self.downsample(x)))
+        return out + (x if self.downsample is None else self.downsample(x))
 
 
 def chain(in_channels: int, out_channels: int, stride: int, kernel: int, blocks: int) -> nn.Sequential:

@@ -47,9 +47,59 @@ def test_imports_point_downwards(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_is_loaded_that_could_execute_code(path):
     assert imported(path).isdisjoint({"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"})
-    assert not re.search(
-        r"(?<!safetensors\.)torch\.load\(|yaml\.(unsafe_|full_)?load\(|\b(eval|exec)\(\s*[a-z]", code(path)
-    )
+    assert not re.search(r"yaml\.(unsafe_|full_)?load\(|\b(eval|exec)\(\s*[a-z]", code(path))
+
+
+def unsafe_loads(source: str) -> list[str]:
+    """Uses of torch.load other than calls that say weights_only=True."""
+    nodes = list(ast.walk(ast.parse(source)))
+    safe = [
+        node.func
+        for node in nodes
+        if isinstance(node, ast.Call)
+        and any(k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in node.keywords)
+    ]
+    found = [node for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"]
+    found += [
+        node
+        for node in nodes
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").split(".")[0] == "torch"
+        and any(alias.name == "load" for alias in node.names)
+    ]
+    return [ast.unparse(node) for node in found if node not in safe]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_torch_loads_weights_only(path):
+    assert not unsafe_loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("source", "safe"),
+    [
+        ("torch.load(path, weights_only=True)", True),
+        ("safetensors.torch.load(data)", True),
+        ("torch.load(path)", False),
+        ("torch.load(path, weights_only=False)", False),
+        ("torch.load(path, weights_only=flag)", False),
+        ("f(torch.load, weights_only=True)", False),
+        ("from torch import load", False),
+        ("from torch.serialization import load as x", False),
+    ],
+)
+def test_unsafe_loads_are_found(source, safe):
+    assert bool(unsafe_loads(source)) is not safe
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_timm_is_imported_only_where_it_is_used(path):
+    tree = ast.parse(path.read_text())
+    inside = {node for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    for node in set(ast.walk(tree)) - inside:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert not any(name.split(".")[0] == "timm" for name in names)
 
 
 def code(path: Path) -> str:

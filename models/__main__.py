@@ -1,0 +1,5 @@
+"""python -m models: the table of the zoo."""
+
+from models import describe_models
+
+print("\n".join(describe_models()))

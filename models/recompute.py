@@ -1,0 +1,57 @@
+"""Deep networks in little memory: layers that are computed again in the backward pass.
+
+Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174), section 4; for DenseNets
+Pleiss et al., "Memory-Efficient Implementation of DenseNets" (arXiv 1707.06990).
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+DEEP = 100  # WRNs and DenseNets of this depth and more are recomputed
+
+
+@contextmanager
+def frozen_statistics(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it BatchNorms in training mode normalise by the batch but leave their running statistics."""
+    before = [(norm, norm.track_running_stats) for norm in norms]
+    for norm, _ in before:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm, tracked in before:
+            norm.track_running_stats = tracked
+
+
+class Recompute(nn.Module):
+    """Runs `module`, registered elsewhere, and in training keeps its inputs alone for the backward pass.
+
+    There the module runs a second time; its BatchNorms count that batch once. The module holds at least one
+    BatchNorm and nothing random.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+        self.norms = tuple(part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        # The BatchNorm is asked for the mode: a wrapper that nobody registers is not told by model.train().
+        if not (self.norms[0].training and torch.is_grad_enabled()):
+            return self.module(*inputs)
+        return checkpoint(
+            self.module,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), frozen_statistics(self.norms)),
+        )
+
+
+def recompute_if_deep(layers: Iterable[nn.Module], depth: int) -> list[nn.Module]:
+    """`layers`, each of them recomputed in the backward pass when the network is `DEEP`."""
+    return [Recompute(layer) for layer in layers] if depth >= DEEP else list(layers)

@@ -1,0 +1,115 @@
+"""Initial weights: published ones, or those of a local file. Nothing that is read can execute code."""
+
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from common import UserError
+from models.network import Network
+from models.timm_models import TimmNetwork
+
+WRAPPERS = ("model", "state_dict")  # keys under which checkpoints keep the weights beside other things
+
+
+def load_weights(model: Network, source: str, argument: str = "--weights") -> str:
+    """Load weights into `model` and say in a line what was loaded.
+
+    A classifier for another number of classes keeps its fresh weights; anything else has to fit.
+
+    Args:
+        model: a network of `create_model`.
+        source: "pretrained" for torchvision's default ImageNet weights, or timm's; or a file: .safetensors,
+            or .pth / .pt with a state dict in it, possibly under "model" or "state_dict".
+        argument: the option that error messages name.
+
+    Raises:
+        UserError: there are no such weights, they cannot be had or read, or they do not fit.
+    """
+    if source == "pretrained":
+        where = argument
+        tensors, origin = _published(model, argument)
+    else:
+        where = f"{argument} {source}"
+        tensors, origin = _read(Path(source), where), f"weights of {source}"
+    if isinstance(model, TimmNetwork) and not any(name.startswith("net.") for name in tensors):
+        tensors = {f"net.{name}": tensor for name, tensor in tensors.items()}
+    tensors, fresh = _fit(model, tensors, where)
+    model.load_state_dict(tensors)
+    return origin + fresh
+
+
+def initial_weights(model: Network, pretrained: bool, file: str | None) -> str | None:
+    """What --pretrained and --weights ask for; None when neither is given."""
+    if pretrained:
+        return load_weights(model, "pretrained", "--pretrained")
+    return load_weights(model, file, "--weights") if file else None
+
+
+def _published(model: Network, argument: str) -> tuple[dict[str, Tensor], str]:
+    if model.published is None:
+        raise UserError(
+            f"{argument}: there are no published weights of this network; resnet18 to resnet152 (--image_size "
+            "above 64), mobilenet_v2, efficientnet_b0, shufflenet_v2 and networks of timm have some"
+        )
+    try:
+        if isinstance(model, TimmNetwork):
+            return model.published_tensors(), f"{model.published} weights"
+        from torchvision.models import get_model_weights
+
+        weights = get_model_weights(model.published).DEFAULT
+        tensors = weights.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
+        return dict(tensors), f"torchvision {weights.name} weights"
+    except UserError as error:
+        raise UserError(f"{argument}: {error}") from None
+    except Exception as error:  # no network, a full disk, a damaged download, a server's refusal
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{argument}: the weights of {model.published} cannot be downloaded ({reason})") from None
+
+
+def _read(path: Path, where: str) -> dict[str, Tensor]:
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise UserError(f"{where}: must be a .safetensors, .pth or .pt file")
+    if not path.is_file():
+        raise UserError(f"{where}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            content = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file makes a reader raise can be anything
+        # The reader's own words are left out: for files with code in them they advise to execute it.
+        raise UserError(f"{where}: is damaged, or holds more than tensors ({type(error).__name__})") from None
+    for key in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{where}: holds no state dict")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _fit(model: Network, tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], str]:
+    """`tensors` ready to be loaded, and what to say of the classifier; UserError names the first misfit."""
+    own, classifier = model.state_dict(), (model.fc.weight, model.fc.bias)
+    head = {name for name, parameter in model.named_parameters() if any(parameter is each for each in classifier)}
+    fresh = ""
+    classes = {len(tensors[name]) if tensors[name].ndim else 0 for name in head & tensors.keys()}
+    if classes != {model.fc.weight.shape[0]} and all(
+        name not in tensors or tensors[name].shape[1:] == own[name].shape[1:] for name in head
+    ):
+        there = f"{classes.pop()}" if len(classes) == 1 else "none"
+        fresh = f", classifier fresh: {model.fc.weight.shape[0]} classes instead of {there}"
+        tensors = tensors | {name: own[name] for name in head}
+    for name, tensor in own.items():
+        if name not in tensors:
+            if name.endswith("num_batches_tracked"):  # older than this counter: BatchNorm fills it in itself
+                continue
+            raise UserError(f"{where}: '{name}' is missing there")
+        if tensors[name].shape != tensor.shape:
+            there, here = ("x".join(map(str, shape)) or "a number" for shape in (tensors[name].shape, tensor.shape))
+            raise UserError(f"{where}: '{name}' is {there} there, but {here} in this network")
+    for name in tensors:
+        if name not in own:
+            raise UserError(f"{where}: '{name}' belongs to no layer of this network")
+    return tensors, fresh
