@@ -28,9 +28,9 @@ gpu-check: .venv/installed
 		tests/test_triton.py::test_both_scripts_train_alike_with_either_implementation
 	$(BIN)/python -m benchmarks.kernels
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements-timm.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-timm.txt
 	touch $@
 
 clean:

@@ -11,14 +11,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import UserError, check_name, write_atomically
 from models.densenet import DenseNet
 from models.imagenet import CUTS, ImageNetFeatures, ImageNetResNet
 from models.imagenet import RESNETS as IMAGENET_RESNETS
 from models.mobilenet import MobileNetV2
-from models.network import Network
+from models.network import Network, cost
 from models.pool import NAS_STUDENTS, Pool, PoolNet, read_spec
 from models.resnet import ResNet
 from models.shufflenet import ShuffleNetV1, ShuffleNetV2
@@ -111,12 +110,12 @@ def describe_models() -> list[str]:
     sizes += [(name, 224) for name in (*IMAGENET_RESNETS, *IMAGENET)]
     rows = [("name", "parameters", "MFLOPs", "image", "block outputs")]
     for name, size in sizes:
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model = create_model(name, 100 if size == 32 else 1000, image_size=size).eval()
-            _, maps, _ = model(torch.zeros(1, 3, size, size), features=True)
-        shapes = "  ".join("x".join(map(str, each.shape[1:])) for each in maps[-4:])
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        rows.append((name, f"{parameters:,}", f"{counter.get_total_flops() / 1e6:,.1f}", f"{size}", shapes))
+        with torch.device("meta"):
+            parameters, flops, maps = cost(
+                create_model(name, 100 if size == 32 else 1000, image_size=size).eval(), size
+            )
+        shapes = "  ".join("x".join(map(str, shape)) for shape in maps)
+        rows.append((name, f"{parameters:,}", f"{flops / 1e6:,.1f}", f"{size}", shapes))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         f"{name:<{widths[0]}}  {parameters:>{widths[1]}}  {flops:>{widths[2]}}  {size:>{widths[3]}}  {shapes}"

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class Network(nn.Module):
@@ -147,6 +148,19 @@ def run_blocks(model: Network, images: Tensor) -> tuple[list[Tensor], Tensor]:
         x = block(x)
         maps.append(x)
     return maps, model.blocks[-1](x)
+
+
+@torch.no_grad()
+def cost(model: Network, image_size: int) -> tuple[int, int, list[tuple[int, ...]]]:
+    """(parameters, FLOPs for one image, shape C x H x W after each block but the last, and of the last map).
+
+    2 floating-point operations a multiply-accumulate of convolutions and linear layers. `model` is in eval
+    mode; on the `meta` device nothing is computed.
+    """
+    with FlopCounterMode(display=False) as counter:
+        _, maps, _ = model(torch.zeros(1, 3, image_size, image_size, device=model.fc.weight.device), features=True)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return parameters, counter.get_total_flops(), [tuple(each.shape[1:]) for each in maps[-len(model.blocks) :]]
 
 
 @torch.no_grad()

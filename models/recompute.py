@@ -15,16 +15,20 @@ DEEP = 100  # WRNs and DenseNets of this depth and more are recomputed
 
 
 @contextmanager
-def frozen_statistics(norms: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it BatchNorms in training mode normalise by the batch but leave their running statistics."""
-    before = [(norm, norm.track_running_stats) for norm in norms]
-    for norm, _ in before:
-        norm.track_running_stats = False
+def spare_statistics(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it BatchNorms update copies of their running statistics, which are then dropped.
+
+    (Not tracking any would be simpler, but then fewer tensors are saved for the backward pass than the
+    first time, and `checkpoint` takes that for an error.)
+    """
+    before = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in before:
+        setattr(norm, name, buffer.clone())
     try:
         yield
     finally:
-        for norm, tracked in before:
-            norm.track_running_stats = tracked
+        for norm, name, buffer in before:
+            setattr(norm, name, buffer)
 
 
 class Recompute(nn.Module):
@@ -48,7 +52,7 @@ class Recompute(nn.Module):
             *inputs,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), frozen_statistics(self.norms)),
+            context_fn=lambda: (nullcontext(), spare_statistics(self.norms)),
         )
 
 

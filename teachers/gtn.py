@@ -5,6 +5,8 @@ Architectures" (arXiv 2407.16040). Branches as in SFTN (Park et al., NeurIPS 202
 (Cai et al., ICLR 2019). What the paper leaves open is an option here and marked (ours).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +19,6 @@ from losses.objective import Average, Objective
 from models.branches import graft
 from models.network import Network, block_shapes, run_blocks
 from models.pool import Pool
-from models.recompute import frozen_statistics
 from models.supernet import Draw
 from teachers.gates import Gates
 
@@ -201,3 +202,15 @@ class GTN(Objective):
                 "teacher and students do not come together. Raise --alpha, or train longer."
             )
         return found
+
+
+@contextmanager
+def frozen_statistics(norms: tuple[nn.Module, ...]) -> Iterator[None]:
+    """Within it BatchNorms in training mode normalise by the batch but leave their running statistics."""
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
