@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections import Counter
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from common import UserError
 from models import create_model
 from models.pool import NAS_STUDENTS, Pool, PoolLayer, PoolNet, check_spec, even_blocks
 
+ROOT = Path(__file__).parents[1]
 # (type, in, out, kernel, stride) of every row of the GTN supplement's Tables 1, 2 and 3, and of each ResBlock
 # the number in its "(xn)".
 TABLES = {
@@ -263,3 +268,101 @@ def test_files_that_hold_no_spec_are_refused(tmp_path, content):
 def test_a_spec_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"--student .*nowhere\.json: cannot read"):
         create_model(str(tmp_path / "nowhere.json"), 10, argument="--student")
+
+
+def parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def chi_square(observed: list[int], expected: list[float]) -> float:
+    return sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
+
+
+def test_members_by_size_are_uniform_over_sizes_and_then_over_members():
+    """Against all members of a small pool, enumerated, counted and binned by hand."""
+    pool = Pool(stem=4, widths=[4, 4, 8], strides=[1, 1, 2], head=4, sampling="sizes",
+                candidates=["res3x2", "res3x4", "res5x2", "identity", "zero"])  # fmt: skip
+    members = list(product(*(pool.choices(layer) for layer in range(3))))
+    sizes = {member: parameters(PoolNet(pool.spec(list(member)), 2)) for member in members}
+    low, span = min(sizes.values()), max(sizes.values()) - min(sizes.values())
+    # Sizes are counted in 1024 steps, rounded layer by layer: each member's bin is that of its rounded size.
+    unit, costs = max(1, span / 1024), pool.candidate_parameters()
+    rounded = {
+        member: sum(
+            round((row[pool.choices(layer).index(name)] - min(row)) / unit)
+            for layer, (row, name) in enumerate(zip(costs, member, strict=True))
+        )
+        for member in members
+    }
+    assert all(abs(rounded[member] * unit - (sizes[member] - low)) <= 1.5 * unit for member in members)
+    bins = {member: rounded[member] * 32 // (max(rounded.values()) + 1) for member in members}
+    full = Counter(bins.values())
+    draws = 4000
+    seen = Counter(tuple(choice(pool.sample(seed))) for seed in range(draws))
+    expected = [draws / len(full) / full[bins[member]] for member in members]
+    assert len(members) == 100  # 99 degrees of freedom: chance exceeds 160 once in 10,000 times
+    assert chi_square([seen[member] for member in members], expected) < 160
+
+
+@pytest.mark.parametrize("sampling", ["choices", "sizes"])
+def test_sizes_of_the_papers_pool_are_even_only_when_asked_for(sampling):
+    pool, draws, bins = Pool(sampling=sampling), 800, 8
+    costs = pool.candidate_parameters()
+    low, high = (sum(pick(row) for row in costs) for pick in (min, max))
+    counts = [0] * bins
+    for seed in range(draws):
+        numbers = [pool.choices(layer).index(name) for layer, name in enumerate(choice(pool.sample(seed)))]
+        size = sum(row[number] for row, number in zip(costs, numbers, strict=True))
+        counts[min(bins - 1, (size - low) * bins // (high - low))] += 1
+    far = chi_square(counts, [draws / bins] * bins)
+    # 7 degrees of freedom: chance exceeds 30 once in 10,000 times. (Bins at the ends hold empty 32nds or not.)
+    assert far < 30 if sampling == "sizes" else far > 300
+
+
+PINNED_BY_SIZE = [
+    ["res3x6", "res5x4", "identity", "identity", "res5x2", "res5x4"],
+    ["res3x6", "res5x2", "res3x6", "res5x2", "res3x2", "identity"],
+]
+
+
+def test_a_member_by_size_is_the_same_on_every_machine():
+    pool = Pool(sampling="sizes")
+    assert [choice(pool.sample(seed)) for seed in (0, 7)] == PINNED_BY_SIZE
+    with pytest.raises(UserError, match="unknown name 'size'"):
+        Pool(sampling="size").check()
+
+
+def list_members(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "models.pool", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_listing_of_members(tmp_path):
+    pool = {"stem": 4, "head": 8, "widths": [4, 4, 8], "strides": [1, 1, 2], "candidates": ["res3x2", "res3x4", "zero"]}
+    (tmp_path / "model.json").write_text(json.dumps({"name": "resnet8", "pool": pool}))
+    limit = 2000
+    options = ("--image_size", "8", "--num_classes", "5", "--max_params", limit)
+    done = list_members("--pool", tmp_path / "model.json", "--count", "4", *options)
+    header, *rows, footer = done.stdout.splitlines()
+    assert header.split() == ["student", "parameters", "MFLOPs", "latency", "layers"] and "images of 8x8" in footer
+    sizes = {seed: parameters(create_model(f"pool:{seed}", 5, Pool(**pool))) for seed in range(30)}
+    fits = [seed for seed in sizes if sizes[seed] <= limit][:4]
+    assert 0 < fits[-1] - fits[0] != 3  # some were left out
+    assert [(row.split()[0], int(row.split()[1].replace(",", ""))) for row in rows] == [
+        (f"pool:{seed}", sizes[seed]) for seed in fits
+    ]
+    assert all(row.split()[4] == "ms" and float(row.split()[3]) > 0 for row in rows)
+    assert [row.split()[5:] for row in rows] == [choice(Pool(**pool).sample(seed)) for seed in fits]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--max_params", "1000"), "error: --max_params 1,000: the smallest member has 961,460 parameters"),
+        (("--count", "0"), "count 0: must be a whole number of at least 1"),
+        (("--pool", "README.md"), "error: --pool README.md: holds no pool"),
+    ],
+)
+def test_mistakes_in_listing_members(arguments, said):
+    done = list_members(*arguments)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

@@ -41,14 +41,15 @@ def main() -> None:
     objective.gates.draw = recording(objective.gates.draw)
     objective.gates.draw_gate_step = recording(objective.gates.draw_gate_step)
     loop = Loop(objective, data, config, accelerator, RunFolder(config.output_dir), Screen(False, config.epochs))
-    batch_of, step = loop.train._batch, loop._step
+    epoch_of, step = loop.train.epoch, loop._step
 
-    def remember(plan, number):
-        order = plan[0][loop.train.edges[number] : loop.train.edges[number + 1]][loop.rank :: loop.world]
-        batch = batch_of(plan, number)
-        assert torch.equal(batch.labels, data.train.labels[order])
-        seen.extend(order.tolist())
-        return batch
+    def remember(epoch, start=0):
+        plan, edges = loop.train.plan(epoch), loop.train.edges
+        for number, batch in enumerate(epoch_of(epoch, start), start):
+            order = plan.order[edges[number] : edges[number + 1]][loop.rank :: loop.world]
+            assert torch.equal(batch.labels, data.train.labels[order])
+            seen.extend(order.tolist())
+            yield batch
 
     def watch(batch, totals):
         before = {n: p.detach().clone() for n, p in objective.branches.named_parameters() if ".candidates." in n}
@@ -62,7 +63,7 @@ def main() -> None:
         now = dict(objective.branches.named_parameters())
         undrawn.append(all(torch.equal(now[n], old) for n, old in before.items() if not n.startswith(tuple(names))))
 
-    loop.train._batch, loop._step = remember, watch
+    loop.train.epoch, loop._step = remember, watch
     loop.run()
     report = {
         "paths": paths,

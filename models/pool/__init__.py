@@ -7,13 +7,17 @@ Source: Binici et al., "Generalizing Teacher Networks" (arXiv 2407.16040), suppl
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from common import UserError, check_name, derive_seed
 from models.network import Network, conv_bn, global_average_pool, initialise, split_last_relu
+from models.pool.sizes import draw_by_size
 from models.resnet import chain
 
 RES = re.compile(r"res([1-9]\d*)x([1-9]\d*)")
@@ -31,6 +35,7 @@ class Pool:
         candidates: what a layer may be: res{kernel}x{convolutions}, identity, zero.
         partition: reconfigurable layers in each of the blocks; empty: about equal blocks.
         shortcut: layers that keep their shape compute x + candidate(x), so that zero skips the layer.
+        sampling: what pool:SEED is uniform over: the choices of every layer, or the sizes of whole networks.
     """
 
     stem: int = 16
@@ -42,6 +47,7 @@ class Pool:
     )
     partition: list[int] = field(default_factory=list)
     shortcut: bool = True
+    sampling: Literal["choices", "sizes"] = "choices"
 
     def check(self) -> None:
         """Raise UserError unless every field makes sense together with the others."""
@@ -58,6 +64,7 @@ class Pool:
             raise UserError("pool.stem, pool.head and pool.widths must be at least 1, and pool.strides 1 or 2")
         if self.partition and (sum(self.partition) != layers or len(self.partition) < 2 or min(self.partition) < 0):
             raise UserError(f"pool.partition {self.partition} must have 2 or more parts that sum to {layers}")
+        check_name("pool.sampling", self.sampling, ["choices", "sizes"])
         for candidate in self.candidates:
             if not (match := RES.fullmatch(candidate)):
                 check_name("pool.candidates", candidate, ["res3x2", "res5x4", "identity", "zero"])
@@ -98,9 +105,20 @@ class Pool:
         return _spec(self.stem, layers, self.head, self.blocks())
 
     def sample(self, seed: int) -> dict:
-        """The spec of the pool's member number `seed`, uniform over choices, the same on every machine."""
+        """The spec of the pool's member number `seed`, uniform as `sampling` says, the same on every machine."""
         options = [self.choices(layer) for layer in range(len(self.widths))]
-        return self.spec([names[derive_seed("pool", seed, i) % len(names)] for i, names in enumerate(options)])
+        if self.sampling == "sizes":
+            numbers = draw_by_size(self.candidate_parameters(), seed)
+        else:
+            numbers = [derive_seed("pool", seed, layer) % len(names) for layer, names in enumerate(options)]
+        return self.spec([names[number] for names, number in zip(options, numbers, strict=True)])
+
+    def candidate_parameters(self) -> tuple[tuple[int, ...], ...]:
+        """Parameters of each candidate that `choices` offers, layer by layer."""
+        return tuple(
+            tuple(_parameters(*self.layer_spec(layer, name).items()) for name in self.choices(layer))
+            for layer in range(len(self.widths))
+        )
 
 
 def even_blocks(layers: int, blocks: int = 4) -> list[int]:
@@ -175,6 +193,12 @@ def build_candidate(spec: dict) -> nn.Module:
     if stride == 1 and channels_in == channels_out:
         return nn.Identity()
     return nn.Sequential(*conv_bn(channels_in, channels_out, 1, stride))
+
+
+@cache
+def _parameters(*spec: tuple[str, int | str]) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_candidate(dict(spec)).parameters())
 
 
 def build_head(channels_in: int, channels_out: int) -> nn.Sequential:
