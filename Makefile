@@ -21,6 +21,7 @@ lint: .venv/installed
 
 benchmark: .venv/installed
 	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.data
 
 gpu-check: .venv/installed
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"

@@ -32,7 +32,7 @@ MIN_IMAGES_TO_SAY = 5000  # decoding fewer than these shows no bar
 SHARE_OF_MEMORY = 0.5  # of what is free: a set below it is held in memory
 STATISTICS_FROM = 1024  # images that the normalisation of a set that is not in memory is measured on
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # torchvision's weights expect these
-CHUNK = 4096  # images whose statistics are counted at once
+CHUNK = 1 << 20  # bytes of images whose statistics are counted at once
 
 
 @dataclass
@@ -392,7 +392,7 @@ def _normalisation(train: AnySplit, size: int, photographs: bool) -> tuple[list[
     # Exact sums over integers: the same on every machine. A chunk at a time: counting takes wider numbers.
     counts = torch.zeros(3, 256, dtype=torch.float64)
     rows = torch.arange(len(train)) if train.rows is None else train.rows
-    for chunk in rows.split(CHUNK):
+    for chunk in rows.split(max(1, CHUNK // train.pixels[0].numel())):
         images = train.pixels.permute(0, 2, 3, 1)[chunk].flatten(0, 2)
         counts += torch.stack([torch.bincount(images[:, c].int(), minlength=256) for c in range(3)])
     values = torch.arange(256, dtype=torch.float64) / 255

@@ -149,7 +149,8 @@ class Normalise:
         flat = images.permute(0, 2, 3, 1).reshape(count, -1)
         # Whole images in a row: a loop over three channels would be too short to be fast on a CPU.
         scale, shift = self.scale.repeat(height * width), self.shift.repeat(height * width)
-        wide = torch.addcmul(shift, flat.float(), scale)
+        wide = flat.float()
+        torch.addcmul(shift, wide, scale, out=wide)
         return wide.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 

@@ -15,7 +15,8 @@ from engine.pictures import from_cell
 
 TEST_FILE = re.compile(r"(?<![a-z])(test|val|validation)(?![a-z])")
 TEST_SPLITS = ("test", "validation", "valid", "val")
-READ_AT_ONCE = 256  # rows of a parquet file
+READ_AT_ONCE = 64  # rows of a parquet file
+READ_BUFFER = 1 << 16  # bytes of a column: without it and with read-ahead, whole files stay in memory
 
 # The classes of Tiny-ImageNet-200 among ImageNet's 1,000, both in the order of their WordNet ids.
 IMAGENET200 = (
@@ -132,7 +133,9 @@ class ParquetSource:
         import pyarrow.parquet
 
         try:
-            self.tables = [pyarrow.parquet.ParquetFile(file) for file in self.files]
+            self.tables = [
+                pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=READ_BUFFER) for file in self.files
+            ]
             for table in self.tables:
                 if missing := {"image", "label"} - set(table.schema_arrow.names):
                     raise OSError(f"no column {' and no column '.join(sorted(missing))}")
@@ -152,7 +155,7 @@ class ParquetSource:
         for file, table in zip(self.files, self.tables, strict=True):
             index = 0
             try:
-                for batch in table.iter_batches(READ_AT_ONCE, columns=["image", "label"]):
+                for batch in table.iter_batches(READ_AT_ONCE, columns=["image", "label"], use_threads=False):
                     cells, labels = batch["image"], batch["label"].to_pylist()
                     for cell, label in zip(cells, labels, strict=True):
                         yield Row(f"{file} row {index}", lambda cell=cell: from_cell(cell.as_py()), label)

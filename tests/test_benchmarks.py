@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from benchmarks import data as data_benchmark
 from benchmarks.compare import as_markdown, tabulate
 from benchmarks.steps import Options, PlainJoint, Setting, count_macs, measure
 from common import derive_seed
@@ -70,3 +71,27 @@ def test_comparison_table_holds_means_and_deviations():
     rows = tabulate(results, ["pool:1"])
     assert rows["teacher"] == {"vanilla": [97.0, 99.0], "gtn": [98.0, 98.0]}
     assert "| pool:1 | 91.00 ± 1.41 | 92.00 ± 0.00 | 94.50 ± 0.71 |" in as_markdown(rows, [0, 1])
+
+
+def test_a_set_takes_hardly_more_memory_than_its_pixels():
+    """Loading it and an epoch of it, in a process of its own: neither files nor batches stay."""
+    used = data_benchmark.memory(30_000)
+    assert used["raw_bytes"] == 36_000 * 3 * 32 * 32
+    assert 0.9 < used["ratio"] <= 1.3
+
+
+def test_both_pipelines_of_the_data_benchmark_give_every_image_and_alike():
+    row = data_benchmark.speed(2000, 1, torch.device("cpu"))
+    assert row["device_images_per_second"] > 0 and row["workers_images_per_second"] > 0
+    data = data_benchmark.random_set(4000)
+    data.train.pixels[:] = data.train.pixels // 4 + 150  # far from the padding's zeros
+    options = data_benchmark.Options(crop_padding=data_benchmark.PADDING)
+    ours = data_benchmark.Pipeline(data, options, torch.device("cpu")).training(data.train, 4000).one(0)
+    pillow = data_benchmark.PillowDataset(data.train.pixels.permute(0, 2, 3, 1).numpy(), data.train.labels.tolist())
+    theirs = torch.stack([pillow[index][0] for index in range(4000)])
+    assert ours.images.shape == theirs.shape and ours.images.dtype == theirs.dtype
+    for values in (ours.images, theirs):  # how much of each place is padding, the crop's distribution
+        values.copy_(values < -1)
+    deviation = (theirs.mean(0) * (1 - theirs.mean(0)) / 2000).sqrt()
+    assert ((ours.images.mean(0) - theirs.mean(0)).abs() <= 5 * deviation + 1e-9).all()
+    assert ours.images.mean() > 0.1
