@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common import derive_seed
+from common import UserError, derive_seed
 from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint, state_tensors
 from engine.config import NOT_COMPUTED, RunConfig
 from engine.data import AnySplit, ImageSet
@@ -237,6 +237,7 @@ class Loop:
         """Top-1 and top-5 in percent, by network name, over all images of `split` exactly once."""
         self.objective.eval()
         correct: dict[str, Tensor] = {}
+        seen = 0
         batches = self.pipeline.evaluation(split, EVALUATION_BATCH, self.train)
         for number, (images, labels) in enumerate(batches):
             with self.accelerator.autocast():
@@ -245,9 +246,13 @@ class Loop:
                 ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
                 counts = torch.stack([ranked[:, 0].sum(), ranked.sum()])
                 correct[name] = correct.get(name, 0) + counts
+            seen += len(labels)
         names = list(correct)
-        sums = self.accelerator.reduce(torch.stack([correct[name] for name in names]).double(), "sum")
-        percent = (100 * sums / len(split)).tolist()
+        sums = torch.stack([*correct.values(), torch.full_like(correct[names[0]], seen)]).double()
+        *sums, (met, _) = self.accelerator.reduce(sums, "sum").cpu()
+        if met != len(split):  # only a stream can be mistaken about its length
+            raise UserError(f"--streaming: {len(split)} images were promised for evaluation, {met:.0f} came")
+        percent = (100 * torch.stack(sums) / len(split)).tolist()
         tops = [{name: top[k] for name, top in zip(names, percent, strict=True)} for k in (0, 1)]
         return tops[0], tops[1]
 

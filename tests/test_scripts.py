@@ -1,16 +1,23 @@
 """The scripts from end to end, through the launcher and plainly: what a run leaves behind and says."""
 
+import io
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from distill import DistillConfig
 from engine.config import parse
-from models import load_pretrained
+from models import create_model, load_pretrained
 from tests.runs import ROOT, TINY, TINY_GTN, TINY_POOL, launch, python, read_json, read_rows, succeeded
 
 SUMMARY = {"method", "model", "dataset", "seed", "top1", "top5", "best", "epochs", "seconds", "images_per_second"}
@@ -170,3 +177,36 @@ def test_the_next_command_survives_a_space_in_the_path(tmp_path):
     done = succeeded(python("train_teacher.py", *TINY, "--output_dir", tmp_path / "my teacher"))
     words = shlex.split(next(x for x in done.stdout.splitlines() if x.startswith("next: ")).removeprefix("next: "))
     assert words[words.index("--teacher") + 1] == f"{tmp_path}/my teacher"
+
+
+def test_every_place_of_images_trains_and_starts_from_given_weights(tmp_path):
+    """Workers give the very batches that the set in memory gives; a stream is read in an order of its own."""
+    write_pictures(tmp_path / "train.parquet", range(60))
+    write_pictures(tmp_path / "test.parquet", range(60, 80))
+    body = create_model("resnet8", 10).state_dict()
+    torch.save({"model": body}, tmp_path / "body.pth")
+    fixed = ["--model", "resnet8", "--dataset", f"parquet:{tmp_path}/*.parquet", "--cache_dir", tmp_path / "cache"]
+    fixed += ["--image_size", "8", "--batch_size", "16", "--epochs", "1", "--cutout", "3"]
+    fixed += ["--weights", tmp_path / "body.pth"]
+    losses, places = {}, {"memory": [], "workers": ["--pipeline", "workers"], "stream": ["--streaming"]}
+    for place, options in places.items():
+        done = succeeded(python("train_teacher.py", *fixed, *options, "--output_dir", tmp_path / place))
+        assert "body.pth, classifier fresh: 2 classes instead of 10" in done.stdout
+        row = read_rows(tmp_path / place / "metrics.jsonl")[0]
+        assert row["images"] == 60
+        losses[place] = row["losses"], row["accuracy"]
+        said = {"memory": "images: all on cpu", "workers": "decoded by workers", "stream": "images: streamed"}[place]
+        assert said in done.stdout
+    assert losses["memory"] == losses["workers"] != losses["stream"]
+    done = python("train_teacher.py", *fixed, "--pretrained", "--output_dir", tmp_path / "no")
+    assert done.returncode == 2 and "--weights" in done.stderr and not (tmp_path / "no").exists()
+
+
+def write_pictures(path: Path, numbers: range) -> None:
+    cells = []
+    for number in numbers:
+        buffer = io.BytesIO()
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, "png")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells, "label": [n % 2 for n in numbers]}), path)
