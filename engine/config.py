@@ -4,7 +4,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from common import UserError
 from engine.data import DataOptions
 
 Config = TypeVar("Config", bound="RunConfig")
-Listing = list[str] | Callable[[], list[str]]
+Listing = list[str] | Callable[[], Iterable[str]]
 
 
 @dataclass
@@ -121,7 +121,8 @@ def parse(config_class: type[Config], usage: str, listings: dict[str, Listing], 
     argv = list(sys.argv[1:] if argv is None else argv)
     for name, values in listings.items():
         if f"--list_{name}" in argv:
-            print("\n".join(values() if callable(values) else values))
+            for value in values() if callable(values) else values:
+                print(value, flush=True)
             raise SystemExit(0)
     parser = ArgumentParser(description=usage, formatter_class=_HelpFormatter, exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file of these options")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -99,8 +99,8 @@ def create_model(
     raise AssertionError(f"'{name}' is listed but cannot be built")
 
 
-def describe_models() -> list[str]:
-    """A table of the listed models, a row for each of their sizes: header first, columns aligned.
+def describe_models() -> Iterator[str]:
+    """A table of the listed models, a row for each of their sizes, header first; rows come as they are found.
 
     Parameters at 100 classes and images of 32 for networks for small images, at 1000 and 224 for ImageNet's;
     2 floating-point operations a multiply-accumulate of convolutions and linear layers, for one image; the
@@ -108,19 +108,15 @@ def describe_models() -> list[str]:
     """
     sizes = [(name, 32) for name in list_models() if name not in IMAGENET]
     sizes += [(name, 224) for name in (*IMAGENET_RESNETS, *IMAGENET)]
-    rows = [("name", "parameters", "MFLOPs", "image", "block outputs")]
+    width = max(len(name) for name, _ in sizes)
+    yield f"{'name':<{width}}  {'parameters':>11}  {'MFLOPs':>8}  image  block outputs"
     for name, size in sizes:
         with torch.device("meta"):
             parameters, flops, maps = cost(
                 create_model(name, 100 if size == 32 else 1000, image_size=size).eval(), size
             )
         shapes = "  ".join("x".join(map(str, shape)) for shape in maps)
-        rows.append((name, f"{parameters:,}", f"{flops / 1e6:,.1f}", f"{size}", shapes))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        f"{name:<{widths[0]}}  {parameters:>{widths[1]}}  {flops:>{widths[2]}}  {size:>{widths[3]}}  {shapes}"
-        for name, parameters, flops, size, shapes in rows
-    ]
+        yield f"{name:<{width}}  {parameters:>11,}  {flops / 1e6:>8,.1f}  {size:>5}  {shapes}"
 
 
 def find_spec(name: str, pool: Pool | None = None, argument: str = "model") -> dict | None:

@@ -2,4 +2,5 @@
 
 from models import describe_models
 
-print("\n".join(describe_models()))
+for line in describe_models():
+    print(line, flush=True)
