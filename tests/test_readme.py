@@ -24,7 +24,7 @@ def commands() -> list[str]:
 
 
 def script_commands() -> list[str]:
-    return [command for command in commands() if not command.startswith("make ")]
+    return [command for command in commands() if not command.startswith(("make ", "python -m "))]
 
 
 def split(command: str) -> tuple[dict[str, str], list[str]]:
@@ -64,14 +64,21 @@ def test_commands_for_a_cpu_run(tmp_path):
     environment = os.environ | {"PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
     ran = 0
     for command in script_commands():
-        if "cifar100" in command or "--resume_from_checkpoint" in command:  # needs a network, a GPU, a stopped run
-            continue
+        if any(each in command for each in ("cifar100", "imagenet", "--resume_from_checkpoint")):
+            continue  # needs a network, a GPU, a stopped run
         variables, words = split(command)
         words = [word.replace("runs/", f"{tmp_path}/") for word in words] + ["--epochs", "1", "--batch_size", "128"]
         done = subprocess.run(words, cwd=ROOT, env=environment | variables, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         ran += 1
     assert ran >= 4
+
+
+# tests/test_zoo.py runs `python -m models`.
+@pytest.mark.parametrize("command", [command for command in commands() if command.startswith("python -m models.")])
+def test_modules_run(command):
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 3, done.stderr
 
 
 def test_python_examples_run():

@@ -18,7 +18,7 @@ from PIL import Image
 from distill import DistillConfig
 from engine.config import parse
 from models import create_model, load_pretrained
-from tests.runs import ROOT, TINY, TINY_GTN, TINY_POOL, launch, python, read_json, read_rows, succeeded
+from tests.runs import ROOT, TINY, TINY_GTN, TINY_POOL, launch, python, read_json, read_rows, start, succeeded
 
 SUMMARY = {"method", "model", "dataset", "seed", "top1", "top5", "best", "epochs", "seconds", "images_per_second"}
 SUMMARY |= {"peak_memory_bytes", "parameters", "versions", "device", "git_commit", "sha256", "warnings", "processes"}
@@ -155,7 +155,9 @@ def test_a_teacher_behind_the_vanilla_one_is_reported(teacher, tmp_path):
 def test_help_and_listings(script):
     text = succeeded(python(script, "--help")).stdout
     assert f"python {script}" in text and "accelerate launch" in text and "default: " in text
-    assert "resnet20" in succeeded(python(script, "--list_models")).stdout.split()
+    with start(script, "--list_models") as listing:  # all of it: tests/test_zoo.py
+        assert [next(listing.stdout).split()[0] for _ in range(4)] == ["name", "resnet8", "resnet14", "resnet20"]
+        listing.kill()
     assert "none: " in python("distill.py", "--list_methods").stdout
 
 

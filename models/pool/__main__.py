@@ -37,9 +37,10 @@ def main() -> None:
     for seed in count(options.seed):
         spec = pool.sample(seed)
         with torch.device("meta"):
-            parameters, flops, _ = cost(PoolNet(spec, options.num_classes).eval(), options.image_size)
-        if parameters > options.max_params:
+            model = PoolNet(spec, options.num_classes).eval()
+        if count_parameters(model) > options.max_params:
             continue
+        parameters, flops, _ = cost(model, options.image_size)
         latency = measure(PoolNet(spec, options.num_classes), options.image_size, device)
         layers = " ".join(f"{layer['type']}{in_short(layer)}" for layer in spec["layers"][1:-2])
         rows.append((f"pool:{seed}", f"{parameters:,}", f"{flops / 1e6:,.1f}", f"{latency * 1e3:.2f} ms", layers))
@@ -101,7 +102,11 @@ def min_parameters(pool: Pool, num_classes: int) -> int:
     """Parameters of the pool's smallest member: its layers are independent."""
     choice = [pool.choices(layer)[costs.index(min(costs))] for layer, costs in enumerate(pool.candidate_parameters())]
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in PoolNet(pool.spec(choice), num_classes).parameters())
+        return count_parameters(PoolNet(pool.spec(choice), num_classes))
+
+
+def count_parameters(model: PoolNet) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.inference_mode()
