@@ -7,26 +7,28 @@ accelerate launch --config_file accelerate_config.yaml distill.py \\
     --config recipes/cifar100_kd.yaml --teacher runs/t --student nas_m --output_dir runs/s
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 
 import torch
 
 import kernels
-from common import UserError, check_name
+from common import UserError
 from engine.config import RunConfig, parse
-from engine.data import ImageSet, hold_out, load_images
+from engine.data import ImageSet, StreamSplit, hold_out, load_images
 from engine.finish import finish_run
 from engine.loop import Loop
 from engine.processes import run_script, start_accelerator
 from engine.tracking import RunFolder, Screen, default_folder
-from losses import METHODS
-from losses.distillation import Distillation
-from models import ModelInfo, create_model, describe_models, find_spec, load_pretrained, save_pretrained
+from losses import describe_methods, find_methods
+from losses.distillation import Distillation, build_methods
+from losses.logits import KD
+from losses.method import Method
+from models import ModelInfo, create_model, describe_models, find_spec, is_model, load_pretrained, save_pretrained
 from models.network import Network
 from models.pool import Pool
-from models.weights import initial_weights
+from models.weights import initial_weights, load_weights
 
 
 @dataclass
@@ -34,19 +36,34 @@ class DistillConfig(RunConfig):
     """Options of distill.py.
 
     Args:
-        teacher: run folder of a trained teacher; not needed for --method none.
+        teacher: run folders of trained teachers (the logits of several are averaged), or names as for --student,
+            for example timm:resnet18, with published weights or those of --teacher_weights; none for --method none.
+        teacher_weights: weights of a teacher given by its name: a .safetensors, .pth or .pt file.
         student: a zoo name (--list_models), pool:SEED, or the path of a student's spec (.json).
-        method: kd, or none: the student trained alone.
-        alpha: weight of the distillation term; cross-entropy with the labels gets 1 - alpha.
-        temperature: softmax temperature of teacher and student in the distillation term.
+        method: a name of --list_methods, several joined by +, or FILE.py:CLASS, a method of your own.
+        method_weights: weight of each method of --method; default: its paper's.
+        ce_weight: weight of the cross-entropy with the labels; default: the method's, usually 1.
+        kd_weight: weight of T^2 KL on logits beside the method; default: the method's, usually 0.
+        alpha: of --method kd: its weight; cross-entropy with the labels gets 1 - alpha.
+        temperature: softmax temperature of teacher and student in terms on logits.
+        dkd_alpha: weight of the target's part in --method dkd.
+        dkd_beta: weight of the other classes' part in --method dkd; default: the paper's for the pair, else 8.
+        warmup_epochs: epochs of the warm-up of methods that have one; default: the method's.
         pool: the pool of pool:SEED; default: the one a GTN teacher was trained for, else the paper's.
     """
 
-    teacher: str | None = None
+    teacher: list[str] = field(default_factory=list)
+    teacher_weights: str | None = None
     student: str = "pool:0"
     method: str = "kd"
+    method_weights: list[float] = field(default_factory=list)
+    ce_weight: float | None = None
+    kd_weight: float | None = None
     alpha: float = 0.9
     temperature: float = 4.0
+    dkd_alpha: float = 1.0
+    dkd_beta: float | None = None
+    warmup_epochs: int | None = None
     pool: Pool | None = None
 
     def check(self) -> None:
@@ -55,41 +72,51 @@ class DistillConfig(RunConfig):
             raise UserError(f"--temperature {self.temperature}: must be above 0")
         if not 0 <= self.alpha <= 1:
             raise UserError(f"--alpha {self.alpha}: must be in [0, 1]")
+        for name in ("ce_weight", "kd_weight", "dkd_alpha", "dkd_beta"):
+            if (weight := getattr(self, name)) is not None and not 0 <= weight < float("inf"):
+                raise UserError(f"--{name} {weight}: must be a number of at least 0")
+        if not all(0 <= weight < float("inf") for weight in self.method_weights):
+            raise UserError(f"--method_weights {self.method_weights}: must be numbers of at least 0")
+        if self.warmup_epochs is not None and self.warmup_epochs < 1:
+            raise UserError(f"--warmup_epochs {self.warmup_epochs}: must be at least 1")
         if self.pool is not None:
             self.pool.check()
 
 
 def main() -> None:
-    listings = {"models": describe_models, "methods": [f"{name}: {row.paper}" for name, row in METHODS.items()]}
-    config = parse(DistillConfig, __doc__, listings)
-    check_name("--method", config.method, METHODS)
-    teacher = load_teacher(config)
-    config.dataset = config.dataset or (teacher.info.dataset if teacher else "digits")
+    config = parse(DistillConfig, __doc__, {"models": describe_models, "methods": describe_methods})
+    methods = find_methods(config.method)
+    if config.method_weights and len(config.method_weights) != len(methods):
+        raise UserError(f"--method_weights: {len(config.method_weights)} for the {len(methods)} of --method")
+    teachers = load_teachers(config, needed=any(method.needs_teacher for method in methods))
+    known = [teacher.info for teacher in teachers if isinstance(teacher, Network)]
+    config.dataset = config.dataset or (known[0].dataset if known else "digits")
     config.output_dir = config.output_dir or default_folder(config.method, config.student, config.dataset)
     folder = RunFolder(config.output_dir, config.overwrite, config.resume_from_checkpoint is not None)
     trackers = config.report_to if config.with_tracking else None
     accelerator = start_accelerator(config.mixed_precision, trackers, config.output_dir, sparse_gradients=False)
-    screen = Screen(accelerator.is_main_process, config.epochs)
+    screen = Screen(accelerator.is_main_process)
     try:
         implementation = kernels.use(config.kernels, accelerator.device)
     except ValueError as error:
         raise UserError(f"--kernels {config.kernels}: {error}") from None
 
     with accelerator.main_process_first():
-        data = load_images(
-            config.dataset, image_size(config, teacher), accelerator.is_main_process, config, accelerator.device
-        )
-    data = hold_out(fit_to_teacher(data, teacher), config.val_fraction, "val")
-    pool = config.pool or (Pool(**teacher.info.pool) if teacher and teacher.info.pool else Pool())
+        size = image_size(config, known)
+        data = load_images(config.dataset, size, accelerator.is_main_process, config, accelerator.device)
+        teachers = [build_teacher(each, data, config) if isinstance(each, str) else each for each in teachers]
+    data = hold_out(fit_to_teachers(data, teachers), config.val_fraction, "val")
+    pools = [Pool(**teacher.info.pool) for teacher in teachers if teacher.info.pool]
+    pool = config.pool or next(iter(pools), Pool())
     torch.manual_seed(config.seed)
     student = create_model(config.student, data.num_classes, pool, "--student", data.image_size)
     with accelerator.main_process_first():
         initial = initial_weights(student, config.pretrained, config.weights)
-    loss = METHODS[config.method].loss(config.alpha, config.temperature)
-    objective = Distillation(student, loss, teacher)
+    objective = distillation(config, methods, student, teachers, data)
 
     loop = Loop(objective, data, config, accelerator, folder, screen)
-    source = f"{config.method} from {teacher.info.name} in {config.teacher}" if teacher else "trained alone"
+    sources = [f"{teacher.info.name} in {place}" for teacher, place in zip(teachers, config.teacher, strict=True)]
+    source = f"{config.method} from {' and '.join(sources)}" if teachers else "trained alone"
     parameters = sum(parameter.numel() for parameter in student.parameters())
     screen.say(
         f"student {config.student} ({parameters:,} parameters), {source}, on {data.name}: {len(data.train):,} training "
@@ -98,6 +125,7 @@ def main() -> None:
         f"kernels: {implementation}"
     )
     screen.say(data.described)
+    screen.say(f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in objective.term_weights.items())}")
     if initial:
         screen.say(f"initial weights: {initial}")
     loop.run()
@@ -107,14 +135,47 @@ def main() -> None:
     if accelerator.is_main_process:
         info = save_pretrained(objective.product(), info, folder.path)
     described = {"method": config.method, "model": config.student, "parameters": parameters, "sha256": info.sha256}
-    described["kernels"] = implementation
-    if teacher:
-        described["teacher"] = {"path": config.teacher, "model": teacher.info.name, "sha256": teacher.info.sha256}
+    described |= {"kernels": implementation, "loss": objective.term_weights}
+    described["teachers"] = [
+        {"path": source, "model": teacher.info.name, "sha256": teacher.info.sha256}
+        for teacher, source in zip(teachers, config.teacher, strict=True)
+    ]
     finish_run(
         loop,
         described=described,
         warnings=[],
         next_command=next_command(config, folder.path / "model.json" if spec else config.student, data.image_size),
+    )
+
+
+def distillation(
+    config: DistillConfig, methods: list[type[Method]], student: Network, teachers: list[Network], data: ImageSet
+) -> Distillation:
+    """The run's objective, with the methods' weights: their papers' unless the user says otherwise."""
+    images = None if isinstance(data.train, StreamSplit) else len(data.train)
+    names = (config.student, teachers[0].info.name) if teachers else (config.student, "")
+    built = build_methods(methods, student, teachers, data.image_size, data.num_classes, images, config, names)
+    for method in built:
+        if images is not None:
+            method.know_labels(data.train.labels)
+    weights = config.method_weights or [method.weight for method in built]
+    # Joined methods share one cross-entropy of weight 1, and plain KD beside others has weight 1.
+    joined = len(built) > 1
+    ce_weight = built[0].ce_weight if built and not joined else 1.0
+    kd_weight = sum(
+        weight * (1.0 if joined and isinstance(method, KD) else method.kd_weight)
+        for method, weight in zip(built, weights, strict=True)
+    )
+    return Distillation(
+        student,
+        teachers,
+        built,
+        weights,
+        ce_weight=ce_weight if config.ce_weight is None else config.ce_weight,
+        kd_weight=kd_weight if config.kd_weight is None else config.kd_weight,
+        temperature=config.temperature,
+        warmup_epochs=config.warmup_epochs,
+        options=config,
     )
 
 
@@ -128,39 +189,60 @@ def next_command(config: DistillConfig, student: str | Path, size: int) -> str:
     )
 
 
-def load_teacher(config: DistillConfig) -> Network | None:
-    if not METHODS[config.method].needs_teacher:
-        if config.teacher is not None:
-            raise UserError(f"--teacher {config.teacher}: --method {config.method} trains the student alone")
-        return None
-    if config.teacher is None:
+def load_teachers(config: DistillConfig, needed: bool) -> list[Network | str]:
+    """Trained teachers of run folders, and the names of those that can be built only when the data is known."""
+    if not needed:
+        if config.teacher:
+            raise UserError(f"--teacher {config.teacher[0]}: --method {config.method} trains the student alone")
+        return []
+    if not config.teacher:
         raise UserError(f"--teacher: --method {config.method} needs the run folder of a trained teacher")
-    try:
-        return load_pretrained(config.teacher)
-    except UserError as error:
-        raise UserError(f"--teacher {config.teacher}: {error}") from None
+    teachers: list[Network | str] = []
+    for source in config.teacher:
+        if is_model(source) and not Path(source).is_dir():
+            teachers.append(source)
+            continue
+        try:
+            teachers.append(load_pretrained(source))
+        except UserError as error:
+            raise UserError(f"--teacher {source}: {error}") from None
+    if config.teacher_weights is not None and sum(isinstance(teacher, str) for teacher in teachers) != 1:
+        raise UserError(f"--teacher_weights {config.teacher_weights}: needs one teacher that is given by its name")
+    return teachers
 
 
-def image_size(config: DistillConfig, teacher: Network | None) -> int | None:
-    """The size the teacher was trained at, unless the user asks for another: then that is a mistake."""
-    if teacher is None:
-        return config.image_size
-    if config.image_size not in (None, teacher.info.image_size):
-        raise UserError(
-            f"--image_size {config.image_size}: the teacher was trained on images of {teacher.info.image_size}"
-        )
-    return teacher.info.image_size
+def build_teacher(name: str, data: ImageSet, config: DistillConfig) -> Network:
+    """A teacher by name, with published weights or those of a file, for these images and classes."""
+    teacher = create_model(name, data.num_classes, config.pool, "--teacher", data.image_size)
+    own, argument = config.teacher_weights, "--teacher_weights"
+    said = load_weights(teacher, own or "pretrained", argument if own else f"--teacher {name}")
+    if "classifier fresh" in said:
+        raise UserError(f"--teacher {name}: cannot teach {data.num_classes} classes: {said}")
+    teacher.info = ModelInfo(name, data.name, data.num_classes, data.image_size, data.mean, data.std)
+    return teacher.eval()
 
 
-def fit_to_teacher(data: ImageSet, teacher: Network | None) -> ImageSet:
-    """The data normalised as the teacher knows it: teacher and student see the same batch."""
-    if teacher is None:
-        return data
-    if teacher.info.num_classes != data.num_classes:
-        raise UserError(
-            f"--dataset {data.name}: has {data.num_classes} classes, but the teacher {teacher.info.num_classes}"
-        )
-    return replace(data, mean=teacher.info.mean, std=teacher.info.std)
+def image_size(config: DistillConfig, known: list[ModelInfo]) -> int | None:
+    """The size the teachers were trained at, unless the user asks for another: then that is a mistake."""
+    sizes = {info.image_size for info in known} | ({config.image_size} if config.image_size else set())
+    if len(sizes) < 2:
+        return next(iter(sizes), None)
+    if len({info.image_size for info in known}) > 1:
+        raise UserError(f"--teacher: the teachers were trained on images of different sizes ({sorted(sizes)})")
+    raise UserError(f"--image_size {config.image_size}: the teacher was trained on images of {known[0].image_size}")
+
+
+def fit_to_teachers(data: ImageSet, teachers: list[Network]) -> ImageSet:
+    """The data normalised as the teachers know it: they and the student see the same batch."""
+    for teacher in teachers:
+        info, first = teacher.info, teachers[0].info
+        if info.num_classes != data.num_classes:
+            raise UserError(
+                f"--dataset {data.name}: has {data.num_classes} classes, but the teacher {info.num_classes}"
+            )
+        if (info.mean, info.std) != (first.mean, first.std):
+            raise UserError(f"--teacher: {first.name} and {info.name} were trained on images normalised differently")
+    return replace(data, mean=teachers[0].info.mean, std=teachers[0].info.std) if teachers else data
 
 
 if __name__ == "__main__":

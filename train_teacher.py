@@ -57,7 +57,7 @@ def main() -> None:
     sparse = TEACHERS[config.method].objective.sparse_gradients
     trackers = config.report_to if config.with_tracking else None
     accelerator = start_accelerator(config.mixed_precision, trackers, config.output_dir, sparse)
-    screen = Screen(accelerator.is_main_process, config.epochs)
+    screen = Screen(accelerator.is_main_process)
     try:
         implementation = kernels.use(config.kernels, accelerator.device)
     except ValueError as error:

@@ -59,6 +59,7 @@ class Batch(NamedTuple):
     images: Tensor  # [n, 3, H, W] float32, normalised, channels_last
     labels: Tensor  # [n] int64
     share: float
+    rows: Tensor | None = None  # [n] int64: which images of the split; None in a stream, which has no numbers
 
 
 class Loader:
@@ -114,12 +115,13 @@ class Loader:
         holes = torch.randint(0, vary.size, (images, 2), generator=generator)
         return Plan(order, offsets, flips, holes)
 
-    def finish(self, images: Tensor, labels: Tensor, holes: Tensor, number: int) -> Batch:
+    def finish(self, images: Tensor, labels: Tensor, holes: Tensor, number: int, rows: Tensor | None = None) -> Batch:
         """The batch of these uint8 images [n, 3, H, W] on the device, cropped and mirrored already."""
         images = self.normalise(images)
         if self.augmentation.cutout:
             images = cut_out(images, holes, self.augmentation.cutout)
-        return Batch(images, labels, len(labels) * self.world / (self.edges[number + 1] - self.edges[number]))
+        share = len(labels) * self.world / (self.edges[number + 1] - self.edges[number])
+        return Batch(images, labels, share, rows)
 
 
 class DeviceLoader(Loader):
@@ -134,7 +136,7 @@ class DeviceLoader(Loader):
             part = plan.part(self.edges[number], self.edges[number + 1], self.rank, self.world)
             images = select(pixels, part.order if rows is None else rows[part.order])
             images = augment(images, part.offsets, part.flips, padding)
-            yield self.finish(images, self.split.labels[part.order], part.holes, number)
+            yield self.finish(images, self.split.labels[part.order], part.holes, number, part.order)
 
 
 class Normalise:

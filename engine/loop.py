@@ -47,6 +47,7 @@ class Loop:
     ):
         self.config, self.accelerator, self.folder, self.screen = config, accelerator, folder, screen
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.warmup = objective.warmup_epochs  # epochs before the first of config.epochs
         self.objective = objective.to(accelerator.device, memory_format=torch.channels_last)
         self.network = accelerator.prepare_model(self.objective)  # averages weight gradients over processes
         weights = torch.optim.SGD(
@@ -87,7 +88,7 @@ class Loop:
         if self.config.with_tracking:
             self.accelerator.init_trackers("tensorboard")
         with StopSignals() as signals:
-            while self.progress.epoch < self.config.epochs:
+            while self.progress.epoch < self.warmup + self.config.epochs:
                 self._epoch(signals)
         self.objective.eval()
         return self.progress
@@ -105,18 +106,26 @@ class Loop:
         )
         if not self.accelerator.is_main_process:
             self.progress.partial = {}  # sums over all processes: counted once
-        where = f"epoch {self.progress.epoch + 1}, batch {self.progress.batch + 1}"
+        where = f"{self._name(self.progress.epoch)}, batch {self.progress.batch + 1}"
         self.screen.say(f"resuming from {path} at {where}")
+
+    def _name(self, epoch: int) -> str:
+        if epoch < self.warmup:
+            return f"warm-up {epoch + 1}/{self.warmup}"
+        return f"epoch {epoch - self.warmup + 1}/{self.config.epochs}"
 
     def _epoch(self, signals: StopSignals) -> None:
         progress = self.progress
-        lr = learning_rate(self.config, progress.epoch)
-        for group in self.optimizers["weights"].param_groups:
-            group["lr"] = lr
+        epoch = progress.epoch - self.warmup
+        self.objective.begin_epoch(epoch)
+        if epoch >= 0:
+            for group in self.optimizers["weights"].param_groups:
+                group["lr"] = learning_rate(self.config, epoch)
+        lr = self.optimizers[self.objective.phase(progress.iteration) if epoch < 0 else "weights"].param_groups[0]["lr"]
         totals, stop = _Totals(progress.partial), 0
         start = time.perf_counter()
         self.objective.train()
-        with self.screen.bar(len(self.train), progress.batch, progress.epoch) as bar:
+        with self.screen.bar(len(self.train), progress.batch, self._name(progress.epoch)) as bar:
             for batch in self.train.epoch(progress.epoch, progress.batch):
                 while self.gates and self.objective.phase(progress.iteration) != "weights":
                     number = progress.iteration - progress.epoch * len(self.train) - progress.batch
@@ -142,7 +151,7 @@ class Loop:
         phase = objective.phase(iteration)
         # Only the weights' gradients go through DDP; another phase averages what it needs by itself.
         network = self.network if phase == "weights" else objective
-        terms = network(batch.images, batch.labels, iteration)
+        terms = network(batch.images, batch.labels, iteration, batch.rows)
         loss = sum(objective.term_weights[name] * term for name, term in terms.items())
         self.accelerator.backward(loss * batch.share, inputs=objective.leaves(phase))
         objective.before_update(phase, self._average)
@@ -161,9 +170,9 @@ class Loop:
         for iteration, name, value in totals.read():
             if not math.isfinite(value):
                 saved = self.folder.last if self.folder.last.is_file() else "none yet"
-                epoch = self.progress.epoch + 1
                 raise RunError(
-                    f"the loss term '{name}' became {value} in iteration {iteration} (epoch {epoch}); "
+                    f"the loss term '{name}' became {value} in iteration {iteration} "
+                    f"({self._name(self.progress.epoch)}); "
                     f"last good checkpoint: {saved}. A lower --lr usually helps."
                 )
             latest[name] = f"{value:.3f}"
@@ -194,43 +203,47 @@ class Loop:
         self._check_finite()
         self._check_in_step()
         totals = self._gather(totals)
-        accuracy, top5 = self._evaluate(self.test)
         progress.seconds += totals.seconds
         row = {
-            "epoch": progress.epoch + 1,
+            "epoch": progress.epoch + 1 - self.warmup,
             "lr": lr,
             "losses": totals.means(),
-            "accuracy": accuracy,
-            "top5": top5,
+            "accuracy": {},
             "images": totals.images,
             "images_per_second": totals.images / totals.seconds,
             "seconds": totals.seconds,
         }
-        chosen_on, top1 = "test", next(iter(accuracy.values()))
-        if self.val is not None:
-            row["val_accuracy"], _ = self._evaluate(self.val)
-            chosen_on, top1 = "val", next(iter(row["val_accuracy"].values()))
-        row |= self.objective.record()
-        better = top1 > progress.best["top1"]
-        if better:
-            progress.best = {"top1": top1, "epoch": row["epoch"], "chosen_on": chosen_on}
+        better = progress.epoch >= self.warmup and self._judge(row)
         progress.history.append(row)
         progress.epoch, progress.batch, progress.partial = progress.epoch + 1, 0, {}
-        if better or progress.epoch % config.checkpointing_epochs == 0 or progress.epoch == config.epochs:
+        if better or progress.epoch % config.checkpointing_epochs == 0 or progress.epoch == self.warmup + config.epochs:
             self._save()
         if self.accelerator.is_main_process:
             if better:
                 copy_checkpoint(self.folder.last, self.folder.best)
             self.folder.write_history(progress.history)
-        self.screen.row(row)
+        self.screen.row(row, self._name(progress.epoch - 1).removeprefix("epoch "))
         self._track(row)
+
+    def _judge(self, row: dict) -> bool:
+        """Add accuracies to an epoch's row; whether it is the best so far."""
+        row["accuracy"], row["top5"] = self._evaluate(self.test)
+        chosen_on, top1 = "test", next(iter(row["accuracy"].values()))
+        if self.val is not None:
+            row["val_accuracy"], _ = self._evaluate(self.val)
+            chosen_on, top1 = "val", next(iter(row["val_accuracy"].values()))
+        row |= self.objective.record()
+        better = top1 > self.progress.best["top1"]
+        if better:
+            self.progress.best = {"top1": top1, "epoch": row["epoch"], "chosen_on": chosen_on}
+        return better
 
     def _track(self, row: dict) -> None:
         if self.config.with_tracking:  # trackers want flat plain numbers
             values = {f"loss/{name}": value for name, value in row["losses"].items()}
             values |= {f"accuracy/{name}": value for name, value in row["accuracy"].items()}
             values |= {name: row[name] for name in ("lr", "images_per_second")}
-            self.accelerator.log(values, step=row["epoch"])
+            self.accelerator.log(values, step=self.progress.epoch)
 
     @torch.no_grad()
     def _evaluate(self, split: AnySplit) -> tuple[dict[str, float], dict[str, float]]:
@@ -265,7 +278,7 @@ class Loop:
             saved = self.folder.last if self.folder.last.is_file() else "none yet"
             raise RunError(
                 f"the weights are no longer finite after iteration {self.progress.iteration - 1} "
-                f"(epoch {self.progress.epoch + 1}); last good checkpoint: {saved}. A lower --lr usually helps."
+                f"({self._name(self.progress.epoch)}); last good checkpoint: {saved}. A lower --lr usually helps."
             )
 
     @torch.no_grad()
@@ -280,7 +293,7 @@ class Loop:
         sums = torch.stack([tensor.double().sum().to(device) for tensor in self._floating_state()])
         everyone = self.accelerator.gather(sums[None])
         if not torch.equal(everyone, everyone[:1].expand_as(everyone)):
-            raise RunError(f"the processes no longer hold the same weights (epoch {self.progress.epoch + 1})")
+            raise RunError(f"the processes no longer hold the same weights ({self._name(self.progress.epoch)})")
 
     def _floating_state(self) -> list[Tensor]:
         """Weights and statistics; a method may keep some of its state on the host."""

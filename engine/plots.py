@@ -12,8 +12,10 @@ import numpy as np
 def plot_run(history: list[dict], folder: Path) -> list[Path]:
     """accuracy.png, losses.png and, where gates were recorded, gates.png; returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
+    paths = [_losses(history, folder / "losses.png")]
+    history = [row for row in history if row["accuracy"]]  # without the warm-up
     epochs = [row["epoch"] for row in history]
-    paths = [_curves(epochs, history, folder / "accuracy.png"), _losses(epochs, history, folder / "losses.png")]
+    paths.insert(0, _curves(epochs, history, folder / "accuracy.png"))
     if "gates" in history[-1]:
         paths.append(_gates(epochs, history, folder / "gates.png"))
     return paths
@@ -32,11 +34,13 @@ def _curves(epochs: list[int], history: list[dict], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _losses(epochs: list[int], history: list[dict], path: Path) -> Path:
+def _losses(history: list[dict], path: Path) -> Path:
+    """A panel for each term; epochs up to 0 are the warm-up's."""
     terms = list(dict.fromkeys(name for row in history for name in row["losses"]))
     figure, axes = plt.subplots(1, len(terms), figsize=(3.6 * len(terms), 3.2), squeeze=False)
     for axis, term in zip(axes[0], terms, strict=True):
-        axis.plot(epochs, [row["losses"].get(term) for row in history], marker=".", markersize=4)
+        rows = [row for row in history if term in row["losses"]]
+        axis.plot([row["epoch"] for row in rows], [row["losses"][term] for row in rows], marker=".", markersize=4)
         axis.set(title=term, xlabel="epoch", ylabel="nats")
         axis.grid(alpha=0.3)
     return _save(figure, path)

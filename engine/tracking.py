@@ -131,8 +131,8 @@ def _git_commit() -> str | None:
 class Screen:
     """What the user sees while a run goes on: one bar an epoch, one table row an epoch. Silent unless `main`."""
 
-    def __init__(self, main: bool, epochs: int):
-        self.main, self.epochs = main, epochs
+    def __init__(self, main: bool):
+        self.main = main
         self._columns: list[tuple[str, int]] | None = None
 
     def say(self, text: str) -> None:
@@ -140,20 +140,19 @@ class Screen:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def bar(self, total: int, done: int, epoch: int) -> "tqdm | _Lines":
+    def bar(self, total: int, done: int, name: str) -> "tqdm | _Lines":
         """A progress bar on a terminal; elsewhere a plain line now and then, besides the table's rows."""
-        name = f"epoch {epoch + 1}/{self.epochs}"
         if self.main and not sys.stderr.isatty():
             return _Lines(total, done, name, self.say)
         return tqdm(total=total, initial=done, desc=name, unit="batch", disable=not self.main, leave=False)
 
-    def row(self, row: dict) -> None:
-        """One line of the table; the header comes with the first."""
-        cells = {"epoch": f"{row['epoch']}/{self.epochs}", "lr": f"{row['lr']:.4g}"}
+    def row(self, row: dict, name: str) -> None:
+        """One line of the table; the header comes with the first, and where other columns begin."""
+        cells = {"epoch": name, "lr": f"{row['lr']:.4g}"}
         cells |= {name: f"{value:.4f}" for name, value in row["losses"].items()}
         cells |= {f"{name} %": f"{value:.2f}" for name, value in row["accuracy"].items()}
         cells |= {"img/s": f"{row['images_per_second']:.0f}", "seconds": f"{row['seconds']:.1f}"}
-        if self._columns is None:
+        if self._columns is None or not cells.keys() <= {column for column, _ in self._columns}:
             self._columns = [(name, max(len(name), len(cell), 7)) for name, cell in cells.items()]
             self.say("  ".join(name.rjust(width) for name, width in self._columns))
         self.say("  ".join(cells.get(name, "").rjust(width) for name, width in self._columns))

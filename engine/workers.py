@@ -37,7 +37,8 @@ class WorkerLoader(Loader):
         jobs = (plan.part(self.edges[n], self.edges[n + 1], self.rank, self.world) for n in numbers)
         images = _Images(self.split, self.augmentation, (self.seed, epoch))
         for number, (pixels, labels, holes) in zip(numbers, _read(images, jobs, self), strict=True):
-            yield self.finish(pixels, labels, holes, number)
+            rows = plan.part(self.edges[number], self.edges[number + 1], self.rank, self.world).order
+            yield self.finish(pixels, labels, holes, number, rows.to(self.device))
 
 
 def worker_evaluation_batches(

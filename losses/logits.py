@@ -1,33 +1,104 @@
-"""Losses on logits."""
+"""Methods on logits: KD, DKD and SCKD, and the student trained alone."""
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels import cross_entropy, kd_loss
+from kernels import cross_entropy, decoupled_kd_loss, kd_loss
+from losses.method import Batch, Method, Setting, Views
+
+# beta by (teacher, student), as in the paper's Tables 6 and 7.
+DKD_BETAS = {
+    ("resnet32x4", "resnet8x4"): 8.0,
+    ("resnet110", "resnet32"): 2.0,
+    ("resnet56", "resnet20"): 2.0,
+    ("wrn40_2", "wrn16_2"): 6.0,
+    ("wrn40_2", "wrn40_1"): 6.0,
+    ("vgg13", "vgg8"): 6.0,
+    ("vgg13", "mobilenetv2"): 6.0,
+    ("resnet50", "mobilenetv2"): 8.0,
+}
+DKD_BETA = 8.0  # of all other pairs
+DKD_RAMP = 20  # epochs
 
 
-class LabelsOnly(nn.Module):
+class LabelsOnly(Method):
     """Cross-entropy with the labels: the student trained alone, the baseline of every method."""
 
-    def __init__(self, alpha: float, temperature: float):
-        super().__init__()
-        self.term_weights = {"ce": 1.0}
-
-    def forward(self, student: Tensor, teacher: None, labels: Tensor) -> dict[str, Tensor]:
-        return {"ce": cross_entropy(student, labels)}
+    paper = "no distillation: the student trained alone"
+    usual = ""
+    needs_teacher = False
 
 
-class KD(nn.Module):
-    """L = (1 - alpha) CE(q, y) + alpha T^2 KL(p_T^t || q_T^t) (Hinton et al., 2015); usually alpha 0.9, T 4.
+class KD(Method):
+    """(1 - alpha) CE(q, y) + alpha T^2 KL(p_T || q_T) (Hinton et al., 2015).
 
-    `student` and `teacher` are logits [N, C], `labels` [N]; the logged "kl" is the plain divergence in nats
-    at temperature T, before the factor T^2.
+    Both are terms of every run's sum (losses/distillation.py), computed at once; this method weighs them.
     """
 
-    def __init__(self, alpha: float, temperature: float):
-        super().__init__()
-        self.temperature = temperature
-        self.term_weights = {"ce": 1.0 - alpha, "kl": alpha * temperature**2}
+    paper = "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network (2015)"
+    usual = "0.9 KD, 0.1 labels"
 
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        ce, kl = kd_loss(student, teacher, labels, temperature=self.temperature)
-        return {"ce": ce[0], "kl": kl[0]}
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        self.ce_weight, self.kd_weight = 1.0 - setting.options.alpha, setting.options.alpha
+
+
+class DKD(Method):
+    """T^2 (alpha TCKD + beta NCKD) (Zhao et al., eq. 7): the divergence between target and others, and that
+    among the others, at alpha 1 and beta by pair (--dkd_alpha, --dkd_beta). It rises from 0 over 20 epochs."""
+
+    paper = "Zhao et al.: Decoupled Knowledge Distillation (2022)"
+    usual = "1 target, others by pair (8)"
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        options = setting.options
+        pair = (setting.teacher_name, setting.student_name)
+        beta = DKD_BETAS.get(pair, DKD_BETA) if options.dkd_beta is None else options.dkd_beta
+        self.temperature = options.temperature
+        square = self.temperature**2
+        self.terms = {"dkd_target": options.dkd_alpha * square, "dkd_others": beta * square}
+
+    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+        _, target, others = decoupled_kd_loss(
+            student.logits, teacher.logits, batch.labels, temperature=self.temperature
+        )
+        ramp = min((batch.epoch + 1) / DKD_RAMP, 1.0)
+        return {"dkd_target": ramp * target[0], "dkd_others": ramp * others[0]}
+
+
+class SCKD(Method):
+    """T^2 KL while it helps: only in steps in which its gradient does not point against the cross-entropy's
+    (Zhu and Wang, section 3: transfer where the gradients are similar).
+
+    The similarity is the cosine of the two gradients with respect to the student's last block, of the whole
+    global batch; the paper's text leaves the parameters and any smoothing open, the last block and single
+    steps are ours.
+    """
+
+    paper = "Zhu, Wang: Student Customized Knowledge Distillation (2021)"
+    usual = "1"
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        self.temperature = setting.options.temperature
+        self.terms = {"sckd": self.temperature**2}
+        self._last = tuple(setting.student.blocks[-1].parameters())  # no parameters of the method's own
+
+    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+        _, kl = kd_loss(student.logits, teacher.logits, batch.labels, temperature=self.temperature)
+        if not kl.requires_grad:
+            return {"sckd": kl[0]}
+        ce = cross_entropy(student.logits, batch.labels)
+        tasks = (self._gradient(each.sum()) for each in (ce, kl))
+        helps = (torch.dot(*tasks) > 0).to(kl.dtype)
+        return {"sckd": kl[0] * helps}
+
+    def _gradient(self, loss: Tensor) -> Tensor:
+        """Of the mean over all processes, as one vector in float32, of length 1."""
+        parts = torch.autograd.grad(loss, self._last, retain_graph=True, allow_unused=True)
+        flat = torch.cat([part.flatten().float() for part in parts if part is not None])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(flat)
+        return nn.functional.normalize(flat, dim=0)

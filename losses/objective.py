@@ -22,13 +22,18 @@ class Objective(nn.Module):
 
     # Loss terms by name, with their weight in the sum.
     term_weights: dict[str, float]
+    # Epochs before the first of the run's own, counted up to -1; `phase` says which optimiser they use.
+    warmup_epochs = 0
     # Whether some iterations leave some parameters without a gradient (DDP must then look for them).
     sparse_gradients = False
 
-    def forward(self, images: Tensor, labels: Tensor, iteration: int) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
         """Scalar loss terms of the iteration's phase, each a mean over the batch: images [N, 3, H, W]
-        normalised, labels [N] int64."""
+        normalised, labels [N] int64, rows [N] int64: which images of the training split, where it has numbers."""
         raise NotImplementedError
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Told before every epoch: from 0, or from -warmup_epochs where there is a warm-up."""
 
     def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
         """Logits [N, C] by network name for evaluation, what is trained first; `seed` is for draws."""

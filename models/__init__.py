@@ -54,6 +54,14 @@ def list_models() -> list[str]:
     return [*SMALL_IMAGE, *wrns, *densenets, *NAS_STUDENTS, *IMAGENET_RESNETS, *IMAGENET]
 
 
+def is_model(name: str) -> bool:
+    """Whether `create_model` takes this name (for timm's, whether it would ask timm)."""
+    patterns = (WRN_NAME, DENSENET_NAME)
+    if name in list_models() or name.startswith(("timm:", "pool:")):
+        return True
+    return any(pattern.fullmatch(name) for pattern in patterns)
+
+
 def create_model(
     name: str, num_classes: int, pool: Pool | None = None, argument: str = "model", image_size: int = 32
 ) -> Network:

@@ -85,4 +85,4 @@ class DenseNet(Network):
             nn.Sequential(second[1:], self.block3, self.bn1),
             head,
         )
-        self.set_stages(stages, nn.Sequential(self.bn1, *head), preact)
+        self.set_stages(stages, nn.Sequential(self.bn1, *head), preact, normalised=True)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ class Network(nn.Module):
     - `model(x, features="preact")` gives the same with the maps before the last ReLU of each stage; for
       networks whose maps are raw sums (WRN, DenseNet) it is the next BatchNorm of the map. It is one
       forward pass: every BatchNorm runs, and updates its statistics, once;
+    - `model(x, features="both")` gives (logits, maps, maps before their last ReLU, embedding), in one pass;
     - `model.blocks` is the tuple of the 4 blocks that SFTN and GTN cut at (a pool's students: as many as
       the pool says); running them in order is the forward pass, so the last one ends in the logits.
 
@@ -34,7 +36,12 @@ class Network(nn.Module):
     published: str | None = None
 
     def set_stages(
-        self, stages: Sequence[nn.Module], embed: nn.Module, preact: Sequence[nn.Module] | None = None, first: int = 1
+        self,
+        stages: Sequence[nn.Module],
+        embed: nn.Module,
+        preact: Sequence[nn.Module] | None = None,
+        first: int = 1,
+        normalised: bool = False,
     ) -> None:
         """Declare what the forward pass is made of.
 
@@ -45,16 +52,20 @@ class Network(nn.Module):
                 pre-activations, and one from the last of them to the embedding. By default the last ReLU
                 of each stage moves to the next piece.
             first: how many stages the first block is made of.
+            normalised: the pieces of `preact` behind the first end in the next BatchNorm of the map, not at
+                its last ReLU.
         """
         self.stages = tuple(stages)
         object.__setattr__(self, "embed", embed)
-        self.preact = tuple(preact or cut_before_relu(stages, embed))
+        self.preact, self.normalised = tuple(preact or cut_before_relu(stages, embed)), normalised
         start = stages[0] if first == 1 else nn.Sequential(*stages[:first])
         self.blocks = (start, *self.stages[first:-1], nn.Sequential(self.stages[-1], embed, self.fc))
 
-    def forward(self, x: Tensor, features: bool | Literal["preact"] = False):
-        if features not in (False, True, "preact"):
-            raise ValueError(f"features must be False, True or 'preact'; got {features!r}")
+    def forward(self, x: Tensor, features: bool | Literal["preact", "both"] = False):
+        if features not in (False, True, "preact", "both"):
+            raise ValueError(f"features must be False, True, 'preact' or 'both'; got {features!r}")
+        if features == "both":
+            return self._both(x)
         *pieces, embed = self.preact if features == "preact" else (*self.stages, self.embed)
         maps = []
         for piece in pieces:
@@ -63,6 +74,25 @@ class Network(nn.Module):
         embedding = embed(x)
         logits = self.fc(embedding)
         return (logits, maps, embedding) if features else logits
+
+    def _both(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+        maps, preact = [], []
+        for index, (piece, following) in enumerate(pairwise(self.preact)):
+            if self.normalised and index:
+                for part in piece[:-1]:
+                    x = part(x)
+                maps.append(x)
+                x = piece[-1](x)
+            else:
+                x = piece(x)
+                maps.append(relu(x) if _starts_in_relu(following) else x)
+            preact.append(x)
+        embedding = self.preact[-1](x)
+        return self.fc(embedding), maps, preact, embedding
+
+
+def _starts_in_relu(piece: nn.Module) -> bool:
+    return isinstance(piece, nn.Sequential) and isinstance(next(iter(piece), None), nn.ReLU)
 
 
 class EndsInReLU(nn.Module):

@@ -50,7 +50,7 @@ class TimmNetwork(Network):
         return self._blocks
 
     def forward(self, x: Tensor, features=False):
-        if features == "preact":
+        if features in ("preact", "both"):
             raise UserError(f"{self.name}: maps before the last ReLU are known for the zoo's own networks only")
         if not features:
             return self.net(x)

@@ -88,4 +88,4 @@ class WideResNet(Network):
             head,
         )
         stages = (self.conv1, *(nn.Sequential(*blocks) for blocks in (one, two, three)))
-        self.set_stages(stages, nn.Sequential(self.bn1, *head), preact)
+        self.set_stages(stages, nn.Sequential(self.bn1, *head), preact, normalised=True)

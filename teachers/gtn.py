@@ -100,7 +100,7 @@ class GTN(Objective):
         every = self.options.gate_every
         return "gates" if every and iteration % every == every - 1 else "weights"
 
-    def forward(self, images: Tensor, labels: Tensor, iteration: int) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(derive_seed(self.options.seed, "paths", iteration))
         if self.phase(iteration) == "gates":
             return self._gate_terms(images, labels, self.gates.draw_gate_step(generator, images))

@@ -187,6 +187,10 @@ def test_a_relu_of_the_preactivations_is_the_map(name, size):
     with torch.no_grad():
         logits, maps, embedding = model(images, features=True)
         again, preact, same = model(images, features="preact")
+        both = model(images, features="both")
+    for found, expected in zip(both, (logits, maps, preact, embedding), strict=True):
+        pairs = zip(found, expected, strict=True) if isinstance(found, list) else [(found, expected)]
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
     assert torch.allclose(again, logits, atol=1e-5) and torch.allclose(same, embedding, atol=1e-5)
     if not name.startswith(NORMALISED):
         for before, after in zip(preact, maps, strict=True):
@@ -206,14 +210,14 @@ def test_a_relu_of_the_preactivations_is_the_map(name, size):
 def test_every_batch_norm_runs_once_whatever_is_asked_for(name):
     torch.manual_seed(0)
     state, images, seen = create_model(name, 7).state_dict(), torch.randn(4, 3, 32, 32), []
-    for features in (False, True, "preact"):
+    for features in (False, True, "both", "preact"):
         model = create_model(name, 7)
         model.load_state_dict(state)
         model(images, features=features)
         seen.append({key: value for key, value in model.state_dict().items() if "running" in key or "tracked" in key})
     for other in seen[1:]:
         assert all(torch.allclose(seen[0][key].float(), other[key].float(), atol=1e-6) for key in seen[0])
-    assert {int(value) for key, value in seen[2].items() if "tracked" in key} == {1}
+    assert {int(value) for key, value in seen[3].items() if "tracked" in key} == {1}
 
 
 def test_the_cut_is_that_of_sftn():

@@ -40,7 +40,7 @@ def main() -> None:
 
     objective.gates.draw = recording(objective.gates.draw)
     objective.gates.draw_gate_step = recording(objective.gates.draw_gate_step)
-    loop = Loop(objective, data, config, accelerator, RunFolder(config.output_dir), Screen(False, config.epochs))
+    loop = Loop(objective, data, config, accelerator, RunFolder(config.output_dir), Screen(False))
     epoch_of, step = loop.train.epoch, loop._step
 
     def remember(epoch, start=0):

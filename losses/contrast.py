@@ -1,0 +1,140 @@
+"""CRD: contrastive representation distillation, with memory banks."""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import UserError
+from losses.method import Batch, Method, Setting, Views, full_precision
+
+
+class CRD(Method):
+    """Noise-contrastive estimation on embeddings (Tian et al., eq. 17 to 19), 128 dimensions, temperature 0.07.
+
+    Each side has a linear layer to 128 dimensions and a bank of what it last said of every training image,
+    M <- normalised (M + e) / 2. An image's student is matched with its teacher in the bank against K = 16,384
+    teachers of images of other classes, and the other way round: with h = P / (P + K / n),
+    -1/N sum_b [log h(own) + sum_k log(1 - h(k))], P = exp(<e, M> / 0.07) / Z. Z is n times the mean of the
+    first batch and stays. Negatives are drawn uniformly, with repetition, on the device.
+
+    Several processes hold the same banks: what all of them say goes into each. The student's embedding
+    belongs to the training image's number in the split, so streams cannot be used.
+    """
+
+    paper = "Tian, Krishnan, Isola: Contrastive Representation Distillation (2020)"
+    weight, terms = 0.8, {"crd": 1.0}
+    usual = "0.8"
+    student_features = teacher_features = "embedding"
+    WIDTH, TEMPERATURE, NEGATIVES, MOMENTUM = 128, 0.07, 16384, 0.5
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        if setting.images is None:
+            raise UserError("--method crd: keeps a memory of every training image; it cannot use --streaming")
+        views = (setting.student_views, setting.teacher_views)
+        self.embed = nn.ModuleList(nn.Linear(each.embedding.shape[1], self.WIDTH) for each in views)
+        bound = 1 / math.sqrt(self.WIDTH / 3)
+        for name in ("student_bank", "teacher_bank"):
+            self.register_buffer(name, torch.empty(setting.images, self.WIDTH).uniform_(-bound, bound))
+        self.register_buffer("z", torch.zeros(2))  # of the two directions; 0: not known yet
+        self.register_buffer("by_class", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.register_buffer("starts", torch.zeros(0, dtype=torch.int64), persistent=False)
+
+    def know_labels(self, labels: Tensor) -> None:
+        """Told once, of the whole training split [n]: images of a class follow each other in `by_class`."""
+        counts = torch.bincount(labels)
+        if int((counts > 0).sum()) < 2:
+            raise UserError("--method crd: needs training images of at least two classes")
+        self.by_class = labels.argsort(stable=True)
+        self.starts = F.pad(counts.cumsum(0), (1, 0))
+
+    def draw_negatives(self, labels: Tensor) -> Tensor:
+        """[N, K] numbers of training images of classes other than `labels` [N], each alike."""
+        images = len(self.by_class)
+        start, end = self.starts[labels][:, None], self.starts[labels + 1][:, None]
+        negatives = min(self.NEGATIVES, images)
+        numbers = torch.rand(len(labels), negatives, device=labels.device, dtype=torch.float64)
+        numbers = (numbers * (images - (end - start))).long()  # places among the others
+        return self.by_class[numbers + (numbers >= start) * (end - start)]
+
+    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+        ours, theirs = self._embed(0, student.embedding), self._embed(1, teacher.embedding)
+        chosen = torch.cat([batch.rows[:, None], self.draw_negatives(batch.labels)], 1)
+        ratios = [
+            similarity_ratios(ours, self.teacher_bank, chosen, self.TEMPERATURE),
+            similarity_ratios(theirs, self.student_bank, chosen, self.TEMPERATURE),
+        ]
+        self._fix_constants(ratios)
+        images = len(self.by_class)
+        loss = sum(contrast(ratio, z, images) for ratio, z in zip(ratios, self.z, strict=True))
+        self._said = batch.rows, ours.detach(), theirs.detach()
+        return {"crd": loss}
+
+    def after_step(self) -> None:
+        """The banks are part of the loss's graph until its gradients are there."""
+        self._remember(*self._said)
+
+    def _embed(self, side: int, embedding: Tensor) -> Tensor:
+        return unit(self.embed[side](embedding))
+
+    @torch.no_grad()
+    def _fix_constants(self, ratios: list[Tensor]) -> None:
+        """Z = n x mean exp(...), of the first batch, over all processes. No waiting for the device."""
+        means = torch.stack([ratio.mean() for ratio in ratios]) * len(self.by_class)
+        if _processes() > 1:
+            dist.all_reduce(means)
+            means /= _processes()
+        self.z.copy_(torch.where(self.z == 0, means, self.z))
+
+    @torch.no_grad()
+    def _remember(self, rows: Tensor, ours: Tensor, theirs: Tensor) -> None:
+        if _processes() > 1:
+            rows, ours, theirs = (_everyones(each) for each in (rows, ours, theirs))
+        for bank, said in ((self.student_bank, ours), (self.teacher_bank, theirs)):
+            mixed = F.normalize(self.MOMENTUM * bank[rows] + (1 - self.MOMENTUM) * said.to(bank.dtype), dim=1)
+            bank.index_copy_(0, rows, mixed)
+
+
+@full_precision
+def unit(embedding: Tensor) -> Tensor:
+    return F.normalize(embedding, dim=1)
+
+
+@full_precision
+def similarity_ratios(anchors: Tensor, bank: Tensor, chosen: Tensor, temperature: float) -> Tensor:
+    """exp(<anchor, bank row> / temperature): [N, 1 + K] for anchors [N, D] and rows `chosen` [N, 1 + K]."""
+    # All rows and then the chosen: the product with the whole bank moves far less than its chosen rows copied.
+    return ((anchors @ bank.to(anchors.dtype).T).gather(1, chosen) / temperature).exp()
+
+
+@full_precision
+def contrast(ratios: Tensor, z: Tensor, images: int) -> Tensor:
+    """The first column against the others; `images` n in the split, so that the noise has density K / n."""
+    negatives = ratios.shape[1] - 1
+    density = negatives / images
+    p = ratios / z
+    # log h of the positive, log(1 - h) of the negatives
+    own, others = p[:, 0], p[:, 1:]
+    log_own = own.log() - (own + density).log()
+    log_others = math.log(density) - (others + density).log()
+    return -(log_own.sum() + log_others.sum()) / len(ratios)
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _everyones(tensor: Tensor) -> Tensor:
+    """All processes' rows in one tensor, the same in every process; their numbers may differ by a row."""
+    count = torch.tensor([len(tensor)], device=tensor.device)
+    counts = [torch.zeros_like(count) for _ in range(_processes())]
+    dist.all_gather(counts, count)
+    sizes = [int(each) for each in counts]
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.zeros_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

@@ -1,0 +1,144 @@
+"""What a distillation method is: a module between what a student and what its teacher say of a batch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import wraps
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Views:
+    """What a network says of a batch of N images.
+
+    logits [N, C]; maps: its feature maps, one a stage, the stem's first, each [N, C_l, H_l, W_l]; preact: the
+    same before their last ReLU; embedding [N, D]. Only what a method has asked for (`Method.features`).
+    """
+
+    logits: Tensor
+    maps: list[Tensor] = field(default_factory=list)
+    preact: list[Tensor] = field(default_factory=list)
+    embedding: Tensor | None = None
+
+    def first(self, count: int) -> "Views":
+        """Those of the first `count` images."""
+        if count == len(self.logits):
+            return self
+        embedding = None if self.embedding is None else self.embedding[:count]
+        maps, preact = ([each[:count] for each in part] for part in (self.maps, self.preact))
+        return Views(self.logits[:count], maps, preact, embedding)
+
+
+@dataclass
+class Batch:
+    """What a method may know of a batch besides views.
+
+    labels int64 [N]; rows int64 [N]: which images of the training split (None where that has no numbers);
+    epoch: from 0, in the warm-up the warm-up's own count.
+    """
+
+    labels: Tensor
+    rows: Tensor | None = None
+    epoch: int = 0
+
+
+@dataclass
+class Setting:
+    """What a method is made for.
+
+    student, teacher: the networks. student_views, teacher_views: what they say, in eval mode, of two random
+    images, for the shapes. student_name, teacher_name: as in the zoo. images: how many the training split
+    has, None for a stream. options: temperature and what else the user may set (losses.Options).
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+    student_views: Views
+    teacher_views: Views
+    num_classes: int
+    images: int | None
+    options: object
+    student_name: str = ""
+    teacher_name: str = ""
+
+
+class Method(nn.Module):
+    """A distillation loss. A subclass is built from a `Setting` and overrides `forward`.
+
+    Its parameters train with the student, are checkpointed, and are not part of the saved student. What
+    overflows or cancels in half precision belongs in a function under `full_precision`.
+
+    Attributes:
+        paper: the source.
+        weight: the method's usual weight in the sum of losses; terms: its parts and their weights within it.
+        student_features, teacher_features: what is asked of the networks beside logits: "", "embedding", "maps"
+            or "preact", the latter two with the embedding.
+        rotations: whether both networks see every image in four rotations, [4 N, ...], upright ones first.
+        warmup_epochs: epochs before the student's own, in which `warmup` is minimised over
+            `warmup_parameters` alone.
+        warmup_student: whether the warm-up trains the student.
+        ce_weight, kd_weight: of the cross-entropy with the labels and of T^2 KL on logits beside this method.
+        usual: the usual weights in words, for the table.
+        needs_teacher: False for none at all.
+    """
+
+    paper: str
+    usual: str
+    weight: float = 1.0
+    terms: Mapping[str, float] = MappingProxyType({})
+    needs_teacher = True
+    student_features: str = ""
+    teacher_features: str = ""
+    rotations = False
+    warmup_epochs = 0
+    warmup_student = False
+    ce_weight: float = 1.0
+    kd_weight: float = 0.0
+
+    def __init__(self, setting: Setting):
+        super().__init__()
+
+    def know_labels(self, labels: Tensor) -> None:
+        """Told once, before training: the labels int64 [n] of the training split, where it has numbers."""
+
+    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+        """The terms, scalars, by their names in `terms`. The teacher's views have no gradient."""
+        return {}
+
+    def after_step(self) -> None:
+        """Told after every update of the student."""
+
+    def warmup(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+        """The terms that the warm-up minimises, each with weight 1."""
+        raise NotImplementedError
+
+    def warmup_parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def warmup_only(self) -> list[nn.Module]:
+        """Modules of the method that are trained in the warm-up alone, and frozen after it."""
+        return []
+
+    def warmup_lr(self, epoch: int, lr: float) -> float:
+        """The learning rate of the warm-up in its epoch `epoch`; `lr` is the run's."""
+        return lr
+
+
+def full_precision(function: Callable) -> Callable:
+    """Run a function of tensors, or of lists of them, outside autocast, with half precision raised to float32."""
+
+    def up(value: object) -> object:
+        if isinstance(value, (list, tuple)):
+            return [up(each) for each in value]
+        return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
+
+    @wraps(function)
+    def wrapped(*args, **options):
+        args = [up(each) for each in args]
+        tensors = [y for x in args for y in (x if isinstance(x, list) else [x]) if isinstance(y, Tensor)]
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(*args, **options)
+
+    return wrapped

@@ -1,0 +1,82 @@
+"""ReviewKD: stages of the student, fused from the deepest on, against those of the teacher."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from losses.adapters import Resize, pair_stages
+from losses.method import Batch, Method, Setting, Views, full_precision
+
+WEIGHTS = {("resnet32x4", "resnet8x4"): 5.0}  # (teacher, student)
+RAMP = 20  # epochs
+
+
+class ReviewKD(Method):
+    """Sum over levels of HCL(ABF output, teacher's pre-activations) (Chen et al., section 3).
+
+    Levels are the paired stages and the embedding as a 1x1 map, deepest first; each attention-based fusion
+    (ABF) mixes its stage with what the level behind it hands on. The weight rises from 0 over 20 epochs.
+    """
+
+    paper = "Chen et al.: Distilling Knowledge via Knowledge Review (2021)"
+    weight, terms = 1.0, {"reviewkd": 1.0}
+    usual = "1; 5 for resnet32x4 to resnet8x4"
+    student_features, teacher_features = "maps", "preact"
+    WIDEST = 512
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        self.weight = WEIGHTS.get((setting.teacher_name, setting.student_name), self.weight)
+        self.pairs = pair_stages(setting.student_views.maps, setting.teacher_views.preact)
+        ours, theirs = (self._levels(views) for views in (setting.student_views, setting.teacher_views))
+        middle = min(self.WIDEST, ours[0].shape[1])
+        self.fusions = nn.ModuleList(
+            Fusion(own.shape[1], middle, target.shape[1], own.shape[-1], target.shape[-1], first=level == 0)
+            for level, (own, target) in enumerate(zip(ours, theirs, strict=True))
+        )
+
+    def _levels(self, views: Views) -> list[Tensor]:
+        side = 0 if views.maps else 1  # the student's are maps, the teacher's pre-activations
+        stages = [(views.maps or views.preact)[pair[side]] for pair in reversed(self.pairs)]
+        return [views.embedding[:, :, None, None], *stages]
+
+    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+        total, handed = 0, None
+        for fusion, own, target in zip(self.fusions, self._levels(student), self._levels(teacher), strict=True):
+            fused, handed = fusion(own, handed)
+            total = total + hierarchical_context(fused, target)
+        return {"reviewkd": min((batch.epoch + 1) / RAMP, 1.0) * total}
+
+
+class Fusion(nn.Module):
+    """ABF: (own map [N, C, h, h], what the level behind handed on or None) -> (map like the teacher's, to hand on)."""
+
+    def __init__(self, channels: int, middle: int, out: int, side: int, target_side: int, first: bool):
+        super().__init__()
+        self.narrow = nn.Sequential(nn.Conv2d(channels, middle, 1, bias=False), nn.BatchNorm2d(middle))
+        convolution = nn.Conv2d(middle, out, 3, padding=1, bias=False)
+        self.out = nn.Sequential(Resize(target_side), convolution, nn.BatchNorm2d(out))
+        self.enlarge, self.gates = Resize(side), None if first else nn.Conv2d(2 * middle, 2, 1)
+        for layer in (self.narrow[0], convolution):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+
+    def forward(self, own: Tensor, handed: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = self.narrow(own)
+        if self.gates is not None:
+            handed = self.enlarge(handed)
+            gates = self.gates(torch.cat([x, handed], 1)).sigmoid()
+            x = x * gates[:, :1] + handed * gates[:, 1:]
+        return self.out(x), x
+
+
+@full_precision
+def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
+    """HCL: mean squares at full size and averaged to 4x4, 2x2 and 1x1, each with half the weight of the one
+    before, over the sum of the weights; levels not smaller than the map are left out."""
+    total, weights, weight = F.mse_loss(student, teacher), 1.0, 1.0
+    for side in (4, 2, 1):
+        if side < student.shape[-1]:
+            weight /= 2
+            smaller = (F.adaptive_avg_pool2d(maps, side) for maps in (student, teacher))
+            total, weights = total + weight * F.mse_loss(*smaller), weights + weight
+    return total / weights

@@ -1,0 +1,112 @@
+"""Every method through distill.py: a tiny run, stopped and resumed in each of its stages, and in two processes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from losses import METHODS
+from models import create_model
+from tests.runs import TINY, _run, launch_two, python, read_json, read_rows, succeeded
+
+NAMES = [name for name, method in METHODS.items() if method.needs_teacher]
+WARM = [name for name in NAMES if METHODS[name].warmup_epochs]
+BATCHES = 3  # an epoch
+FIXED = ["--student", "resnet8", "--train_fraction", "0.1", "--batch_size", "48", "--epochs", "1"]
+FIXED += ["--warmup_epochs", "1", "--lr", "0.01"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("methods") / "teacher"
+    succeeded(python("train_teacher.py", *TINY, "--output_dir", folder))
+    return folder
+
+
+def drive(runs: list[tuple[int | None, list]]) -> str:
+    text = json.dumps([[stop, [str(each) for each in arguments]] for stop, arguments in runs])
+    return succeeded(_run([sys.executable, "tests/methods_driver.py", text], {})).stdout
+
+
+def arguments(teacher: Path, name: str, folder: Path, *more: str) -> list:
+    return ["--teacher", teacher, "--method", name, *FIXED, *more, "--output_dir", folder]
+
+
+@pytest.fixture(scope="module")
+def runs(teacher, tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("methods")
+    said = drive([(None, arguments(teacher, name, folder / name)) for name in NAMES])
+    return folder, said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_runs(runs, teacher, name):
+    folder, method = runs[0] / name, METHODS[name]
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == ([0, 1] if method.warmup_epochs else [1])
+    assert set(rows[-1]["losses"]) >= {"ce"} and rows[-1]["accuracy"]["student"] >= 0 and rows[-1]["images"] == 144
+    summary = read_json(folder / "summary.json")
+    assert summary["method"] == name and summary["loss"]["ce"] >= 0
+    assert summary["teachers"][0]["sha256"] == read_json(teacher / "model.json")["sha256"]
+    saved = safetensors.torch.load_file(folder / "model.safetensors")
+    assert saved.keys() == create_model("resnet8", 10).state_dict().keys()
+
+
+def test_the_screen_shows_the_loss_and_the_warm_up(runs):
+    said = runs[1]
+    assert "loss: 1 ce + 1000 at" in said and "loss: 0.1 ce + 14.4 kl\n" in said and "1 ce + 3000 sp" in said
+    for name in WARM:
+        part = said.split(f"--method {name} ")[1].split("== ")[0]
+        assert "warm-up 1/1" in part and " 1/1 " in part.split("warm-up 1/1")[1]
+
+
+@pytest.mark.parametrize("name", [*WARM, "crd", "vid"])
+def test_a_run_stopped_in_any_stage_ends_alike(runs, teacher, name, tmp_path):
+    stages = [1, BATCHES + 1] if name in WARM else [1]
+    drive([(stop, arguments(teacher, name, tmp_path / f"at{stop}")) for stop in stages])
+    expected = safetensors.torch.load_file(runs[0] / name / "model.safetensors")
+    for stop in stages:
+        found = safetensors.torch.load_file(tmp_path / f"at{stop}" / "model.safetensors")
+        assert all(torch.equal(found[key], expected[key]) for key in expected), stop
+        rows, before = (read_rows(path / name_) for path, name_ in
+                        ((tmp_path / f"at{stop}", "metrics.jsonl"), (runs[0] / name, "metrics.jsonl")))  # fmt: skip
+        assert [row["losses"] for row in rows] == [row["losses"] for row in before]
+
+
+@pytest.mark.parametrize("name", ["kd", "crd", "sskd"])
+def test_two_processes_train_alike(runs, teacher, name, tmp_path):
+    """They end (each epoch checks that both hold the same weights and banks) and see every image once."""
+    done = succeeded(launch_two("distill.py", *arguments(teacher, name, tmp_path / name)))
+    assert "2 process(es)" in done.stdout
+    row = read_rows(tmp_path / name / "metrics.jsonl")[-1]
+    assert row["images"] == 144
+    one = read_rows(runs[0] / name / "metrics.jsonl")[-1]["losses"]
+    assert row["losses"]["ce"] == pytest.approx(one["ce"], rel=0.25)
+
+
+def test_mistakes_in_methods_are_one_line(teacher, tmp_path):
+    for extra, said in {
+        ("--method", "atx"): "--method: unknown name 'atx'",
+        ("--method", "at+kd", "--method_weights", "1"): "--method_weights: 1 for the 2 of --method",
+        ("--method", "at", "--kd_weight", "-1"): "--kd_weight -1.0: must be",
+        ("--method", "at", "--teacher_weights", "x.pth"): "--teacher_weights x.pth: needs one teacher",
+    }.items():
+        command = ["--teacher", teacher, *FIXED, *extra, "--output_dir", tmp_path / "no"]
+        done = python("distill.py", *command)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+        assert not (tmp_path / "no").exists()
+
+
+def test_teachers_by_name_and_several_of_them(teacher, tmp_path):
+    state = create_model("resnet8x2", 10).state_dict()
+    torch.save({"epoch": 240, "model": state}, tmp_path / "own.pth")
+    named = ["--teacher", "resnet8x2", "--teacher_weights", tmp_path / "own.pth", "--image_size", "8", *FIXED]
+    said = drive([
+        (None, [*named, "--method", "at+kd", "--method_weights", "500", "2", "--output_dir", tmp_path / "named"]),
+        (None, ["--teacher", teacher, teacher, "--method", "dkd", *FIXED, "--output_dir", tmp_path / "two"]),
+    ])  # fmt: skip
+    assert "loss: 1 ce + 32 kl + 500 at" in said and "at+kd from resnet8x2 in resnet8x2" in said
+    assert len(read_json(tmp_path / "two" / "summary.json")["teachers"]) == 2
