@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -165,11 +166,16 @@ def _spell_out(argv: list[str], config_class: type) -> list[str]:
         values = []
         while rest and not re.match(r"--[a-z]", rest[0]):
             values.append(rest.pop(0))
-        hint = str(kinds.get(argument, ""))
-        if "bool" in hint and not values:
+        name, given, value = argument.partition("=")
+        hint = str(kinds.get(name, ""))
+        if given and "list" in hint:
+            argument, values = name, [value]
+        if "bool" in hint and not values and not given:
             argument += "=true"
         elif "list" in hint and values and not values[0].startswith("["):
-            argument, values = f"{argument}=[{','.join(values)}]", []
+            # Words are quoted, so that a path may hold what means something in a list.
+            words = [json.dumps(word) for word in values] if "str" in hint else values
+            argument, values = f"{argument}=[{','.join(words)}]", []
         spelled += [argument, *values]
     return spelled
 

@@ -73,7 +73,7 @@ STUDENT_MISTAKES = {
     "student": (["--student", "resnet9"], ("--student", "resnet9", "resnet8")),
     "seed": (["--student", "pool:one"], ("--student pool:one", "pool:SEED")),
     "spec": (["--student", "missing.json"], ("--student missing.json",)),
-    "method": (["--method", "dk"], ("--method", "did you mean kd")),
+    "method": (["--method", "dk"], ("--method", "did you mean dkd or kd")),
     "temperature": (["--temperature", "-1"], ("--temperature -1",)),
     "alpha": (["--alpha", "2"], ("--alpha 2",)),
     "image size": (["--image_size", "16"], ("--image_size 16", "8")),

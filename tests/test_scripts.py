@@ -87,17 +87,14 @@ def test_the_next_command_that_is_printed_works(teacher):
     words = shlex.split(line.removeprefix("next: "))
     assert words[:2] == ["python", "distill.py"]
     config = parse(DistillConfig, "", {}, words[2:])
-    assert config.teacher == str(teacher[0]) and config.student == "pool:7"
+    assert config.teacher == [str(teacher[0])] and config.student == "pool:7"
 
 
 def test_distilling_draws_the_student_from_the_teachers_pool(teacher, tmp_path):
     done = succeeded(launch("distill.py", "--teacher", teacher[0], *STUDENT, "--output_dir", tmp_path / "kd"))
     summary = summary_is_complete(tmp_path / "kd")
-    assert summary["teacher"] == {
-        "path": str(teacher[0]),
-        "model": "resnet8",
-        "sha256": read_json(teacher[0] / "model.json")["sha256"],
-    }
+    digest = read_json(teacher[0] / "model.json")["sha256"]
+    assert summary["teachers"] == [{"path": str(teacher[0]), "model": "resnet8", "sha256": digest}]
     student = load_pretrained(tmp_path / "kd")
     assert [layer["out"] for layer in student.info.spec["layers"][1:7]] == [4, 4, 4, 8, 8, 8]
     assert student.info.mean == load_pretrained(teacher[0]).info.mean and student.info.image_size == 8
@@ -158,7 +155,7 @@ def test_help_and_listings(script):
     with start(script, "--list_models") as listing:  # all of it: tests/test_zoo.py
         assert [next(listing.stdout).split()[0] for _ in range(4)] == ["name", "resnet8", "resnet14", "resnet20"]
         listing.kill()
-    assert "none: " in python("distill.py", "--list_methods").stdout
+    assert "\nnone " in python("distill.py", "--list_methods").stdout
 
 
 def test_importing_a_script_starts_nothing():

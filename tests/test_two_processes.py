@@ -52,7 +52,7 @@ def test_distillation_runs_in_two_processes(teacher, tmp_path):
     arguments = ["--student", "pool:1", "--epochs", 1, "--batch_size", 128, *TINY_POOL]
     succeeded(launch_two("distill.py", "--teacher", teacher[0], *arguments, "--output_dir", tmp_path / "s"))
     assert (
-        read_json(tmp_path / "s" / "summary.json")["teacher"]["sha256"]
+        read_json(tmp_path / "s" / "summary.json")["teachers"][0]["sha256"]
         == read_json(teacher[0] / "model.json")["sha256"]
     )
 
