@@ -1,4 +1,10 @@
-"""Fast tests first: what compiles kernels or starts the real scripts comes after everything else."""
+"""Fast tests first: what compiles kernels or starts the real scripts comes after everything else.
+
+Under pytest-xdist every worker, and whatever it starts, keeps to one core: processes that each want all cores
+slow each other down.
+"""
+
+import os
 
 SLOW = [
     "test_kernels_compile",
@@ -6,10 +12,18 @@ SLOW = [
     "test_benchmarks",
     "test_readme",
     "test_scripts",
+    "test_distill_methods",
     "test_bad_input",
     "test_two_processes",
     "test_resume",
 ]
+
+
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if WORKER:
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw")) % len(cores)]})
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items) -> None:
