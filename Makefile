@@ -22,6 +22,7 @@ lint: .venv/installed
 benchmark: .venv/installed
 	$(BIN)/python -m benchmarks.steps
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.methods
 
 gpu-check: .venv/installed
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"

@@ -76,9 +76,9 @@ class Distillation(Objective):
         if epoch < 0:
             groups = iter(self.warmup_optimizer.param_groups)
             for method, length in zip(self.methods, self.lengths, strict=True):
-                if length:
-                    active = epoch >= -length
-                    next(groups)["lr"] = method.warmup_lr(epoch + length, self.options.lr) if active else 0.0
+                if length:  # a warm-up of another length than the method's keeps the shape of its schedule
+                    place = (epoch + length) * method.warmup_epochs // length
+                    next(groups)["lr"] = method.warmup_lr(place, self.options.lr) if epoch >= -length else 0.0
 
     def train(self, mode: bool = True) -> "Distillation":
         super().train(mode)

@@ -122,7 +122,7 @@ class Method(nn.Module):
         return []
 
     def warmup_lr(self, epoch: int, lr: float) -> float:
-        """The learning rate of the warm-up in its epoch `epoch`; `lr` is the run's."""
+        """The learning rate of the warm-up in epoch `epoch` of `warmup_epochs`; `lr` is the run's."""
         return lr
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from benchmarks import data as data_benchmark
+from benchmarks import methods as methods_benchmark
 from benchmarks.compare import as_markdown, tabulate
 from benchmarks.steps import Options, PlainJoint, Setting, count_macs, measure
 from common import derive_seed
+from losses import METHODS
 from models import create_model
 from models.pool import Pool
 from teachers.gtn import GTN
@@ -95,3 +97,10 @@ def test_both_pipelines_of_the_data_benchmark_give_every_image_and_alike():
     deviation = (theirs.mean(0) * (1 - theirs.mean(0)) / 2000).sqrt()
     assert ((ours.images.mean(0) - theirs.mean(0)).abs() <= 5 * deviation + 1e-9).all()
     assert ours.images.mean() > 0.1
+
+
+def test_the_methods_benchmark_times_every_method():
+    rows = methods_benchmark.measure("resnet8", "resnet8", 4, 1, torch.device("cpu"))
+    assert {row["method"] for row in rows} == {name for name, method in METHODS.items() if method.needs_teacher}
+    assert all(row["milliseconds"] > 0 for row in rows)
+    assert next(row["over_kd"] for row in rows if row["method"] == "kd") == 1

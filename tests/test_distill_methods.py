@@ -76,7 +76,7 @@ def test_a_run_stopped_in_any_stage_ends_alike(runs, teacher, name, tmp_path):
         assert [row["losses"] for row in rows] == [row["losses"] for row in before]
 
 
-@pytest.mark.parametrize("name", ["kd", "crd", "sskd"])
+@pytest.mark.parametrize("name", ["kd", "crd", "sskd", "sckd"])
 def test_two_processes_train_alike(runs, teacher, name, tmp_path):
     """They end (each epoch checks that both hold the same weights and banks) and see every image once."""
     done = succeeded(launch_two("distill.py", *arguments(teacher, name, tmp_path / name)))

@@ -577,6 +577,55 @@ def test_contrast_with_memories():
         build_methods(find_methods("crd"), made.student, list(made.frozen), 16, 5, None, Options)
 
 
+def everyones_bank(rank: int, folder: str) -> None:
+    """One of two processes: half of a batch each, of different sizes."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    made = objective("crd")
+    images, labels, rows = batch(7)
+    mine = slice(rank, None, 2)
+    run_step(made, 0, images[mine], labels[mine], rows[mine])
+    made.after_update("weights")
+    torch.save([made.methods[0].z, made.methods[0].student_bank, made.methods[0].teacher_bank], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_share_one_bank(tmp_path):
+    torch.multiprocessing.spawn(everyones_bank, (str(tmp_path),), nprocs=2)
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    fresh = objective("crd").methods[0]
+    changed = (ours[2] != fresh.teacher_bank).any(1)
+    assert changed.nonzero().flatten().tolist() == list(range(7))  # every image's row, of either process
+    # The teacher is in eval mode and its layer has not moved: one process says the same of all seven.
+    alone = objective("crd")
+    run_step(alone, 0, *batch(7))
+    alone.after_update("weights")
+    assert torch.allclose(ours[2], alone.methods[0].teacher_bank, atol=1e-6)
+
+
+def test_a_shorter_warm_up_keeps_the_shape_of_its_schedule():
+    made = objective("sskd")
+    made.lengths, made.warmup_epochs = [8], 8
+    (group,) = made.extra_optimizers()["warm-up"].param_groups
+    rates = []
+    for epoch in range(-8, 0):
+        made.begin_epoch(epoch)
+        rates.append(group["lr"])
+    assert rates == pytest.approx([0.05] * 4 + [0.005] * 2 + [0.0005] * 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_is_safe(name):
+    made = objective(name)
+    made.extra_optimizers()
+    images, labels, rows = batch()
+    for epoch in (-2, 0)[0 if made.warmup_epochs else 1 :]:
+        with torch.autocast("cpu", torch.bfloat16):
+            terms = run_step(made, epoch, images, labels, rows)
+        assert all(term.dtype == torch.float32 and term.isfinite() for term in terms.values())
+        assert all(p.grad.isfinite().all() for p in made.parameters() if p.grad is not None)
+
+
 def test_sckd_teaches_only_where_the_gradients_agree():
     made = objective("sckd")
     images, labels, rows = batch()

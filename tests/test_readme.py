@@ -12,6 +12,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from distill import DistillConfig
 from engine.config import parse
+from losses import describe_methods
 from train_teacher import TeacherConfig
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +80,11 @@ def test_commands_for_a_cpu_run(tmp_path):
 def test_modules_run(command):
     done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stdout.splitlines()) > 3, done.stderr
+
+
+def test_the_table_of_methods_is_the_codes():
+    inside = (ROOT / "README.md").read_text().split("<!-- methods -->\n")[1].split("<!-- end of methods -->")[0]
+    assert inside.splitlines() == describe_methods(markdown=True)
 
 
 def test_python_examples_run():
