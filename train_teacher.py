@@ -8,6 +8,7 @@ accelerate launch --config_file accelerate_config.yaml train_teacher.py \\
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
@@ -35,14 +36,29 @@ class TeacherConfig(GTNOptions, RunConfig):
     """Options of train_teacher.py.
 
     Args:
-        method: what the teacher is trained for: vanilla or gtn.
+        method: what the teacher is trained for: vanilla, mse, sftn or gtn.
         model: the teacher: a zoo name (--list_models).
+        student: of --method sftn: the one student that the branches stand for, named as for distill.py.
+        schedule: STEP/TOTAL: TOTAL epochs, the learning rate times lr_gamma every STEP (as early-stopped teachers
+            have it); takes the place of --epochs, --lr_schedule and --lr_milestones.
         vanilla_run: run folder of a vanilla teacher to compare the result with.
     """
 
     method: str = "vanilla"
     model: str = "resnet20"
+    student: str | None = None
+    schedule: str | None = None
     vanilla_run: str | None = None
+
+    def check(self) -> None:
+        if self.schedule is not None:
+            if not (match := re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", self.schedule)):
+                raise UserError(f"--schedule {self.schedule}: write STEP/TOTAL in epochs, for example 15/50")
+            step, self.epochs = int(match[1]), int(match[2])
+            self.lr_schedule, self.lr_milestones = "multistep", list(range(step, self.epochs, step))
+        super().check()
+        if self.student is not None and self.method != "sftn":
+            raise UserError(f"--student {self.student}: is for --method sftn, which trains for one student")
 
 
 def main() -> None:
@@ -97,6 +113,7 @@ def main() -> None:
         info = save_pretrained(objective.product(), info, folder.path)
         if config.method == "gtn" and config.save_supernet:
             save_supernet(objective, folder.path / "supernet.safetensors")
+    suggested = config.student or ("pool:7" if pool else "resnet8")
     finish_run(
         loop,
         described={
@@ -107,9 +124,8 @@ def main() -> None:
             "kernels": implementation,
         },
         warnings=warnings,
-        next_command=f"python distill.py --teacher {quote(str(folder.path))} "
-        f"--student {'pool:7' if pool else 'resnet8'} --method kd --epochs {config.epochs} "
-        f"--output_dir {quote(f'{folder.path}-student')}",
+        next_command=f"python distill.py --teacher {quote(str(folder.path))} --student {quote(suggested)} --method kd "
+        f"--epochs {config.last_epoch} --output_dir {quote(f'{folder.path}-student')}",
     )
 
 

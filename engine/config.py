@@ -29,6 +29,7 @@ class RunConfig(DataOptions):
         pretrained: start from torchvision's ImageNet weights, or for timm:NAME from timm's.
         weights: start from the weights in this .safetensors, .pth or .pt file.
         epochs: passes over the training split.
+        stop_after: stop after this many epochs of a schedule that is made for all of them (early-stopped teachers).
         batch_size: images a step over all processes together.
         lr: peak learning rate of SGD.
         momentum: momentum of SGD.
@@ -51,6 +52,7 @@ class RunConfig(DataOptions):
     pretrained: bool = False
     weights: str | None = None
     epochs: int = 30
+    stop_after: int | None = None
     batch_size: int = 64
     lr: float = 0.05
     momentum: float = 0.9
@@ -91,8 +93,15 @@ class RunConfig(DataOptions):
         for name, (fine, wanted) in limits.items():
             if not fine:
                 raise UserError(f"--{name} {getattr(self, name)}: must be {wanted}")
+        if self.stop_after is not None and not 1 <= self.stop_after <= self.epochs:
+            raise UserError(f"--stop_after {self.stop_after}: must be between 1 and --epochs {self.epochs}")
         if self.pretrained and self.weights is not None:
             raise UserError(f"--weights {self.weights}: cannot be combined with --pretrained")
+
+    @property
+    def last_epoch(self) -> int:
+        """Epochs that are trained."""
+        return self.stop_after or self.epochs
 
     def as_dict(self) -> dict:
         return asdict(self)

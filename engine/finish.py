@@ -28,7 +28,7 @@ def finish_run(loop: Loop, described: dict, warnings: list[str], next_command: s
         "top1": top1,
         "top5": last["top5"][name],
         "best": progress.best,
-        "epochs": config.epochs,
+        "epochs": config.last_epoch,
         "seconds": progress.seconds,
         "images_per_second": images / progress.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -43,7 +43,7 @@ def finish_run(loop: Loop, described: dict, warnings: list[str], next_command: s
     screen.say("")
     for warning in warnings:
         screen.say(f"warning: {warning}")
-    screen.say(f"done: {name} {config.epochs} epochs in {progress.seconds:.0f} s, seed {config.seed}")
+    screen.say(f"done: {name} {config.last_epoch} epochs in {progress.seconds:.0f} s, seed {config.seed}")
     screen.say(
         f"  accuracy  {top1:.2f}% top-1 on the test split at the last epoch (best: {best['top1']:.2f}% on the "
         f"{best['chosen_on']} split in epoch {best['epoch']})"

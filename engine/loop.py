@@ -88,7 +88,7 @@ class Loop:
         if self.config.with_tracking:
             self.accelerator.init_trackers("tensorboard")
         with StopSignals() as signals:
-            while self.progress.epoch < self.warmup + self.config.epochs:
+            while self.progress.epoch < self.warmup + self.config.last_epoch:
                 self._epoch(signals)
         self.objective.eval()
         return self.progress
@@ -112,7 +112,7 @@ class Loop:
     def _name(self, epoch: int) -> str:
         if epoch < self.warmup:
             return f"warm-up {epoch + 1}/{self.warmup}"
-        return f"epoch {epoch - self.warmup + 1}/{self.config.epochs}"
+        return f"epoch {epoch - self.warmup + 1}/{self.config.last_epoch}"
 
     def _epoch(self, signals: StopSignals) -> None:
         progress = self.progress
@@ -216,7 +216,11 @@ class Loop:
         better = progress.epoch >= self.warmup and self._judge(row)
         progress.history.append(row)
         progress.epoch, progress.batch, progress.partial = progress.epoch + 1, 0, {}
-        if better or progress.epoch % config.checkpointing_epochs == 0 or progress.epoch == self.warmup + config.epochs:
+        if (
+            better
+            or progress.epoch % config.checkpointing_epochs == 0
+            or progress.epoch == self.warmup + config.last_epoch
+        ):
             self._save()
         if self.accelerator.is_main_process:
             if better:

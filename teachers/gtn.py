@@ -28,13 +28,15 @@ STILL_HIGH = 0.9  # share of its peak that the KL must have left behind by the e
 
 @dataclass
 class GTNOptions:
-    """Options of --method gtn.
+    """Options of --method gtn, the first five also of --method sftn.
 
     Args:
-        alpha: weight of the KL between branches and teacher (the paper: 3 on CIFAR-100, 1 on ImageNet-200).
-        alpha_phi: weight of that KL in the gates' loss, at most 0; default -alpha.
-        temperature: softmax temperature of the KL (the paper: 1).
+        alpha: weight of the KL between branches and teacher (the papers: 3 on CIFAR-100, 1 on ImageNet).
+        teacher_weight: weight of the teacher's cross-entropy.
+        branch_weight: weight of the branches' cross-entropy.
+        temperature: softmax temperature of the KL (the papers: 1).
         kl_direction: reverse is KL(branch || teacher), as SFTN prints it; forward is KL(teacher || branch).
+        alpha_phi: weight of that KL in the gates' loss, at most 0; default -alpha.
         gate_every: every how many iterations one updates the gates instead of the weights; 0: never.
         gate_lr: learning rate of the gates' Adam.
         gate_holdout: part of the training split kept for the gates alone; 0: they share the weights' data.
@@ -45,6 +47,8 @@ class GTNOptions:
     """
 
     alpha: float = 3.0
+    teacher_weight: float = 1.0
+    branch_weight: float = 1.0
     alpha_phi: float | None = None
     temperature: float = 1.0
     kl_direction: Literal["reverse", "forward"] = "reverse"
@@ -62,6 +66,10 @@ class GTNOptions:
             raise UserError(f"--temperature {self.temperature}: must be above 0")
         if self.alpha < 0 or (self.alpha_phi is not None and self.alpha_phi > 0):
             raise UserError(f"--alpha {self.alpha} must be at least 0, --alpha_phi {self.alpha_phi} at most 0")
+        if min(self.teacher_weight, self.branch_weight) < 0:
+            raise UserError(
+                f"--teacher_weight {self.teacher_weight} and --branch_weight {self.branch_weight}: must be at least 0"
+            )
         if self.gate_every < 0 or self.gate_every == 1:
             raise UserError(f"--gate_every {self.gate_every}: must be 2 or more, or 0 for fixed gates")
         if not 0 <= self.gate_holdout < 1 or (self.gate_holdout and not self.gate_every):
@@ -91,7 +99,8 @@ class GTN(Objective):
         layers = [layer for branch in self.branches for layer in branch.supernet.layers]
         self.gates = Gates([len(layer.names) for layer in layers], options.full_gates)
         alpha_phi = -options.alpha if options.alpha_phi is None else options.alpha_phi
-        self.term_weights = {"teacher_ce": 1.0, "branch_ce": 1.0, "branch_kl": options.alpha}
+        self.term_weights = {"teacher_ce": options.teacher_weight, "branch_ce": options.branch_weight}
+        self.term_weights |= {"branch_kl": options.alpha}
         self.term_weights |= {"gate_ce": 1.0, "gate_kl": alpha_phi}
         norms = (nn.modules.batchnorm._BatchNorm,)
         self._norms = tuple(module for module in self.modules() if isinstance(module, norms))

@@ -209,3 +209,17 @@ def write_pictures(path: Path, numbers: range) -> None:
         Image.fromarray(pixels).save(buffer, "png")
         cells.append({"bytes": buffer.getvalue(), "path": None})
     pyarrow.parquet.write_table(pyarrow.table({"image": cells, "label": [n % 2 for n in numbers]}), path)
+
+
+def test_other_teachers_run_and_suggest_their_student(tmp_path):
+    branches = ["--method", "sftn", "--student", "resnet8x2", "--train_fraction", "0.2"]
+    done = succeeded(python("train_teacher.py", *TINY, *branches, "--output_dir", tmp_path / "sftn"))
+    row = read_rows(tmp_path / "sftn" / "metrics.jsonl")[0]
+    assert list(row["accuracy"]) == ["teacher", "branch1", "branch2", "branch3"]
+    assert "--student resnet8x2 --method kd" in done.stdout
+    assert load_pretrained(tmp_path / "sftn").info.name == "resnet8"  # branches are gone
+    mse = ["--method", "mse", "--schedule", "1/3", "--stop_after", "2", "--lr_gamma", "0.5", "--train_fraction", "0.2"]
+    done = succeeded(python("train_teacher.py", *TINY, *mse, "--output_dir", tmp_path / "mse"))
+    rows = read_rows(tmp_path / "mse" / "metrics.jsonl")
+    assert [row["lr"] for row in rows] == [0.05, 0.025] and set(rows[0]["losses"]) == {"mse"}
+    assert read_json(tmp_path / "mse" / "summary.json")["epochs"] == 2 and "2/2" in done.stdout

@@ -72,3 +72,11 @@ def test_two_processes_that_do_not_know_of_each_other_stop(tmp_path):
     assert done.returncode != 0
     assert "do not know of each other" in done.stderr and "ACCELERATE_USE_CPU=true" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_sftn_trains_in_two_processes(tmp_path):
+    """Each epoch ends in a check that both processes hold the same weights."""
+    command = [*TINY, "--method", "sftn", "--student", "resnet8x2", "--output_dir", tmp_path / "t"]
+    succeeded(launch_two("train_teacher.py", *command))
+    row = read_rows(tmp_path / "t" / "metrics.jsonl")[0]
+    assert row["images"] == 1437 and set(row["losses"]) == {"teacher_ce", "branch_ce", "branch_kl"}

@@ -1,0 +1,173 @@
+"""Teachers besides GTN: SFTN's loss, cut and gradients; the posterior that MSE approaches; schedules."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import UserError
+from engine.config import parse
+from engine.loop import learning_rate
+from models import create_model
+from models.network import run_blocks
+from models.pool import Pool
+from teachers import TEACHERS
+from teachers.mse import squared_error
+from teachers.sftn import SFTN
+from train_teacher import TeacherConfig
+
+
+class Options:
+    alpha, teacher_weight, branch_weight, temperature, kl_direction = 3.0, 1.0, 1.0, 1.0, "reverse"
+    student, pool = "resnet8", Pool(stem=4, widths=[4, 4, 8, 8, 8, 8], strides=[1, 1, 2, 1, 2, 1], head=8)
+
+
+def options(**changes) -> Options:
+    return type("Changed", (Options,), changes)()
+
+
+def sftn(teacher: str = "resnet14", size: int = 16, **changes) -> SFTN:
+    torch.manual_seed(0)
+    return SFTN(create_model(teacher, 5, image_size=size), options(**changes), size)
+
+
+def batch(size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
+    return images, torch.tensor([0, 1, 2, 3])
+
+
+def total(objective: SFTN, terms: dict) -> torch.Tensor:
+    return sum(objective.term_weights[name] * term for name, term in terms.items())
+
+
+@pytest.mark.parametrize(("direction", "temperature"), [("reverse", 1.0), ("forward", 1.0), ("reverse", 4.0)])
+def test_the_loss_is_equation_3(direction, temperature):
+    objective = sftn(kl_direction=direction, temperature=temperature).double()
+    images, labels = batch()
+    images = images.double()
+    terms = objective(images, labels, 0)
+    features, logits = run_blocks(objective.teacher, images)
+    expected = F.cross_entropy(logits, labels)
+    p = (logits / temperature).softmax(1)
+    for branch, feature in zip(objective.branches, features, strict=True):
+        out = branch(feature)
+        q = (out / temperature).softmax(1)
+        first, second = (q, p) if direction == "reverse" else (p, q)
+        kl = (first * (first.log() - second.log())).sum(1).mean()
+        expected = expected + (F.cross_entropy(out, labels) + 3.0 * kl) / 3
+    assert len(features) == 3 and total(objective, terms).item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_branches_of_vgg8_on_vgg13_are_those_of_table_12():
+    objective = sftn("vgg13", 32, student="vgg8")
+    rows = [(128, 8, 256), (256, 4, 512), (512, 4, 512)]  # what the convolutions behind the transform take and give
+    features, _ = run_blocks(objective.teacher, batch(32)[0])
+    assert [tuple(each.shape[1:]) for each in features] == [(128, 16, 16), (256, 8, 8), (512, 4, 4)]
+    for index, (branch, feature) in enumerate(zip(objective.branches, features, strict=True)):
+        seen = []
+        for module in branch.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(
+                    lambda m, x, y, seen=seen: seen.append((x[0].shape[1], x[0].shape[2], y.shape[1], m.kernel_size[0]))
+                )
+        assert branch(feature).shape == (4, 5)
+        channels, side = feature.shape[1], feature.shape[2]
+        assert seen == [(channels, side, channels, 1), *((*row, 3) for row in rows[index:])]
+
+
+@pytest.mark.parametrize("alone", ["teacher_ce", "branch_ce", "branch_kl"])
+def test_every_term_reaches_the_teacher(alone):
+    objective = sftn()
+    terms = objective(*batch(), 0)
+    terms[alone].backward()
+    last = objective.teacher.fc.weight.grad
+    first = objective.teacher.conv1.weight.grad
+    assert first is not None and first.abs().max() > 0
+    # The branches' own loss comes through the features alone.
+    assert (last is not None and last.abs().max() > 0) == (alone != "branch_ce")
+    branches = [parameter.grad is not None for parameter in objective.branches.parameters()]
+    assert not any(branches) if alone == "teacher_ce" else all(branches)
+
+
+def test_branches_have_weights_of_their_own():
+    one, two, _ = sftn().branches
+    assert not torch.equal(one[-1][-1].weight, two[-1][-1].weight)
+    objective = sftn()
+    owned = [id(parameter) for parameter in objective.parameters()]
+    assert len(owned) == len(set(owned)) and objective.product() is objective.teacher
+    assert list(objective.predict(batch()[0], 0)) == ["teacher", "branch1", "branch2", "branch3"]
+
+
+@pytest.mark.parametrize("student", ["wrn10_1", "resnet8x2", "vgg8", "mobilenetv2", "pool:3", "nas_s", "shufflenetv1"])
+def test_any_student_can_be_grafted(student):
+    objective = sftn(size=32, student=student)
+    terms = objective(*batch(32), 0)
+    total(objective, terms).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in objective.parameters())
+
+
+def test_mistakes_are_named():
+    with pytest.raises(UserError, match="--student: --method sftn needs"):
+        sftn(student=None)
+    with pytest.raises(UserError, match="--student: unknown name 'resnet9'"):
+        sftn(student="resnet9")
+    for arguments, said in {
+        ("--method", "vanilla", "--student", "resnet8"): "is for --method sftn",
+        ("--schedule", "15"): "write STEP/TOTAL",
+        ("--stop_after", "40", "--epochs", "30"): "between 1 and --epochs 30",
+        ("--teacher_weight", "-1", "--method", "sftn"): "must be at least 0",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            parse(TeacherConfig, "", {}, list(arguments)).check_gtn()
+
+
+def test_squared_error_is_equation_1():
+    logits = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 3, 0, 0])
+    p = logits.softmax(1)
+    expected = sum(((float(c == y) - p[i, c]) ** 2).item() for i, y in enumerate(labels) for c in range(4)) / 6
+    assert squared_error(logits, labels).item() == pytest.approx(expected)
+    assert squared_error(logits.half(), labels).dtype == torch.float32
+
+
+def test_an_mse_teacher_approaches_the_bayes_posterior():
+    """Six pictures, whose labels are drawn with known chances: what each teacher says, against those chances."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randn(6, 3, 8, 8, generator=generator)
+    posterior = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.05, 0.05, 0.9], [0.5, 0.5, 0.0],
+                              [0.2, 0.2, 0.6]])  # fmt: skip
+    which = torch.arange(6).repeat(500)
+    labels = torch.multinomial(posterior[which], 1, generator=generator)[:, 0]
+    distances = {}
+    for method in ("mse", "vanilla"):
+        torch.manual_seed(0)
+        objective = TEACHERS[method].objective(create_model("resnet8", 3), None, 8)
+        optimizer = torch.optim.SGD(objective.parameters(), lr=0.02, momentum=0.9)
+
+        def distance(objective=objective) -> float:
+            return (objective.teacher(pictures).softmax(1) - posterior).square().sum(1).mean().item()
+
+        start = distance()
+        for step in range(60):
+            chosen = torch.randperm(3000, generator=generator)[:300]
+            (term,) = objective(pictures[which[chosen]], labels[chosen], step).values()
+            optimizer.zero_grad()
+            term.backward()
+            optimizer.step()
+        distances[method] = distance()
+        assert distances[method] < 0.02 < start
+    # Both losses are proper: with labels drawn afresh for each picture neither is far from the posterior.
+    assert distances["mse"] < 2 * distances["vanilla"] + 0.005
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rates"),
+    [
+        (("--schedule", "2/5", "--lr", "0.1", "--lr_gamma", "0.2"), [0.1, 0.1, 0.02, 0.02, 0.004]),
+        (("--schedule", "15/50", "--lr", "1", "--lr_gamma", "0.5"), [1] * 15 + [0.5] * 15 + [0.25] * 15 + [0.125] * 5),
+        (("--epochs", "4", "--stop_after", "2", "--lr", "1"), [1.0, (1 + 2**-0.5) / 2]),
+    ],
+)
+def test_schedules_as_lists_of_learning_rates(arguments, rates):
+    config = parse(TeacherConfig, "", {}, list(arguments))
+    assert [learning_rate(config, epoch) for epoch in range(config.last_epoch)] == pytest.approx(rates)
