@@ -154,6 +154,9 @@ def distillation(
     """The run's objective, with the methods' weights: their papers' unless the user says otherwise."""
     images = None if isinstance(data.train, StreamSplit) else len(data.train)
     names = (config.student, teachers[0].info.name) if teachers else (config.student, "")
+    anchors = read_anchors(config.teacher) if any(method.anchors for method in methods) else []
+    if anchors and config.lr_restarts is None:
+        config.lr_restarts = len(anchors)
     built = build_methods(methods, student, teachers, data.image_size, data.num_classes, images, config, names)
     for method in built:
         if images is not None:
@@ -175,6 +178,7 @@ def distillation(
         kd_weight=kd_weight if config.kd_weight is None else config.kd_weight,
         temperature=config.temperature,
         warmup_epochs=config.warmup_epochs,
+        anchors=anchors,
         options=config,
     )
 
@@ -209,6 +213,14 @@ def load_teachers(config: DistillConfig, needed: bool) -> list[Network | str]:
     if config.teacher_weights is not None and sum(isinstance(teacher, str) for teacher in teachers) != 1:
         raise UserError(f"--teacher_weights {config.teacher_weights}: needs one teacher that is given by its name")
     return teachers
+
+
+def read_anchors(sources: list[str]) -> list[dict[str, torch.Tensor]]:
+    """The weights of a teacher on its way, from its run folder, in the order of its epochs."""
+    folders = sorted((Path(sources[0]) / "anchors").glob("*")) if len(sources) == 1 else []
+    if not folders:
+        raise UserError(f"--teacher {' '.join(sources)}: --method rco needs one teacher trained with --anchors K")
+    return [load_pretrained(folder).state_dict() for folder in folders]
 
 
 def build_teacher(name: str, data: ImageSet, config: DistillConfig) -> Network:

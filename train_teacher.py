@@ -20,7 +20,7 @@ import kernels
 from common import UserError, check_name, write_atomically
 from engine.checkpoint import state_tensors
 from engine.config import RunConfig, parse
-from engine.data import hold_out, load_images
+from engine.data import ImageSet, hold_out, load_images
 from engine.finish import finish_run
 from engine.loop import Loop
 from engine.processes import run_script, start_accelerator
@@ -41,6 +41,7 @@ class TeacherConfig(GTNOptions, RunConfig):
         student: of --method sftn: the one student that the branches stand for, named as for distill.py.
         schedule: STEP/TOTAL: TOTAL epochs, the learning rate times lr_gamma every STEP (as early-stopped teachers
             have it); takes the place of --epochs, --lr_schedule and --lr_milestones.
+        anchors: keep this many models on the way, at equal intervals of epochs, for distill.py --method rco.
         vanilla_run: run folder of a vanilla teacher to compare the result with.
     """
 
@@ -48,6 +49,7 @@ class TeacherConfig(GTNOptions, RunConfig):
     model: str = "resnet20"
     student: str | None = None
     schedule: str | None = None
+    anchors: int = 0
     vanilla_run: str | None = None
 
     def check(self) -> None:
@@ -57,6 +59,8 @@ class TeacherConfig(GTNOptions, RunConfig):
             step, self.epochs = int(match[1]), int(match[2])
             self.lr_schedule, self.lr_milestones = "multistep", list(range(step, self.epochs, step))
         super().check()
+        if not 0 <= self.anchors <= self.last_epoch:
+            raise UserError(f"--anchors {self.anchors}: must be between 0 and the {self.last_epoch} epochs")
         if self.student is not None and self.method != "sftn":
             raise UserError(f"--student {self.student}: is for --method sftn, which trains for one student")
 
@@ -89,7 +93,13 @@ def main() -> None:
         initial = initial_weights(teacher, config.pretrained, config.weights)
     objective = TEACHERS[config.method].objective(teacher, config, data.image_size)
 
-    loop = Loop(objective, data, config, accelerator, folder, screen)
+    def keep_anchor(epoch: int) -> None:
+        """Anchor i of K is the model after epoch i E / K."""
+        if epoch in [-(-i * config.last_epoch // config.anchors) for i in range(1, config.anchors + 1)]:
+            info = describe(config, data, pool=None)
+            save_pretrained(objective.product(), info, folder.path / "anchors" / f"{epoch:04d}")
+
+    loop = Loop(objective, data, config, accelerator, folder, screen, keep_anchor)
     screen.say(
         f"{config.method} teacher {config.model} ({count(teacher):,} parameters) on {data.name}: {len(data.train):,} "
         f"training and {len(data.test):,} test images of {data.image_size}x{data.image_size}, {data.num_classes} "
@@ -102,7 +112,7 @@ def main() -> None:
     progress = loop.run()
 
     pool = asdict(config.pool) if config.method == "gtn" else None
-    info = ModelInfo(config.model, data.name, data.num_classes, data.image_size, data.mean, data.std, pool=pool)
+    info = describe(config, data, pool)
     warnings = objective.warnings(progress.history)
     top1 = progress.history[-1]["accuracy"]["teacher"]
     if reference is not None and top1 < reference:
@@ -127,6 +137,10 @@ def main() -> None:
         next_command=f"python distill.py --teacher {quote(str(folder.path))} --student {quote(suggested)} --method kd "
         f"--epochs {config.last_epoch} --output_dir {quote(f'{folder.path}-student')}",
     )
+
+
+def describe(config: TeacherConfig, data: ImageSet, pool: dict | None) -> ModelInfo:
+    return ModelInfo(config.model, data.name, data.num_classes, data.image_size, data.mean, data.std, pool=pool)
 
 
 def read_top1(run: str | None) -> float | None:

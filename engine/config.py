@@ -38,6 +38,8 @@ class RunConfig(DataOptions):
         lr_schedule: multistep (x lr_gamma at lr_milestones), cosine (to 0 over all epochs) or constant.
         lr_milestones: epochs after which the learning rate falls, for multistep.
         lr_gamma: factor of each fall, for multistep.
+        lr_restarts: run the schedule this many times, each in its share of the epochs; default: once (--method rco:
+            once an anchor).
         seed: seeds everything random in the run.
         output_dir: the run folder; default: runs/DATE-METHOD-MODEL-DATASET.
         overwrite: replace what an earlier run left in output_dir.
@@ -61,6 +63,7 @@ class RunConfig(DataOptions):
     lr_schedule: Literal["multistep", "cosine", "constant"] = "cosine"
     lr_milestones: list[int] = field(default_factory=lambda: [150, 180, 210])
     lr_gamma: float = 0.1
+    lr_restarts: int | None = None
     seed: int = 0
     output_dir: str | None = None
     overwrite: bool = False
@@ -95,6 +98,8 @@ class RunConfig(DataOptions):
                 raise UserError(f"--{name} {getattr(self, name)}: must be {wanted}")
         if self.stop_after is not None and not 1 <= self.stop_after <= self.epochs:
             raise UserError(f"--stop_after {self.stop_after}: must be between 1 and --epochs {self.epochs}")
+        if self.lr_restarts is not None and not 1 <= self.lr_restarts <= self.epochs:
+            raise UserError(f"--lr_restarts {self.lr_restarts}: must be between 1 and --epochs {self.epochs}")
         if self.pretrained and self.weights is not None:
             raise UserError(f"--weights {self.weights}: cannot be combined with --pretrained")
 

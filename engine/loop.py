@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,15 +24,19 @@ EVALUATION_BATCH = 500
 
 def learning_rate(config: RunConfig, epoch: int) -> float:
     """The learning rate in epoch `epoch`, counted from 0."""
+    length = -(-config.epochs // (config.lr_restarts or 1))  # of one run through the schedule
+    epoch %= length
     if config.lr_schedule == "multistep":
         return config.lr * config.lr_gamma ** sum(epoch >= milestone for milestone in config.lr_milestones)
     if config.lr_schedule == "cosine":
-        return config.lr * (1 + math.cos(math.pi * epoch / config.epochs)) / 2
+        return config.lr * (1 + math.cos(math.pi * epoch / length)) / 2
     return config.lr
 
 
 class Loop:
     """Trains `objective` on `data` as `config` says, recording into `folder`.
+
+    `after_epoch` is called in the main process with the number of every epoch that is done, from 1.
 
     After `run` the objective is trained and in eval mode, and `progress` tells what happened.
     """
@@ -44,8 +49,10 @@ class Loop:
         accelerator: Accelerator,
         folder: RunFolder,
         screen: Screen,
+        after_epoch: Callable[[int], None] = lambda epoch: None,
     ):
         self.config, self.accelerator, self.folder, self.screen = config, accelerator, folder, screen
+        self.after_epoch = after_epoch
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.warmup = objective.warmup_epochs  # epochs before the first of config.epochs
         self.objective = objective.to(accelerator.device, memory_format=torch.channels_last)
@@ -226,6 +233,8 @@ class Loop:
             if better:
                 copy_checkpoint(self.folder.last, self.folder.best)
             self.folder.write_history(progress.history)
+            if progress.epoch > self.warmup:
+                self.after_epoch(progress.epoch - self.warmup)
         self.screen.row(row, self._name(progress.epoch - 1).removeprefix("epoch "))
         self._track(row)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from common import UserError, write_atomically
 
 OURS = ("config.yaml", "model.safetensors", "model.json", "metrics.jsonl", "summary.json", "supernet.safetensors")
-OUR_FOLDERS = ("plots", "checkpoints", "tensorboard")
+OUR_FOLDERS = ("plots", "checkpoints", "tensorboard", "anchors")
 LOCK = ".lock"
 LINE_SECONDS = 60
 PACKAGES = ("torch", "torchvision", "triton", "accelerate", "safetensors")

@@ -6,7 +6,7 @@ from pathlib import Path
 from common import UserError, check_name
 from losses.contrast import CRD
 from losses.hints import AB, AT, FT, NST, OH, VID, FitNets
-from losses.logits import DKD, KD, SCKD, LabelsOnly
+from losses.logits import DKD, KD, RCO, SCKD, LabelsOnly
 from losses.method import Method
 from losses.relations import CC, PKT, RKD, SP
 from losses.review import ReviewKD
@@ -32,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "sckd": SCKD,
     "reviewkd": ReviewKD,
     "hsakd": HSAKD,
+    "rco": RCO,
 }
 
 

@@ -28,6 +28,7 @@ class Distillation(Objective):
         weights: one a method.
         ce_weight, kd_weight, temperature: of the sum above.
         warmup_epochs: of all methods that have a warm-up; None: their own.
+        anchors: state dicts that the first teacher takes one after the other, each for its share of the epochs.
         options: lr, momentum and weight_decay of the warm-up.
     """
 
@@ -42,6 +43,7 @@ class Distillation(Objective):
         kd_weight: float = 0.0,
         temperature: float = 4.0,
         warmup_epochs: int | None = None,
+        anchors: Sequence[dict[str, Tensor]] = (),
         options: object = None,
     ):
         super().__init__()
@@ -60,13 +62,16 @@ class Distillation(Objective):
         self.student_features = wanted([method.student_features for method in methods])
         self.teacher_features = wanted([method.teacher_features for method in methods])
         self.warmup_optimizer: torch.optim.Optimizer | None = None
-        self.epoch = 0
+        self.epoch, self.anchors = 0, list(anchors)
         for method in methods:  # before DDP looks at which parameters train with the student
             for module in method.warmup_only():
                 module.requires_grad_(False)
 
     def begin_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+        if self.anchors:
+            place = max(epoch, 0) * len(self.anchors) // self.options.epochs
+            self.frozen[0].load_state_dict(self.anchors[place])
         for method, length in zip(self.methods, self.lengths, strict=True):
             here = -length <= epoch < 0
             for module in method.warmup_only():

@@ -44,6 +44,17 @@ class KD(Method):
         self.ce_weight, self.kd_weight = 1.0 - setting.options.alpha, setting.options.alpha
 
 
+class RCO(KD):
+    """KD from the teacher as it was on its way: the student follows its anchors one after the other, each for an
+    equal share of the epochs, going on from where it is (Jin et al., section 3, anchors at equal intervals).
+
+    The learning rate's schedule starts anew at each anchor (--lr_restarts). With one anchor it is plain KD.
+    """
+
+    paper = "Jin et al.: Knowledge Distillation via Route Constrained Optimization (2019)"
+    anchors = True
+
+
 class DKD(Method):
     """T^2 (alpha TCKD + beta NCKD) (Zhao et al., eq. 7): the divergence between target and others, and that
     among the others, at alpha 1 and beta by pair (--dkd_alpha, --dkd_beta). It rises from 0 over 20 epochs."""

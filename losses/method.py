@@ -80,6 +80,7 @@ class Method(nn.Module):
             `warmup_parameters` alone.
         warmup_student: whether the warm-up trains the student.
         ce_weight, kd_weight: of the cross-entropy with the labels and of T^2 KL on logits beside this method.
+        anchors: whether the teacher walks along the models that were kept on its way.
         usual: the usual weights in words, for the table.
         needs_teacher: False for none at all.
     """
@@ -89,6 +90,7 @@ class Method(nn.Module):
     weight: float = 1.0
     terms: Mapping[str, float] = MappingProxyType({})
     needs_teacher = True
+    anchors = False
     student_features: str = ""
     teacher_features: str = ""
     rotations = False

@@ -22,7 +22,7 @@ FIXED += ["--warmup_epochs", "1", "--lr", "0.01"]
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("methods") / "teacher"
-    succeeded(python("train_teacher.py", *TINY, "--output_dir", folder))
+    succeeded(python("train_teacher.py", *TINY, "--anchors", "1", "--output_dir", folder))
     return folder
 
 
@@ -85,6 +85,24 @@ def test_two_processes_train_alike(runs, teacher, name, tmp_path):
     assert row["images"] == 144
     one = read_rows(runs[0] / name / "metrics.jsonl")[-1]["losses"]
     assert row["losses"]["ce"] == pytest.approx(one["ce"], rel=0.25)
+
+
+def test_rco_walks_along_the_anchors(tmp_path):
+    """Two anchors of a teacher of three epochs; the student spends half of its epochs with each."""
+    teach = [*TINY, "--train_fraction", "0.1", "--batch_size", "48", "--epochs", "3", "--anchors", "2"]
+    succeeded(python("train_teacher.py", *teach, "--output_dir", tmp_path / "t"))
+    assert sorted(path.name for path in (tmp_path / "t" / "anchors").iterdir()) == ["0002", "0003"]
+    last, final = (safetensors.torch.load_file(path / "model.safetensors") for path in
+                   (tmp_path / "t" / "anchors" / "0003", tmp_path / "t"))  # fmt: skip
+    assert all(torch.equal(last[key], final[key]) for key in final)
+    student = ["--teacher", tmp_path / "t", *FIXED, "--epochs", "4", "--lr", "0.1", "--lr_schedule", "cosine"]
+    drive([(None, [*student, "--method", "rco", "--output_dir", tmp_path / "rco"])])
+    rows = read_rows(tmp_path / "rco" / "metrics.jsonl")
+    assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.05, 0.1, 0.05])  # the schedule starts anew
+    done = python(
+        "distill.py", "--teacher", tmp_path / "rco", *FIXED, "--method", "rco", "--output_dir", tmp_path / "n"
+    )
+    assert done.returncode == 2 and "needs one teacher trained with --anchors" in done.stderr
 
 
 def test_mistakes_in_methods_are_one_line(teacher, tmp_path):

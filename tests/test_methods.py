@@ -762,6 +762,19 @@ def test_several_teachers_are_averaged_in_their_logits():
         build_methods(find_methods("at"), student, teachers, 16, 5, 20, Options)
 
 
+def test_anchors_take_turns_in_one_teacher():
+    torch.manual_seed(0)
+    student, teacher, *others = (create_model("resnet8", 5) for _ in range(5))
+    states = [{key: value.clone() for key, value in other.state_dict().items()} for other in others]
+    settings = type("Settings", (Options,), {"epochs": 7})
+    made = Distillation(student, [teacher], kd_weight=1.0, anchors=states, options=settings)
+    met = []
+    for epoch in range(7):
+        made.begin_epoch(epoch)
+        met.append(next(i for i, state in enumerate(states) if torch.equal(state["fc.weight"], teacher.fc.weight)))
+    assert met == [0, 0, 0, 1, 1, 2, 2] and not teacher.training
+
+
 def test_every_row_of_the_table_is_complete():
     for name, row in METHODS.items():
         assert issubclass(row, Method) and row.paper and row.__doc__ and (row.usual or name == "none")
