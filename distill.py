@@ -25,6 +25,7 @@ from losses import describe_methods, find_methods
 from losses.distillation import Distillation, build_methods
 from losses.logits import KD
 from losses.method import Method
+from losses.peers import Peers
 from models import ModelInfo, create_model, describe_models, find_spec, is_model, load_pretrained, save_pretrained
 from models.network import Network
 from models.pool import Pool
@@ -45,7 +46,8 @@ class DistillConfig(RunConfig):
         ce_weight: weight of the cross-entropy with the labels; default: the method's, usually 1.
         kd_weight: weight of T^2 KL on logits beside the method; default: the method's, usually 0.
         alpha: of --method kd: its weight; cross-entropy with the labels gets 1 - alpha.
-        temperature: softmax temperature of teacher and student in terms on logits.
+        temperature: softmax temperature of teacher and student in terms on logits (dml and kdcl have their own).
+        peers: of --method dml and kdcl: the networks that train together with the student; default: one like it.
         dkd_alpha: weight of the target's part in --method dkd.
         dkd_beta: weight of the other classes' part in --method dkd; default: the paper's for the pair, else 8.
         warmup_epochs: epochs of the warm-up of methods that have one; default: the method's.
@@ -61,6 +63,7 @@ class DistillConfig(RunConfig):
     kd_weight: float | None = None
     alpha: float = 0.9
     temperature: float = 4.0
+    peers: list[str] = field(default_factory=list)
     dkd_alpha: float = 1.0
     dkd_beta: float | None = None
     warmup_epochs: int | None = None
@@ -86,6 +89,8 @@ class DistillConfig(RunConfig):
 def main() -> None:
     config = parse(DistillConfig, __doc__, {"models": describe_models, "methods": describe_methods})
     methods = find_methods(config.method)
+    if config.peers and not methods[0].peers:
+        raise UserError(f"--peers {' '.join(config.peers)}: are for --method dml and kdcl")
     if config.method_weights and len(config.method_weights) != len(methods):
         raise UserError(f"--method_weights: {len(config.method_weights)} for the {len(methods)} of --method")
     teachers = load_teachers(config, needed=any(method.needs_teacher for method in methods))
@@ -112,11 +117,19 @@ def main() -> None:
     student = create_model(config.student, data.num_classes, pool, "--student", data.image_size)
     with accelerator.main_process_first():
         initial = initial_weights(student, config.pretrained, config.weights)
-    objective = distillation(config, methods, student, teachers, data)
+    if methods[0].peers:
+        others = config.peers or [config.student]
+        peers = [create_model(name, data.num_classes, pool, "--peers", data.image_size) for name in others]
+        weight = 1.0 if config.kd_weight is None else config.kd_weight
+        objective = Peers([student, *peers], config.method, weight)
+    else:
+        objective = distillation(config, methods, student, teachers, data)
 
     loop = Loop(objective, data, config, accelerator, folder, screen)
     sources = [f"{teacher.info.name} in {place}" for teacher, place in zip(teachers, config.teacher, strict=True)]
     source = f"{config.method} from {' and '.join(sources)}" if teachers else "trained alone"
+    if methods[0].peers:
+        source = f"{config.method} with {' and '.join(config.peers or [config.student])}"
     parameters = sum(parameter.numel() for parameter in student.parameters())
     screen.say(
         f"student {config.student} ({parameters:,} parameters), {source}, on {data.name}: {len(data.train):,} training "
@@ -185,8 +198,8 @@ def distillation(
 
 def next_command(config: DistillConfig, student: str | Path, size: int) -> str:
     """The other half of a comparison: the same student trained alone, or distilled."""
-    other = "--method none" if config.teacher else "--method kd --teacher RUN_FOLDER"
-    name = config.output_dir.rstrip("/") + ("-alone" if config.teacher else "-distilled")
+    other = "--method none" if config.method != "none" else "--method kd --teacher RUN_FOLDER"
+    name = config.output_dir.rstrip("/") + ("-alone" if config.method != "none" else "-distilled")
     return (
         f"python distill.py {other} --student {quote(str(student))} --dataset {quote(config.dataset)} "
         f"--image_size {size} --epochs {config.epochs} --output_dir {quote(name)}"

@@ -72,17 +72,26 @@ class Loader:
         augmentation: of training images.
         seed: of the run.
         rank, world: this process and how many there are.
+        copies: how many times each batch's images are given, augmented anew, one behind the other.
     """
 
     def __init__(
-        self, split, batch_size: int, normalise: "Normalise", augmentation: Augmentation, seed: int, rank=0, world=1
+        self,
+        split,
+        batch_size: int,
+        normalise: "Normalise",
+        augmentation: Augmentation,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        copies: int = 1,
     ):
         if batch_size > len(split):
             raise UserError(f"--batch_size {batch_size}: the training split has {len(split)} images only")
         if batch_size < 2 * world:
             raise UserError(f"--batch_size {batch_size}: {world} processes need at least 2 images each")
         self.split, self.batch_size, self.normalise, self.augmentation = split, batch_size, normalise, augmentation
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed, self.rank, self.world, self.copies = seed, rank, world, copies
         # BatchNorm needs two images in every process: a rest smaller than that joins the batch before it.
         full, rest = divmod(len(split), batch_size)
         self.edges = [batch_size * i for i in range(full)] + ([batch_size * full] if rest >= 2 * world else [])
@@ -105,11 +114,13 @@ class Loader:
         self._stream = (number + 1, batches)
         return next(batches)
 
-    def plan(self, epoch: int) -> Plan:
-        """The plan of an epoch, on the host, the same in every process."""
+    def plan(self, epoch: int, copy: int = 0) -> Plan:
+        """The plan of an epoch, on the host, the same in every process; copies have the order in common."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "batches", epoch))
         images, vary = len(self.split), self.augmentation
         order = torch.randperm(images, generator=generator)
+        if copy:
+            generator.manual_seed(derive_seed(self.seed, "batches", epoch, "copy", copy))
         offsets = torch.randint(0, 2 * vary.padding + 1, (images, 2), generator=generator)
         flips = torch.rand(images, generator=generator) < (0.5 if vary.flip else 0.0)
         holes = torch.randint(0, vary.size, (images, 2), generator=generator)
@@ -131,12 +142,16 @@ class DeviceLoader(Loader):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         pixels, rows, padding = self.split.pixels, self.split.rows, self.augmentation.padding
-        plan = self.plan(epoch).to(pixels.device)
+        plans = [self.plan(epoch, copy).to(pixels.device) for copy in range(self.copies)]
         for number in range(start, len(self)):
-            part = plan.part(self.edges[number], self.edges[number + 1], self.rank, self.world)
-            images = select(pixels, part.order if rows is None else rows[part.order])
-            images = augment(images, part.offsets, part.flips, padding)
-            yield self.finish(images, self.split.labels[part.order], part.holes, number, part.order)
+            edges = self.edges[number], self.edges[number + 1]
+            parts = [plan.part(*edges, self.rank, self.world) for plan in plans]
+            chosen = parts[0].order
+            originals = select(pixels, chosen if rows is None else rows[chosen])
+            copies = [augment(originals, part.offsets, part.flips, padding) for part in parts]
+            images = copies[0] if len(copies) == 1 else torch.cat(copies)
+            holes = parts[0].holes if len(parts) == 1 else torch.cat([part.holes for part in parts])
+            yield self.finish(images, self.split.labels[chosen], holes, number, chosen)
 
 
 class Normalise:

@@ -73,7 +73,7 @@ class Loop:
     def _load_data(self, data: ImageSet) -> None:
         config = self.config
         self.pipeline = Pipeline(data, config, self.accelerator.device, self.rank, self.world)
-        self.train = self.pipeline.training(data.train, config.batch_size)
+        self.train = self.pipeline.training(data.train, config.batch_size, self.objective.copies)
         self.gates = None
         if data.gates:
             self.gates = self.pipeline.training(data.gates, min(config.batch_size, len(data.gates)))

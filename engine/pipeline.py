@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from common import UserError
 from engine.data import AnySplit, ImageSet, Split, StoredSplit
 from engine.loader import Augmentation, DeviceLoader, Loader, Normalise, evaluation_batches
 from engine.stream import StreamLoader, stream_evaluation_batches
@@ -35,10 +36,12 @@ class Pipeline:
         self.workers = max(1, cores - 1) if config.data_workers is None else config.data_workers
         self._moved: dict[int, Tensor] = {}
 
-    def training(self, split: AnySplit, batch_size: int) -> Loader:
+    def training(self, split: AnySplit, batch_size: int, copies: int = 1) -> Loader:
+        if copies > 1 and not isinstance(split, Split):
+            raise UserError("--method: networks that see copies of their own need the data set in memory")
         arguments = (self._on_device(split), batch_size, self.normalise, self.augmentation, self.seed)
         if isinstance(split, Split):
-            return DeviceLoader(*arguments, **self.where)
+            return DeviceLoader(*arguments, **self.where, copies=copies)
         kind = WorkerLoader if isinstance(split, StoredSplit) else StreamLoader
         return kind(*arguments, **self.where, workers=self.workers, device=self.device)
 

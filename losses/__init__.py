@@ -8,6 +8,7 @@ from losses.contrast import CRD
 from losses.hints import AB, AT, FT, NST, OH, VID, FitNets
 from losses.logits import DKD, KD, RCO, SCKD, LabelsOnly
 from losses.method import Method
+from losses.peers import DML, KDCL, KDCLLinear, KDCLMinLogit
 from losses.relations import CC, PKT, RKD, SP
 from losses.review import ReviewKD
 from losses.rotations import HSAKD, SSKD
@@ -33,6 +34,10 @@ METHODS: dict[str, type[Method]] = {
     "reviewkd": ReviewKD,
     "hsakd": HSAKD,
     "rco": RCO,
+    "dml": DML,
+    "kdcl": KDCL,
+    "kdcl_linear": KDCLLinear,
+    "kdcl_minlogit": KDCLMinLogit,
 }
 
 
@@ -44,8 +49,8 @@ def find_methods(names: str) -> list[type[Method]]:
     """
     parts = names.split("+")
     found = [_own_method(part) if ".py:" in part else METHODS[check_name("--method", part, METHODS)] for part in parts]
-    if len(set(found)) < len(found) or (len(found) > 1 and LabelsOnly in found):
-        raise UserError(f"--method {names}: joins different methods, and 'none' stands alone")
+    if len(set(found)) < len(found) or (len(found) > 1 and not all(method.needs_teacher for method in found)):
+        raise UserError(f"--method {names}: joins different methods, and those without a teacher stand alone")
     return found
 
 
@@ -69,7 +74,7 @@ def _own_method(place: str) -> type[Method]:
 def needs_of(method: type[Method]) -> str:
     """What a method works on, in words."""
     if not method.needs_teacher:
-        return "labels"
+        return "peers' logits" if method.peers else "labels"
     words = {"": "logits", "embedding": "embedding", "maps": "maps", "preact": "pre-activations"}
     kinds = dict.fromkeys(words[each] for each in (method.student_features, method.teacher_features))
     return ", ".join(kinds) + (", 4 rotations" if method.rotations else "")

@@ -81,6 +81,7 @@ class Method(nn.Module):
         warmup_student: whether the warm-up trains the student.
         ce_weight, kd_weight: of the cross-entropy with the labels and of T^2 KL on logits beside this method.
         anchors: whether the teacher walks along the models that were kept on its way.
+        peers: whether it is no loss between a student and a teacher, but networks that train together.
         usual: the usual weights in words, for the table.
         needs_teacher: False for none at all.
     """
@@ -91,6 +92,7 @@ class Method(nn.Module):
     terms: Mapping[str, float] = MappingProxyType({})
     needs_teacher = True
     anchors = False
+    peers = False
     student_features: str = ""
     teacher_features: str = ""
     rotations = False

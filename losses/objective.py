@@ -24,6 +24,8 @@ class Objective(nn.Module):
     term_weights: dict[str, float]
     # Epochs before the first of the run's own, counted up to -1; `phase` says which optimiser they use.
     warmup_epochs = 0
+    # How many differently augmented copies of a batch, one behind the other, `forward` wants as its images.
+    copies = 1
     # Whether some iterations leave some parameters without a gradient (DDP must then look for them).
     sparse_gradients = False
 

@@ -12,6 +12,7 @@ SLOW = [
     "test_benchmarks",
     "test_readme",
     "test_scripts",
+    "test_peers",
     "test_distill_methods",
     "test_bad_input",
     "test_two_processes",

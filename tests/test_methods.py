@@ -740,7 +740,7 @@ def test_a_method_of_ones_own(tmp_path):
         f"{tmp_path}/own.py:Other": "defines no class Other that extends",
         f"{tmp_path}/own.py:None": "defines no class None",
         "kd+kd": "joins different methods",
-        "kd+none": "stands alone",
+        "kd+none": "stand alone",
         "kdd": "did you mean kd",
     }.items():
         with pytest.raises(UserError, match=said):

@@ -1,0 +1,117 @@
+"""Peers that teach each other while they train, without any teacher: DML and KDCL."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import kd_loss
+from losses.logits import LabelsOnly
+from losses.objective import Objective
+
+STEPS = 30  # of the search for the best combination
+
+
+class Peers(Objective):
+    """L = sum_k [CE(q_k, y) + kl_weight T^2 KL_k] over K networks of equal rights; the first is the product.
+
+    DML (Zhang et al., eq. 5 and its form for more networks): KL_k is the mean over the other peers j of
+    KL(p_j || p_k), at T = 1, each p_j taken as it is.
+    KDCL (Guo et al., section 3): the peers see differently augmented copies of the batch, and KL_k is
+    KL(p_e || p_k) to an ensemble e of all logits (section 3.2): those of the peer with the lowest
+    cross-entropy on the batch, the convex combination with the lowest, or the least of each logit over the target's.
+
+    Args:
+        students: the networks, at least two.
+        method: dml, kdcl, kdcl_linear or kdcl_minlogit.
+        kl_weight, temperature: as above; DML has T = 1.
+    """
+
+    def __init__(self, students: Sequence[nn.Module], method: str, kl_weight: float = 1.0, temperature: float = 2.0):
+        super().__init__()
+        self.peers, self.method = nn.ModuleList(students), method
+        self.temperature = 1.0 if method == "dml" else temperature
+        self.term_weights = {"ce": 1.0, "kl": kl_weight * self.temperature**2}
+        self.copies = 1 if method == "dml" else len(students)
+
+    def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """`images` [copies x N, ...]: a copy of the batch for each peer, or one for all."""
+        views = images.chunk(len(self.peers)) if self.copies > 1 else [images] * len(self.peers)
+        logits = torch.stack([peer(view) for peer, view in zip(self.peers, views, strict=True)])
+        if self.method == "dml":
+            ce, kl = mutual(logits, labels)
+        else:
+            teacher = ENSEMBLES[self.method](logits.detach(), labels)
+            ce, kl = kd_loss(logits, teacher, labels, temperature=self.temperature)
+        return {"ce": ce.sum(), "kl": kl.sum()}
+
+    def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
+        first, *others = self.peers
+        return {"student": first(images)} | {f"peer{i}": peer(images) for i, peer in enumerate(others, start=2)}
+
+    def product(self) -> nn.Module:
+        return self.peers[0]
+
+
+class DML(LabelsOnly):
+    """The row of `Peers` for mutual learning."""
+
+    paper = "Zhang et al.: Deep Mutual Learning (2018)"
+    usual, peers = "1", True
+
+
+class KDCL(LabelsOnly):
+    """The row of `Peers` for the ensemble that is the best peer."""
+
+    paper = "Guo et al.: Online Knowledge Distillation via Collaborative Learning (2020)"
+    usual, peers = "1", True
+
+
+class KDCLLinear(KDCL):
+    """The row for the best convex combination."""
+
+    paper = f"{KDCL.paper}, linear"
+
+
+class KDCLMinLogit(KDCL):
+    """The row for the least logits."""
+
+    paper = f"{KDCL.paper}, min-logit"
+
+
+def mutual(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [K, N, C] -> cross-entropies [K] and, for each, the mean KL from the others [K]."""
+    others, ce = torch.zeros(len(logits), dtype=torch.float32, device=logits.device), None
+    for index, teacher in enumerate(logits.detach()):
+        ce, kl = kd_loss(logits, teacher, labels)
+        others = others + kl * (torch.arange(len(logits), device=logits.device) != index)
+    return ce, others / (len(logits) - 1)
+
+
+def best_peer(logits: Tensor, labels: Tensor) -> Tensor:
+    """KDCL-Naive: logits [K, N, C] -> those [N, C] of the network with the lowest cross-entropy."""
+    losses = torch.stack([F.cross_entropy(each.float(), labels) for each in logits])
+    return logits.index_select(0, losses.argmin()[None])[0]
+
+
+def best_combination(logits: Tensor, labels: Tensor) -> Tensor:
+    """KDCL-Linear: sum_k w_k z_k for the w >= 0, sum 1, with the lowest cross-entropy, by exponentiated gradient."""
+    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    scores = wide.new_zeros(len(wide))  # w = softmax(scores)
+    target = F.one_hot(labels, wide.shape[2])
+    scale = 1 / (wide - wide.mean(0)).square().sum(2).mean().clamp(min=1e-6)
+    for _ in range(STEPS):
+        mixed = torch.einsum("k,knc->nc", scores.softmax(0), wide)
+        gradient = torch.einsum("knc,nc->k", wide, mixed.softmax(1) - target) / len(labels)
+        scores = scores - 8 * scale * gradient
+    return torch.einsum("k,knc->nc", scores.softmax(0), wide)
+
+
+def least_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """KDCL-MinLogit: for each class the least over peers of z_c - z_y."""
+    own = logits.gather(2, labels[None, :, None].expand(len(logits), -1, 1))
+    return (logits - own).min(0).values
+
+
+ENSEMBLES = {"kdcl": best_peer, "kdcl_linear": best_combination, "kdcl_minlogit": least_logits}
