@@ -61,6 +61,10 @@ class TeacherConfig(GTNOptions, RunConfig):
         super().check()
         if not 0 <= self.anchors <= self.last_epoch:
             raise UserError(f"--anchors {self.anchors}: must be between 0 and the {self.last_epoch} epochs")
+        if self.freeze_teacher_epochs and self.method not in ("sftn", "gtn"):
+            raise UserError(
+                f"--freeze_teacher_epochs {self.freeze_teacher_epochs}: --method {self.method} has no branches to train"
+            )
         if self.student is not None and self.method != "sftn":
             raise UserError(f"--student {self.student}: is for --method sftn, which trains for one student")
 
@@ -74,7 +78,7 @@ def main() -> None:
     reference = read_top1(config.vanilla_run)
     config.output_dir = config.output_dir or default_folder(config.method, config.model, config.dataset)
     folder = RunFolder(config.output_dir, config.overwrite, config.resume_from_checkpoint is not None)
-    sparse = TEACHERS[config.method].objective.sparse_gradients
+    sparse = TEACHERS[config.method].objective.sparse_gradients or config.freeze_teacher_epochs > 0
     trackers = config.report_to if config.with_tracking else None
     accelerator = start_accelerator(config.mixed_precision, trackers, config.output_dir, sparse)
     screen = Screen(accelerator.is_main_process)

@@ -63,9 +63,12 @@ class Fusion(nn.Module):
     def forward(self, own: Tensor, handed: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self.narrow(own)
         if self.gates is not None:
-            handed = self.enlarge(handed)
-            gates = self.gates(torch.cat([x, handed], 1)).sigmoid()
-            x = x * gates[:, :1] + handed * gates[:, 1:]
+            # A 1x1 convolution of two joined maps is the sum of its halves, and that of the smaller map may
+            # come before the pixels are repeated: nothing of full size and double width is made.
+            ours, theirs = self.gates.weight.chunk(2, 1)
+            gates = F.conv2d(x, ours, self.gates.bias) + self.enlarge(F.conv2d(handed, theirs))
+            mine, other = gates.sigmoid().chunk(2, 1)
+            x = torch.addcmul(x * mine, self.enlarge(handed), other)
         return self.out(x), x
 
 

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from common import UserError, derive_seed
 from kernels import cross_entropy, kd_loss
-from losses.objective import Average, Objective
+from losses.objective import Average
 from models.branches import graft
 from models.network import Network, block_shapes, run_blocks
 from models.pool import Pool
 from models.supernet import Draw
 from teachers.gates import Gates
+from teachers.grafted import Grafted
 
 COLLAPSED = 0.1  # normalised entropy under which a gate is said to have collapsed
 STILL_HIGH = 0.9  # share of its peak that the KL must have left behind by the end
@@ -28,7 +29,7 @@ STILL_HIGH = 0.9  # share of its peak that the KL must have left behind by the e
 
 @dataclass
 class GTNOptions:
-    """Options of --method gtn, the first five also of --method sftn.
+    """Options of --method gtn, the first six also of --method sftn.
 
     Args:
         alpha: weight of the KL between branches and teacher (the papers: 3 on CIFAR-100, 1 on ImageNet).
@@ -36,6 +37,8 @@ class GTNOptions:
         branch_weight: weight of the branches' cross-entropy.
         temperature: softmax temperature of the KL (the papers: 1).
         kl_direction: reverse is KL(branch || teacher), as SFTN prints it; forward is KL(teacher || branch).
+        freeze_teacher_epochs: epochs at the start in which only branches train and the teacher stays as it is, its
+            BatchNorm statistics included: for pretrained teachers.
         alpha_phi: weight of that KL in the gates' loss, at most 0; default -alpha.
         gate_every: every how many iterations one updates the gates instead of the weights; 0: never.
         gate_lr: learning rate of the gates' Adam.
@@ -49,9 +52,10 @@ class GTNOptions:
     alpha: float = 3.0
     teacher_weight: float = 1.0
     branch_weight: float = 1.0
-    alpha_phi: float | None = None
     temperature: float = 1.0
     kl_direction: Literal["reverse", "forward"] = "reverse"
+    freeze_teacher_epochs: int = 0
+    alpha_phi: float | None = None
     gate_every: int = 2
     gate_lr: float = 1e-3
     gate_holdout: float = 0.0
@@ -70,6 +74,8 @@ class GTNOptions:
             raise UserError(
                 f"--teacher_weight {self.teacher_weight} and --branch_weight {self.branch_weight}: must be at least 0"
             )
+        if self.freeze_teacher_epochs < 0:
+            raise UserError(f"--freeze_teacher_epochs {self.freeze_teacher_epochs}: must be at least 0")
         if self.gate_every < 0 or self.gate_every == 1:
             raise UserError(f"--gate_every {self.gate_every}: must be 2 or more, or 0 for fixed gates")
         if not 0 <= self.gate_holdout < 1 or (self.gate_holdout and not self.gate_every):
@@ -79,7 +85,7 @@ class GTNOptions:
         self.pool.check()
 
 
-class GTN(Objective):
+class GTN(Grafted):
     """Trains `teacher` together with supernet branches, and in turn the gates that sample their paths.
 
     Even iterations (phase "weights") minimise CE(q_T, y) + mean_i [CE(q_i, y) + alpha KL] over the teacher
@@ -154,9 +160,6 @@ class GTN(Objective):
             branches = self._run_branches(features, self.gates.draw(generator))
         self.branches.train(self.training)
         return {"teacher": logits} | {f"branch{i}": branch for i, branch in enumerate(branches, start=1)}
-
-    def product(self) -> Network:
-        return self.teacher
 
     def weight_parameters(self) -> list[nn.Parameter]:
         return [*self.teacher.parameters(), *self.branches.parameters()]

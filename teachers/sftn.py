@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from common import UserError
 from kernels import cross_entropy, kd_loss
-from losses.objective import Objective
 from models import create_model
 from models.branches import feature_transform
 from models.network import Network, block_shapes, run_blocks
+from teachers.grafted import Grafted
 
 
-class SFTN(Objective):
+class SFTN(Grafted):
     """L = teacher_weight CE(q_T, y) + mean_i [branch_weight CE(q_i, y) + alpha KL(q_i || q_T)].
 
     Branch i is a transform of the teacher's map behind its block i, then fresh copies of the student's blocks
@@ -55,6 +55,3 @@ class SFTN(Objective):
         features, logits = run_blocks(self.teacher, images)
         found = {f"branch{i}": branch(x) for i, (branch, x) in enumerate(zip(self.branches, features, strict=True), 1)}
         return {"teacher": logits} | found
-
-    def product(self) -> Network:
-        return self.teacher

@@ -1,5 +1,7 @@
 """Teachers besides GTN: SFTN's loss, cut and gradients; the posterior that MSE approaches; schedules."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from models import create_model
 from models.network import run_blocks
 from models.pool import Pool
 from teachers import TEACHERS
+from teachers.gtn import GTN, GTNOptions
 from teachers.mse import squared_error
 from teachers.sftn import SFTN
 from train_teacher import TeacherConfig
@@ -19,6 +22,7 @@ from train_teacher import TeacherConfig
 
 class Options:
     alpha, teacher_weight, branch_weight, temperature, kl_direction = 3.0, 1.0, 1.0, 1.0, "reverse"
+    freeze_teacher_epochs = 0
     student, pool = "resnet8", Pool(stem=4, widths=[4, 4, 8, 8, 8, 8], strides=[1, 1, 2, 1, 2, 1], head=8)
 
 
@@ -98,6 +102,35 @@ def test_branches_have_weights_of_their_own():
     assert list(objective.predict(batch()[0], 0)) == ["teacher", "branch1", "branch2", "branch3"]
 
 
+@dataclass
+class GTNWithSeed(GTNOptions):
+    seed: int = 0
+
+
+@pytest.mark.parametrize("method", ["sftn", "gtn"])
+def test_a_frozen_teacher_stays_as_it_is_while_branches_warm_up(method):
+    torch.manual_seed(0)
+    pool = Options.pool
+    made = {
+        "sftn": lambda teacher: SFTN(teacher, options(freeze_teacher_epochs=2), 16),
+        "gtn": lambda teacher: GTN(teacher, GTNWithSeed(pool=pool, freeze_teacher_epochs=2), 16),
+    }[method](create_model("resnet14", 5))
+    optimizer = torch.optim.SGD(made.weight_parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for epoch in (0, 1, 2):
+        made.begin_epoch(epoch)
+        made.train()
+        before = {key: value.clone() for key, value in made.state_dict().items()}
+        terms = made(*batch(), 0)
+        sum(made.term_weights[name] * term for name, term in terms.items()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        changed = {key for key, value in made.state_dict().items() if not torch.equal(value, before[key])}
+        assert any(key.startswith("branches.") for key in changed)
+        teacher = {key for key in changed if key.startswith("teacher.")}
+        assert bool(teacher) is (epoch == 2)
+        assert epoch < 2 or {"teacher.bn1.running_mean", "teacher.conv1.weight"} <= teacher
+
+
 @pytest.mark.parametrize("student", ["wrn10_1", "resnet8x2", "vgg8", "mobilenetv2", "pool:3", "nas_s", "shufflenetv1"])
 def test_any_student_can_be_grafted(student):
     objective = sftn(size=32, student=student)
@@ -114,6 +147,8 @@ def test_mistakes_are_named():
     for arguments, said in {
         ("--method", "vanilla", "--student", "resnet8"): "is for --method sftn",
         ("--schedule", "15"): "write STEP/TOTAL",
+        ("--freeze_teacher_epochs", "3"): "vanilla has no branches to train",
+        ("--anchors", "31"): "must be between 0 and the 30 epochs",
         ("--stop_after", "40", "--epochs", "30"): "between 1 and --epochs 30",
         ("--teacher_weight", "-1", "--method", "sftn"): "must be at least 0",
     }.items():
