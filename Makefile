@@ -23,6 +23,7 @@ benchmark: .venv/installed
 	$(BIN)/python -m benchmarks.steps
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.methods
+	$(BIN)/python -m benchmarks.cost
 
 gpu-check: .venv/installed
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"

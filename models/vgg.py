@@ -2,7 +2,7 @@
 
 Five blocks of 3x3 convolutions with bias, max-pooling between them, global average pooling, linear. Parameter
 names (block0..4, classifier), counts and initial weights are those of the field's CIFAR-100 checkpoints; vgg8
-is the field's own. The first two stages are block 1 of SFTN (arXiv 2104.10602, Tables 10 to 12).
+is the field's own. The first two stages are block 1 of SFTN (arXiv 2102.07650, Tables 10 to 12).
 """
 
 import torch.nn.functional as F

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from benchmarks import cost as cost_benchmark
 from benchmarks import data as data_benchmark
 from benchmarks import methods as methods_benchmark
 from benchmarks.compare import as_markdown, tabulate
@@ -104,3 +105,15 @@ def test_the_methods_benchmark_times_every_method():
     assert {row["method"] for row in rows} == {name for name, method in METHODS.items() if method.needs_teacher}
     assert all(row["milliseconds"] > 0 for row in rows)
     assert next(row["over_kd"] for row in rows if row["method"] == "kd") == 1
+
+
+def test_the_cost_benchmark_sums_over_students(tmp_path):
+    row = cost_benchmark.measure(Setting("tiny", "resnet8", POOL, 16, 4, 5), students=3, paths=2, images=400)
+    assert len(row["sftn_seconds_each"]) == 3 and row["sftn_seconds"] == pytest.approx(
+        sum(row["sftn_seconds_each"]) / 3
+    )
+    assert row["gtn_over_sftn"] == pytest.approx(row["gtn_seconds"] / row["sftn_seconds"])
+    assert min(row["vanilla_seconds"], row["gtn_seconds"]) > 0
+    assert row["parameters"]["gtn"] > row["parameters"]["sftn0"] > row["parameters"]["vanilla"]
+    cost_benchmark.plot([row], tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").stat().st_size > 1000

@@ -278,6 +278,15 @@ def test_contrastive_estimation():
     agree(ours, formula, (0.1 * random(2, 4)).requires_grad_(), step=1e-7)
 
 
+def test_the_order_of_a_batch_does_not_matter_to_contrast():
+    bank, chosen, anchors = random(9, 4, seed=3), torch.tensor([[0, 5, 6], [1, 8, 5], [2, 3, 4]]), random(3, 4)
+    order, z = torch.tensor([2, 0, 1]), torch.tensor(40.0, dtype=F64)
+    losses = [
+        contrast(similarity_ratios(anchors[rows], bank, chosen[rows], 0.07), z, 9) for rows in (torch.arange(3), order)
+    ]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-12)
+
+
 def test_hierarchical_context():
     def formula(s, t):
         total, weights = ((s - t) ** 2).mean(), 1.0

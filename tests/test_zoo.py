@@ -221,7 +221,7 @@ def test_every_batch_norm_runs_once_whatever_is_asked_for(name):
 
 
 def test_the_cut_is_that_of_sftn():
-    """SFTN (arXiv 2104.10602), Tables 10 to 12: VGG13 with branches of VGG8; every transform is a 1x1 convolution."""
+    """SFTN (arXiv 2102.07650), Tables 10 to 12: VGG13 with branches of VGG8; every transform is a 1x1 convolution."""
     teacher, student = create_model("vgg13", 100).eval(), create_model("vgg8", 100).eval()
     sides, student_sides = block_shapes(teacher, 32), block_shapes(student, 32)
     assert sides == student_sides == [(128, 16), (256, 8), (512, 4)]

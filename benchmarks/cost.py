@@ -1,0 +1,129 @@
+"""What teachers cost: an epoch of a vanilla, an SFTN and a GTN teacher, for 1 to 10 students of a pool.
+
+python -m benchmarks.cost --output benchmarks/results/cost.json
+
+One SFTN teacher serves one student, one GTN teacher all of them: SFTN's cost is the sum over students, GTN's does not
+depend on them. Steps are timed on one batch, taking turns: GTN's are the mean over drawn paths, weight and gate steps
+in the proportion of --gate_every; SFTN's branches are those of pool:0, pool:1, ... An epoch is as many batches for all.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from tqdm import tqdm
+
+from benchmarks.steps import SETTINGS, Options, Setting, clock, gtn_step
+from common import write_atomically
+from engine.tracking import machine
+from models import create_model
+from teachers.gtn import GTN
+from teachers.sftn import SFTN
+from teachers.vanilla import Vanilla
+
+
+@dataclass
+class SFTNOptions(Options):
+    student: str = "pool:0"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--students", type=int, default=10)
+    parser.add_argument("--paths", type=int, default=24, help="paths of GTN that are timed")
+    parser.add_argument("--images", type=int, default=50_000, help="of an epoch")
+    parser.add_argument("--output", default="benchmarks/results/cost.json")
+    options = parser.parse_args()
+    results = [measure(SETTINGS[name], options.students, options.paths, options.images) for name in options.settings]
+    report = {"command": "python -m benchmarks.cost", **machine(), "results": results}
+    output = Path(options.output)
+    write_atomically(output, json.dumps(report, indent=1) + "\n")
+    plot(results, output.with_suffix(".png"))
+    print(f"an epoch of {options.images:,} images on {report['device']}")
+    for row in results:
+        print(f"{row['setting']}: {row['model']}, batch {row['batch']}; seconds (images/s)")
+        for name in ("vanilla", "sftn", "gtn"):
+            print(f"  {name:<8} {row[f'{name}_seconds']:>9.1f}  ({options.images / row[f'{name}_seconds']:,.0f})")
+        ratio = row["gtn_over_sftn"]
+        print(f"  one GTN teacher costs {ratio:.2f} SFTN teachers (target: at most 2), however many students")
+    print(f"written: {output}, {output.with_suffix('.png')}")
+
+
+def measure(setting: Setting, students: int, paths: int, images: int) -> dict:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+
+    def teacher():
+        return create_model(setting.model, setting.classes)
+
+    shape = (setting.batch, 3, setting.size, setting.size)
+    batch = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, setting.classes, (setting.batch,), device=device)
+    made = {"vanilla": Vanilla(teacher(), None, setting.size)}
+    made |= {
+        f"sftn{seed}": SFTN(teacher(), SFTNOptions(pool=setting.pool, student=f"pool:{seed}"), setting.size)
+        for seed in range(students)
+    }
+    made["gtn"] = GTN(teacher(), Options(pool=setting.pool), setting.size)
+    made = {name: each.to(device, memory_format=torch.channels_last) for name, each in made.items()}
+    steps = {name: gtn_step(each, batch, labels) for name, each in made.items()}
+    weights, gates = [], []
+    others: dict[str, list[float]] = {name: [] for name in made if name != "gtn"}
+    for number in tqdm(range(-1, paths), desc=setting.name, leave=False, disable=None):  # the first warms up
+        iteration = 2 * (number + 1)
+        for times, place in ((weights, iteration), (gates, iteration + 1)):
+            steps["gtn"](place)  # memory of this path's shapes is allocated, its kernels chosen
+            seconds = clock(lambda place=place: steps["gtn"](place), device)
+            if number >= 0:
+                times.append(seconds)
+        if number < max(3, paths // 4):
+            for name, times in others.items():
+                seconds = clock(lambda name=name: steps[name](0), device)
+                if number >= 0:
+                    times.append(seconds)
+    batches = images / setting.batch
+    every = made["gtn"].options.gate_every
+    sftn = [batches * statistics.median(others[f"sftn{seed}"]) for seed in range(students)]
+    gtn = batches * (statistics.mean(weights) * (every - 1) + statistics.mean(gates)) / every
+    return {
+        "setting": setting.name,
+        "model": setting.model,
+        "image_size": setting.size,
+        "batch": setting.batch,
+        "images": images,
+        "vanilla_seconds": batches * statistics.median(others["vanilla"]),
+        "sftn_seconds": statistics.mean(sftn),
+        "sftn_seconds_each": sftn,
+        "gtn_seconds": gtn,
+        "gtn_over_sftn": gtn / statistics.mean(sftn),
+        "parameters": {name: sum(p.numel() for p in each.parameters()) for name, each in made.items()},
+    }
+
+
+def plot(results: list[dict], path: Path) -> None:
+    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 3.6), squeeze=False)
+    for axis, row in zip(axes[0], results, strict=True):
+        students = range(1, len(row["sftn_seconds_each"]) + 1)
+        sums = [sum(row["sftn_seconds_each"][:count]) for count in students]
+        axis.plot(students, sums, marker="o", label="SFTN, a teacher each")
+        axis.plot(students, [row["gtn_seconds"]] * len(students), label="GTN, one for all")
+        axis.plot(students, [row["vanilla_seconds"]] * len(students), label="vanilla, one for all", linestyle=":")
+        axis.set(xlabel="students", ylabel=f"seconds an epoch of {row['images']:,} images", ylim=(0, None))
+        axis.set_title(f"{row['model']} at {row['image_size']}x{row['image_size']}, {row['setting']}'s pool")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
