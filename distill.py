@@ -27,7 +27,7 @@ from losses.logits import KD
 from losses.method import Method
 from losses.peers import Peers
 from models import ModelInfo, create_model, describe_models, find_spec, is_model, load_pretrained, save_pretrained
-from models.network import Network
+from models.network import Network, count_parameters
 from models.pool import Pool
 from models.weights import initial_weights, load_weights
 
@@ -123,14 +123,16 @@ def main() -> None:
         weight = 1.0 if config.kd_weight is None else config.kd_weight
         objective = Peers([student, *peers], config.method, weight)
     else:
-        objective = distillation(config, methods, student, teachers, data)
+        anchors = read_anchors(config.teacher) if any(method.anchors for method in methods) else []
+        config.lr_restarts = config.lr_restarts or len(anchors) or None
+        objective = distillation(config, methods, student, teachers, anchors, data)
 
     loop = Loop(objective, data, config, accelerator, folder, screen)
     sources = [f"{teacher.info.name} in {place}" for teacher, place in zip(teachers, config.teacher, strict=True)]
     source = f"{config.method} from {' and '.join(sources)}" if teachers else "trained alone"
     if methods[0].peers:
         source = f"{config.method} with {' and '.join(config.peers or [config.student])}"
-    parameters = sum(parameter.numel() for parameter in student.parameters())
+    parameters = count_parameters(student)
     screen.say(
         f"student {config.student} ({parameters:,} parameters), {source}, on {data.name}: {len(data.train):,} training "
         f"and {len(data.test):,} test images of {data.image_size}x{data.image_size}, {data.num_classes} classes; "
@@ -162,14 +164,16 @@ def main() -> None:
 
 
 def distillation(
-    config: DistillConfig, methods: list[type[Method]], student: Network, teachers: list[Network], data: ImageSet
+    config: DistillConfig,
+    methods: list[type[Method]],
+    student: Network,
+    teachers: list[Network],
+    anchors: list[dict[str, torch.Tensor]],
+    data: ImageSet,
 ) -> Distillation:
     """The run's objective, with the methods' weights: their papers' unless the user says otherwise."""
     images = None if isinstance(data.train, StreamSplit) else len(data.train)
     names = (config.student, teachers[0].info.name) if teachers else (config.student, "")
-    anchors = read_anchors(config.teacher) if any(method.anchors for method in methods) else []
-    if anchors and config.lr_restarts is None:
-        config.lr_restarts = len(anchors)
     built = build_methods(methods, student, teachers, data.image_size, data.num_classes, images, config, names)
     for method in built:
         if images is not None:

@@ -26,6 +26,7 @@ from engine.loop import Loop
 from engine.processes import run_script, start_accelerator
 from engine.tracking import RunFolder, Screen, default_folder
 from models import ModelInfo, create_model, describe_models, save_pretrained
+from models.network import count_parameters
 from models.weights import initial_weights
 from teachers import TEACHERS
 from teachers.gtn import GTNOptions
@@ -104,8 +105,9 @@ def main() -> None:
             save_pretrained(objective.product(), info, folder.path / "anchors" / f"{epoch:04d}")
 
     loop = Loop(objective, data, config, accelerator, folder, screen, keep_anchor)
+    parameters = count_parameters(teacher)
     screen.say(
-        f"{config.method} teacher {config.model} ({count(teacher):,} parameters) on {data.name}: {len(data.train):,} "
+        f"{config.method} teacher {config.model} ({parameters:,} parameters) on {data.name}: {len(data.train):,} "
         f"training and {len(data.test):,} test images of {data.image_size}x{data.image_size}, {data.num_classes} "
         f"classes; seed {config.seed}, {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"kernels: {implementation}"
@@ -133,7 +135,7 @@ def main() -> None:
         described={
             "method": config.method,
             "model": config.model,
-            "parameters": count(teacher),
+            "parameters": parameters,
             "sha256": info.sha256,
             "kernels": implementation,
         },
@@ -155,10 +157,6 @@ def read_top1(run: str | None) -> float | None:
         return json.loads((Path(run) / "summary.json").read_text())["top1"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--vanilla_run {run}: holds no finished run") from None
-
-
-def count(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def save_supernet(objective, path: Path) -> None:

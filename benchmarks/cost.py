@@ -24,6 +24,7 @@ from benchmarks.steps import SETTINGS, Options, Setting, clock, gtn_step
 from common import write_atomically
 from engine.tracking import machine
 from models import create_model
+from models.network import count_parameters
 from teachers.gtn import GTN
 from teachers.sftn import SFTN
 from teachers.vanilla import Vanilla
@@ -104,7 +105,7 @@ def measure(setting: Setting, students: int, paths: int, images: int) -> dict:
         "sftn_seconds_each": sftn,
         "gtn_seconds": gtn,
         "gtn_over_sftn": gtn / statistics.mean(sftn),
-        "parameters": {name: sum(p.numel() for p in each.parameters()) for name, each in made.items()},
+        "parameters": {name: count_parameters(each) for name, each in made.items()},
     }
 
 

@@ -6,6 +6,7 @@ are in memory: a batch is a gather of rows of pixels on the device. Sets that ar
 and stream.py, with the same plan.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -62,7 +63,7 @@ class Batch(NamedTuple):
     rows: Tensor | None = None  # [n] int64: which images of the split; None in a stream, which has no numbers
 
 
-class Loader:
+class Loader(ABC):
     """Training batches of a split; what its kinds share.
 
     Args:
@@ -102,9 +103,9 @@ class Loader:
         """Batches an epoch."""
         return len(self.edges) - 1
 
+    @abstractmethod
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on; together they hold every image exactly once."""
-        raise NotImplementedError
 
     def one(self, number: int) -> Batch:
         """Batch `number` of an endless stream over epochs; the one after the last is at hand."""

@@ -34,11 +34,11 @@ class WorkerLoader(Loader):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         plan = self.plan(epoch)
         numbers = range(start, len(self))
-        jobs = (plan.part(self.edges[n], self.edges[n + 1], self.rank, self.world) for n in numbers)
+        jobs = [plan.part(self.edges[n], self.edges[n + 1], self.rank, self.world) for n in numbers]
         images = _Images(self.split, self.augmentation, (self.seed, epoch))
-        for number, (pixels, labels, holes) in zip(numbers, _read(images, jobs, self), strict=True):
-            rows = plan.part(self.edges[number], self.edges[number + 1], self.rank, self.world).order
-            yield self.finish(pixels, labels, holes, number, rows.to(self.device))
+        batches = zip(numbers, jobs, _read(images, jobs, self), strict=True)
+        for number, job, (pixels, labels, holes) in batches:
+            yield self.finish(pixels, labels, holes, number, job.order.to(self.device))
 
 
 def worker_evaluation_batches(

@@ -49,13 +49,17 @@ class Distillation(Objective):
         super().__init__()
         self.student = student
         self.methods = nn.ModuleList(methods)
-        self.weights, self.temperature, self.options = list(weights), temperature, options
+        self.temperature, self.options = temperature, options
         # In a tuple, the teachers are no submodules: not trained, not averaged over processes, not in
         # checkpoints, not put into training mode.
         self.frozen = tuple(teacher.requires_grad_(False).eval() for teacher in teachers)
-        self.term_weights = {"ce": ce_weight} | ({"kl": kd_weight * temperature**2} if kd_weight else {})
+        self.weights_after = {"ce": ce_weight} | ({"kl": kd_weight * temperature**2} if kd_weight else {})
+        self.weights_before: dict[str, float] = {}  # of the warm-up's terms
         for method, weight in zip(methods, weights, strict=True):
-            self.term_weights |= {name: weight * part for name, part in method.terms.items()}
+            self.weights_after |= {name: weight * part for name, part in method.terms.items()}
+            scale = weight if method.warmup_student else 1.0
+            self.weights_before |= {name: scale * part for name, part in method.warmup_terms.items()}
+        self.term_weights = self.weights_after
         self.lengths = [(method.warmup_epochs and warmup_epochs) or method.warmup_epochs for method in methods]
         self.warmup_epochs = max(self.lengths, default=0)
         self.rotations = any(method.rotations for method in methods)
@@ -69,6 +73,7 @@ class Distillation(Objective):
 
     def begin_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+        self.term_weights = self.weights_before if epoch < 0 else self.weights_after
         if self.anchors:
             place = max(epoch, 0) * len(self.anchors) // self.options.epochs
             self.frozen[0].load_state_dict(self.anchors[place])
@@ -100,7 +105,7 @@ class Distillation(Objective):
             return self._warm_up(images, labels, rows)
         student, teacher = ask(self.student, images, self.student_features), self._ask_teachers(images)
         upright = student.logits[: len(labels)]
-        if "kl" in self.term_weights:
+        if "kl" in self.weights_after:
             ce, kl = kd_loss(upright, teacher.logits[: len(labels)], labels, temperature=self.temperature)
             terms = {"ce": ce[0], "kl": kl[0]}
         else:
@@ -112,16 +117,13 @@ class Distillation(Objective):
 
     def _warm_up(self, images: Tensor, labels: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
         teacher, student, terms = self._ask_teachers(images), None, {}
-        for method, length, weight in zip(self.methods, self.lengths, self.weights, strict=True):
+        for method, length in zip(self.methods, self.lengths, strict=True):
             if self.epoch < -length:
                 continue
             if student is None and method.warmup_student:
                 student = ask(self.student, images, self.student_features)
             views = self._views(method, student or teacher, teacher, labels)
-            found = method.warmup(*views, Batch(labels, rows, self.epoch + length))
-            scale = weight if method.warmup_student else 1.0
-            terms |= {name: scale * term for name, term in found.items()}
-        self.term_weights |= dict.fromkeys(terms, 1.0)
+            terms |= method.warmup(*views, Batch(labels, rows, self.epoch + length))
         return terms
 
     def _views(self, method: Method, student: Views, teacher: Views, labels: Tensor) -> tuple[Views, Views]:

@@ -155,7 +155,7 @@ class AB(Method):
     paper = "Heo et al.: Knowledge Transfer via Distillation of Activation Boundaries (2019)"
     usual = "1, in the warm-up"
     student_features = teacher_features = "preact"
-    warmup_epochs, warmup_student = 30, True
+    warmup_epochs, warmup_student, warmup_terms = 30, True, {"ab": 1.0}
     MARGIN, SCALE = 1.0, 3e-3
 
     def __init__(self, setting: Setting):
@@ -205,7 +205,7 @@ class FT(Method):
     weight, terms = 500.0, {"ft": 1.0}
     usual = "500"
     student_features = teacher_features = "maps"
-    warmup_epochs = 30
+    warmup_epochs, warmup_terms = 30, {"paraphraser": 1.0}
     SHARE = 0.5
 
     def __init__(self, setting: Setting):

@@ -77,8 +77,8 @@ class Method(nn.Module):
             or "preact", the latter two with the embedding.
         rotations: whether both networks see every image in four rotations, [4 N, ...], upright ones first.
         warmup_epochs: epochs before the student's own, in which `warmup` is minimised over
-            `warmup_parameters` alone.
-        warmup_student: whether the warm-up trains the student.
+            `warmup_parameters` alone; warmup_terms: its parts and their weights.
+        warmup_student: whether the warm-up trains the student; its terms are then weighted like the method's own.
         ce_weight, kd_weight: of the cross-entropy with the labels and of T^2 KL on logits beside this method.
         anchors: whether the teacher walks along the models that were kept on its way.
         peers: whether it is no loss between a student and a teacher, but networks that train together.
@@ -97,9 +97,15 @@ class Method(nn.Module):
     teacher_features: str = ""
     rotations = False
     warmup_epochs = 0
+    warmup_terms: Mapping[str, float] = MappingProxyType({})
     warmup_student = False
     ce_weight: float = 1.0
     kd_weight: float = 0.0
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.warmup_epochs and (cls.warmup is Method.warmup or not cls.warmup_terms):
+            raise TypeError(f"{cls.__name__}: a method with warmup_epochs needs warmup() and warmup_terms")
 
     def __init__(self, setting: Setting):
         super().__init__()
@@ -115,8 +121,8 @@ class Method(nn.Module):
         """Told after every update of the student."""
 
     def warmup(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
-        """The terms that the warm-up minimises, each with weight 1."""
-        raise NotImplementedError
+        """The terms that the warm-up minimises, scalars, by their names in `warmup_terms`."""
+        return {}
 
     def warmup_parameters(self) -> list[nn.Parameter]:
         return []

@@ -1,5 +1,6 @@
 """The contract between the training loop and what it trains."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch.optim import Optimizer
 Average = Callable[[Tensor], Tensor]
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """Owns the networks of a method and turns a batch into named loss terms.
 
     The loop asks, for every iteration (a count of batches over the whole run), which `phase` it belongs to,
@@ -29,21 +30,21 @@ class Objective(nn.Module):
     # Whether some iterations leave some parameters without a gradient (DDP must then look for them).
     sparse_gradients = False
 
+    @abstractmethod
     def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
         """Scalar loss terms of the iteration's phase, each a mean over the batch: images [N, 3, H, W]
         normalised, labels [N] int64, rows [N] int64: which images of the training split, where it has numbers."""
-        raise NotImplementedError
 
     def begin_epoch(self, epoch: int) -> None:
         """Told before every epoch: from 0, or from -warmup_epochs where there is a warm-up."""
 
+    @abstractmethod
     def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
         """Logits [N, C] by network name for evaluation, what is trained first; `seed` is for draws."""
-        raise NotImplementedError
 
+    @abstractmethod
     def product(self) -> nn.Module:
         """The network that is saved when training ends."""
-        raise NotImplementedError
 
     def phase(self, iteration: int) -> str:
         return "weights"

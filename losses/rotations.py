@@ -32,7 +32,7 @@ class SSKD(Method):
     usual = "0.9 KD, 2.7 turned, 10 self-supervised"
     student_features = teacher_features = "embedding"
     rotations = True
-    warmup_epochs = 60
+    warmup_epochs, warmup_terms = 60, {"contrast": 1.0}
     ce_weight, kd_weight = 0.1, 0.9
     TEMPERATURE = 0.5  # of the cosines
     KEPT_CLASSES, KEPT_IMAGES = 1.0, 0.75  # shares of what the teacher gets wrong
@@ -113,7 +113,7 @@ class HSAKD(Method):
     usual = "1 logits, 1 towers"
     student_features = teacher_features = "maps"
     rotations = True
-    warmup_epochs = 60
+    warmup_epochs, warmup_terms = 60, {"towers": 1.0}
     TEMPERATURE = 3.0
 
     def __init__(self, setting: Setting):

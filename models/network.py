@@ -1,6 +1,7 @@
 """The contract of every network: stages, an embedding, a classifier, and blocks to cut at."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
@@ -95,11 +96,12 @@ def _starts_in_relu(piece: nn.Module) -> bool:
     return isinstance(piece, nn.Sequential) and isinstance(next(iter(piece), None), nn.ReLU)
 
 
-class EndsInReLU(nn.Module):
+class EndsInReLU(nn.Module, ABC):
     """A block whose last step is a ReLU; a subclass says what comes before it."""
 
+    @abstractmethod
     def before_relu(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The sum that the ReLU is applied to."""
 
     def forward(self, x: Tensor) -> Tensor:
         return relu(self.before_relu(x))
@@ -189,8 +191,12 @@ def cost(model: Network, image_size: int) -> tuple[int, int, list[tuple[int, ...
     """
     with FlopCounterMode(display=False) as counter:
         _, maps, _ = model(torch.zeros(1, 3, image_size, image_size, device=model.fc.weight.device), features=True)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return parameters, counter.get_total_flops(), [tuple(each.shape[1:]) for each in maps[-len(model.blocks) :]]
+    shapes = [tuple(each.shape[1:]) for each in maps[-len(model.blocks) :]]
+    return count_parameters(model), counter.get_total_flops(), shapes
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.no_grad()

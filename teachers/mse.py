@@ -8,26 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.objective import Objective
 from models.network import Network
+from teachers.vanilla import Vanilla
 
 
-class MSE(Objective):
+class MSE(Vanilla):
     """L = mean over images of sum_c (y_c - p_c)^2, p = softmax(z), y one-hot; in float32 whatever z is."""
 
     def __init__(self, teacher: Network, options: object, image_size: int):
-        super().__init__()
-        self.teacher = teacher
+        super().__init__(teacher, options, image_size)
         self.term_weights = {"mse": 1.0}
 
     def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
         return {"mse": squared_error(self.teacher(images), labels)}
-
-    def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
-        return {"teacher": self.teacher(images)}
-
-    def product(self) -> Network:
-        return self.teacher
 
 
 def squared_error(logits: Tensor, labels: Tensor) -> Tensor:

@@ -612,6 +612,23 @@ def test_processes_share_one_bank(tmp_path):
     assert torch.allclose(ours[2], alone.methods[0].teacher_bank, atol=1e-6)
 
 
+def test_the_warm_up_has_weights_of_its_own():
+    """What a warm-up minimises is no part of the loss after it, whatever it is called."""
+    made = objective("ft+ab")
+    made.extra_optimizers()
+    after = {"ce": 1.0, "ft": made.methods[0].weight}
+    assert made.term_weights == after
+    made.begin_epoch(-1)
+    assert made.term_weights == {"paraphraser": 1.0, "ab": 1.0}
+    made.begin_epoch(0)
+    assert made.term_weights == after
+
+
+def test_a_warm_up_must_say_what_it_minimises():
+    with pytest.raises(TypeError, match="Half: a method with warmup_epochs needs"):
+        type("Half", (Method,), {"warmup_epochs": 3, "warmup_terms": {"half": 1.0}})
+
+
 def test_a_shorter_warm_up_keeps_the_shape_of_its_schedule():
     made = objective("sskd")
     made.lengths, made.warmup_epochs = [8], 8

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from common import UserError, check_name, derive_seed
-from models.network import Network, conv_bn, global_average_pool, initialise, split_last_relu
+from models.network import (
+    Network,
+    conv_bn,
+    count_parameters,
+    global_average_pool,
+    initialise,
+    split_last_relu,
+)
 from models.pool.sizes import draw_by_size
 from models.resnet import chain
 
@@ -198,7 +205,7 @@ def build_candidate(spec: dict) -> nn.Module:
 @cache
 def _parameters(*spec: tuple[str, int | str]) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_candidate(dict(spec)).parameters())
+        return count_parameters(build_candidate(dict(spec)))
 
 
 def build_head(channels_in: int, channels_out: int) -> nn.Sequential:

@@ -17,7 +17,7 @@ import yaml
 from tqdm import tqdm
 
 from common import UserError
-from models.network import cost
+from models.network import cost, count_parameters
 from models.pool import Pool, PoolNet
 
 MIN_SECONDS = 0.2  # of timing, a member
@@ -103,10 +103,6 @@ def min_parameters(pool: Pool, num_classes: int) -> int:
     choice = [pool.choices(layer)[costs.index(min(costs))] for layer, costs in enumerate(pool.candidate_parameters())]
     with torch.device("meta"):
         return count_parameters(PoolNet(pool.spec(choice), num_classes))
-
-
-def count_parameters(model: PoolNet) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.inference_mode()
