@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.steps import clock
 from common import write_atomically
+from engine.processes import keep_freed_memory
 from engine.tracking import machine
 from losses import METHODS
 from losses.distillation import Distillation, build_methods
@@ -46,6 +47,8 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/methods.json")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()  # as the loop does
     rows = measure(options.teacher, options.student, options.batch_size, options.rounds, device)
     setting = {"teacher": options.teacher, "student": options.student, "batch_size": options.batch_size}
     report = {"command": "python -m benchmarks.methods", **machine(), **setting, "rounds": options.rounds, "rows": rows}

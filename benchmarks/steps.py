@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import derive_seed, write_atomically
+from engine.processes import keep_freed_memory
 from engine.tracking import machine
 from kernels import cross_entropy, kd_loss
 from models import create_model
@@ -103,6 +104,8 @@ def main() -> None:
 
 def measure(setting: Setting, paths: int) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()  # as the loop does
     torch.manual_seed(0)
     teacher = create_model(setting.model, setting.classes)
     objective = GTN(teacher, Options(pool=setting.pool), setting.size).to(device, memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ from engine.config import NOT_COMPUTED, RunConfig
 from engine.data import AnySplit, ImageSet
 from engine.loader import Batch
 from engine.pipeline import Pipeline
-from engine.processes import Interrupted, RunError, StopSignals
+from engine.processes import Interrupted, RunError, StopSignals, keep_freed_memory
 from engine.tracking import RunFolder, Screen
 
 READ_EVERY = 20  # iterations between two looks at the losses: each look waits for the device
@@ -94,6 +94,8 @@ class Loop:
             self.folder.write_history(self.progress.history)
         if self.config.with_tracking:
             self.accelerator.init_trackers("tensorboard")
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         with StopSignals() as signals:
             while self.progress.epoch < self.warmup + self.config.last_epoch:
                 self._epoch(signals)

@@ -43,7 +43,7 @@ class ReviewKD(Method):
     def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
         total, handed = 0, None
         for fusion, own, target in zip(self.fusions, self._levels(student), self._levels(teacher), strict=True):
-            fused, handed = fusion(own, handed)
+            fused, handed = fusion(own, handed, last=fusion is self.fusions[-1])
             total = total + hierarchical_context(fused, target)
         return {"reviewkd": min((batch.epoch + 1) / RAMP, 1.0) * total}
 
@@ -60,26 +60,84 @@ class Fusion(nn.Module):
         for layer in (self.narrow[0], convolution):
             nn.init.kaiming_uniform_(layer.weight, a=1)
 
-    def forward(self, own: Tensor, handed: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, own: Tensor, handed: Tensor | None, last: bool = False) -> tuple[Tensor, Tensor | None]:
+        if self.gates is None:
+            x = self.narrow(own)
+            return self.out(x), x
+        # A 1x1 convolution of two joined maps is the sum of its halves, and that of the smaller map may come
+        # before the pixels are repeated: nothing of full size and double width is made.
+        ours, theirs = self.gates.weight.chunk(2, 1)
+        if last:
+            return self._narrowed_late(own, handed, ours, theirs), None
         x = self.narrow(own)
-        if self.gates is not None:
-            # A 1x1 convolution of two joined maps is the sum of its halves, and that of the smaller map may
-            # come before the pixels are repeated: nothing of full size and double width is made.
-            ours, theirs = self.gates.weight.chunk(2, 1)
-            gates = F.conv2d(x, ours, self.gates.bias) + self.enlarge(F.conv2d(handed, theirs))
-            mine, other = gates.sigmoid().chunk(2, 1)
-            x = torch.addcmul(x * mine, self.enlarge(handed), other)
+        mine, other = self._gates(F.conv2d(x, ours, self.gates.bias), handed, theirs)
+        x = torch.addcmul(x * mine, self.enlarge(handed), other)
         return self.out(x), x
+
+    def _gates(self, ours: Tensor, handed: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+        return (ours + self.enlarge(F.conv2d(handed, theirs))).sigmoid().chunk(2, 1)
+
+    def _narrowed_late(self, own: Tensor, handed: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
+        """The same where nothing is handed on. All up to the 3x3 convolution is linear in the narrowed map
+        W s + b, so W and b go into the weights of what follows, and that map, wide and the largest of all,
+        is never made."""
+        weight, bias = narrowing(own, *self.narrow)
+        gate_bias = self.gates.bias + (ours[:, :, 0, 0] @ bias)
+        mine, other = self._gates(
+            F.conv2d(own, ours[:, :, 0, 0].mm(weight)[..., None, None], gate_bias), handed, theirs
+        )
+        resize, convolution, norm = self.out
+        joined = torch.cat(
+            [torch.einsum("omhw,mc->ochw", convolution.weight, part) for part in (weight, bias[:, None])], 1
+        )
+        fused = F.conv2d(resize(torch.cat([own * mine, mine], 1)), joined, padding=1)
+        return norm(fused + convolution(resize(self.enlarge(handed) * other)))
+
+
+@full_precision
+def narrowing(x: Tensor, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(weight [M, C], bias [M]) of a 1x1 convolution and the BatchNorm behind it, for x [N, C, H, W].
+
+    In training the variance of W x over pixels is diag(W Cov(x) W^T), and counts for the running statistics.
+    """
+    weight = convolution.weight[:, :, 0, 0]
+    if norm.training:
+        pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
+        count, centre = len(pixels), pixels.mean(0)
+        centred = pixels - centre
+        mean, variance = weight @ centre, ((weight @ (centred.T @ centred / count)) * weight).sum(1)
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+            norm.num_batches_tracked += 1
+    else:
+        mean, variance = norm.running_mean, norm.running_var
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    return scale[:, None] * weight, norm.bias - scale * mean
 
 
 @full_precision
 def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
     """HCL: mean squares at full size and averaged to 4x4, 2x2 and 1x1, each with half the weight of the one
     before, over the sum of the weights; levels not smaller than the map are left out."""
-    total, weights, weight = F.mse_loss(student, teacher), 1.0, 1.0
+    apart = student - teacher  # averages are linear: those of the difference
+    total, weights, weight = mean_square(apart), 1.0, 1.0
     for side in (4, 2, 1):
         if side < student.shape[-1]:
             weight /= 2
-            smaller = (F.adaptive_avg_pool2d(maps, side) for maps in (student, teacher))
-            total, weights = total + weight * F.mse_loss(*smaller), weights + weight
+            total, weights = total + weight * mean_square(averaged_to(apart, side)), weights + weight
     return total / weights
+
+
+# The gradients of Tensor.mean, mse_loss and pooling to 1x1 are laid out channels first whatever the map is, and all
+# layers that they reach would go through memory in the wrong order; those of the two functions below keep its order.
+
+
+def mean_square(x: Tensor) -> Tensor:
+    return x.square().sum() / x.numel()
+
+
+def averaged_to(maps: Tensor, side: int) -> Tensor:
+    """As adaptive_avg_pool2d, for square maps."""
+    times, rest = divmod(maps.shape[-1], side)
+    return F.adaptive_avg_pool2d(maps, side) if rest else F.avg_pool2d(maps, times)

@@ -67,13 +67,18 @@ def test_measure_reports_all_three_steps():
 
 
 def test_comparison_table_holds_means_and_deviations():
-    results = [
-        {"vanilla": 97.0, "gtn": 98.0, "pool:1/alone": 90.0, "pool:1/vanilla": 92.0, "pool:1/gtn": 94.0},
-        {"vanilla": 99.0, "gtn": 98.0, "pool:1/alone": 92.0, "pool:1/vanilla": 92.0, "pool:1/gtn": 95.0},
-    ]
-    rows = tabulate(results, ["pool:1"])
-    assert rows["teacher"] == {"vanilla": [97.0, 99.0], "gtn": [98.0, 98.0]}
-    assert "| pool:1 | 91.00 ± 1.41 | 92.00 ± 0.00 | 94.50 ± 0.71 |" in as_markdown(rows, [0, 1])
+    def run(vanilla: float, sftn: list[float], students: list[float]) -> dict:
+        teachers = {"vanilla": [vanilla], "sftn": sftn}
+        teachers = {name: [{"top1": top1, "seconds": 10.0} for top1 in each] for name, each in teachers.items()}
+        named = zip(("alone", "vanilla", "sftn"), students, strict=True)
+        return {"teachers": teachers, "students": {"pool:1": {name: {"top1": top1} for name, top1 in named}}}
+
+    rows = tabulate([run(97.0, [97.5, 98.5], [90.0, 92.0, 94.0]), run(99.0, [98.0, 98.0], [92.0, 92.0, 95.0])])
+    assert rows["teacher"] == {"vanilla": [97.0, 99.0], "sftn": [98.0, 98.0]}
+    assert rows["seconds"] == {"vanilla": [10.0, 10.0], "sftn": [20.0, 20.0]}  # one SFTN teacher a student
+    table = as_markdown(rows, [0, 1])
+    assert "| pool:1 | 91.00 ± 1.41 | 92.00 ± 0.00 | 94.50 ± 0.71 |" in table
+    assert "| teacher |  | 98.00 ± 1.41 | 98.00 ± 0.00 |" in table
 
 
 def test_a_set_takes_hardly_more_memory_than_its_pixels():

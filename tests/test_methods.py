@@ -1,5 +1,6 @@
 """Every distillation loss against its paper's formula, written out in NumPy and float64; and what it implies."""
 
+import copy
 import math
 
 import numpy as np
@@ -31,7 +32,7 @@ from losses.relations import (
     probabilistic_transfer,
     similarity_preserving,
 )
-from losses.review import hierarchical_context
+from losses.review import Fusion, hierarchical_context
 from losses.rotations import cosines, rotate, selected_divergence
 from models import create_model
 
@@ -298,6 +299,28 @@ def test_hierarchical_context():
     agree(hierarchical_context, formula, maps(2, 3, 8, 8, seed=1, train=True), maps(2, 3, 8, 8, seed=2))
     small = maps(2, 3, 1, 1, seed=1), maps(2, 3, 1, 1, seed=2)
     assert hierarchical_context(*small).item() == pytest.approx((small[0] - small[1]).square().mean().item())
+
+
+@pytest.mark.parametrize("target_side", [8, 4, 12])
+def test_the_last_fusion_is_what_all_are(target_side):
+    """Where nothing is handed on, the narrowed map is never made: values, gradients and statistics are the same."""
+    torch.manual_seed(0)
+    plain = Fusion(6, 10, 5, 8, target_side, first=False).double()
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter)
+    late = copy.deepcopy(plain)
+    found = []
+    for fusion, last in ((plain, False), (late, True)):
+        own, handed = maps(3, 6, 8, 8, seed=1, train=True), maps(3, 10, 4, 4, seed=2, train=True)
+        fused, _ = fusion(own, handed, last)
+        fused.square().sum().backward()
+        fusion.eval()
+        evaluated, _ = fusion(own, handed, last)
+        gradients = [own.grad, handed.grad, *(parameter.grad for parameter in fusion.parameters())]
+        found.append([fused, evaluated, *gradients, *fusion.buffers()])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-9)
+    assert not torch.equal(late.narrow[1].running_var, torch.ones(10, dtype=F64))
 
 
 def test_selected_divergence():
