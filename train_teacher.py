@@ -9,7 +9,7 @@ accelerate launch --config_file accelerate_config.yaml train_teacher.py \\
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from shlex import quote
 
@@ -25,8 +25,9 @@ from engine.finish import finish_run
 from engine.loop import Loop
 from engine.processes import run_script, start_accelerator
 from engine.tracking import RunFolder, Screen, default_folder
-from models import ModelInfo, create_model, describe_models, save_pretrained
+from models import ModelInfo, create_model, describe_models, find_spec, save_pretrained
 from models.network import count_parameters
+from models.pool import pool_of
 from models.weights import initial_weights
 from teachers import TEACHERS
 from teachers.gtn import GTNOptions
@@ -40,6 +41,8 @@ class TeacherConfig(GTNOptions, RunConfig):
         method: what the teacher is trained for: vanilla, mse, sftn or gtn.
         model: the teacher: a zoo name (--list_models).
         student: of --method sftn: the one student that the branches stand for, named as for distill.py.
+        pool_students: of --method gtn: students of the pool, named as for distill.py (pool:SEED, specs as .json): the
+            supernet offers in each layer what these take there, and nothing else. Their specs are kept in students/.
         schedule: STEP/TOTAL: TOTAL epochs, the learning rate times lr_gamma every STEP (as early-stopped teachers
             have it); takes the place of --epochs, --lr_schedule and --lr_milestones.
         anchors: keep this many models on the way, at equal intervals of epochs, for distill.py --method rco.
@@ -49,6 +52,7 @@ class TeacherConfig(GTNOptions, RunConfig):
     method: str = "vanilla"
     model: str = "resnet20"
     student: str | None = None
+    pool_students: list[str] = field(default_factory=list)
     schedule: str | None = None
     anchors: int = 0
     vanilla_run: str | None = None
@@ -68,6 +72,8 @@ class TeacherConfig(GTNOptions, RunConfig):
             )
         if self.student is not None and self.method != "sftn":
             raise UserError(f"--student {self.student}: is for --method sftn, which trains for one student")
+        if self.pool_students and self.method != "gtn":
+            raise UserError(f"--pool_students {' '.join(self.pool_students)}: are for --method gtn")
 
 
 def main() -> None:
@@ -75,6 +81,10 @@ def main() -> None:
     config = parse(TeacherConfig, __doc__, listings)
     check_name("--method", config.method, TEACHERS)
     config.check_gtn()
+    students: dict[str, dict] = {}
+    if config.pool_students:
+        students = {name: spec_of(name, config) for name in config.pool_students}
+        config.pool = pool_of(students)
     config.dataset = config.dataset or "digits"
     reference = read_top1(config.vanilla_run)
     config.output_dir = config.output_dir or default_folder(config.method, config.model, config.dataset)
@@ -129,7 +139,11 @@ def main() -> None:
         info = save_pretrained(objective.product(), info, folder.path)
         if config.method == "gtn" and config.save_supernet:
             save_supernet(objective, folder.path / "supernet.safetensors")
+        for name, spec in students.items():  # pool:SEED of the smaller pool is another network
+            write_atomically(spec_path(folder.path, name), json.dumps(spec, indent=1) + "\n")
     suggested = config.student or ("pool:7" if pool else "resnet8")
+    if students:
+        suggested = str(spec_path(folder.path, config.pool_students[0]))
     finish_run(
         loop,
         described={
@@ -147,6 +161,16 @@ def main() -> None:
 
 def describe(config: TeacherConfig, data: ImageSet, pool: dict | None) -> ModelInfo:
     return ModelInfo(config.model, data.name, data.num_classes, data.image_size, data.mean, data.std, pool=pool)
+
+
+def spec_of(name: str, config: TeacherConfig) -> dict:
+    if (spec := find_spec(name, config.pool, "--pool_students")) is None:
+        raise UserError(f"--pool_students {name}: is no student of a pool; give pool:SEED, nas_* or a spec (.json)")
+    return spec
+
+
+def spec_path(folder: Path, name: str) -> Path:
+    return folder / "students" / f"{Path(name).stem.replace(':', '')}.json"
 
 
 def read_top1(run: str | None) -> float | None:

@@ -51,14 +51,22 @@ class Branch(nn.Module):
 
 
 def graft(
-    shapes: Sequence[tuple[int, int]], pool: Pool, num_classes: int, image_size: int, share: bool = False
+    shapes: Sequence[tuple[int, int]],
+    pool: Pool,
+    num_classes: int,
+    image_size: int,
+    share: bool = False,
+    places: Sequence[int] = (),
 ) -> nn.ModuleList:
-    """One branch for every teacher feature map in `shapes` (channels, side); `share` ties their blocks."""
+    """Branches behind the teacher's blocks `places`, counted from 1 and rising; () is all but the last block.
+
+    `shapes` holds the (channels, side) of those blocks' feature maps; `share` ties the branches' blocks.
+    """
     if len(shapes) != len(pool.blocks()) - 1:
         raise UserError(f"pool.partition: the teacher has {len(shapes) + 1} blocks, the pool {len(pool.blocks())}")
     branches = nn.ModuleList()
-    for index, shape in enumerate(shapes, start=1):
-        shared = branches[0].supernet if share and index > 1 else None
-        transform = feature_transform(shape, input_shape(pool, index, image_size))
+    for index in places or range(1, len(shapes) + 1):
+        shared = branches[0].supernet if share and branches else None
+        transform = feature_transform(shapes[index - 1], input_shape(pool, index, image_size))
         branches.append(Branch(transform, Supernet(pool, num_classes, index, shared)))
     return branches

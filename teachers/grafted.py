@@ -1,7 +1,24 @@
 """What SFTN and GTN have in common: a teacher with branches, which may stay as it is for a while."""
 
+from collections.abc import Sequence
+
+from common import UserError
 from losses.objective import Objective
 from models.network import Network
+
+
+def branch_places(wanted: Sequence[int], blocks: int) -> list[int]:
+    """Behind which of the teacher's blocks, counted from 1, branches are grafted; none wanted: all but the last.
+
+    Raises:
+        UserError: a place that there is not, or one twice.
+    """
+    every = list(range(1, blocks))
+    if len(set(wanted)) < len(wanted) or not set(wanted) <= set(every):
+        raise UserError(
+            f"--branches {' '.join(map(str, wanted))}: must be some of {' '.join(map(str, every))}, each once"
+        )
+    return sorted(wanted) or every
 
 
 class Grafted(Objective):

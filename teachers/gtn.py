@@ -21,7 +21,7 @@ from models.network import Network, block_shapes, run_blocks
 from models.pool import Pool
 from models.supernet import Draw
 from teachers.gates import Gates
-from teachers.grafted import Grafted
+from teachers.grafted import Grafted, branch_places
 
 COLLAPSED = 0.1  # normalised entropy under which a gate is said to have collapsed
 STILL_HIGH = 0.9  # share of its peak that the KL must have left behind by the end
@@ -29,7 +29,7 @@ STILL_HIGH = 0.9  # share of its peak that the KL must have left behind by the e
 
 @dataclass
 class GTNOptions:
-    """Options of --method gtn, the first six also of --method sftn.
+    """Options of --method gtn, the first seven also of --method sftn.
 
     Args:
         alpha: weight of the KL between branches and teacher (the papers: 3 on CIFAR-100, 1 on ImageNet).
@@ -39,6 +39,7 @@ class GTNOptions:
         kl_direction: reverse is KL(branch || teacher), as SFTN prints it; forward is KL(teacher || branch).
         freeze_teacher_epochs: epochs at the start in which only branches train and the teacher stays as it is, its
             BatchNorm statistics included: for pretrained teachers.
+        branches: behind which of the teacher's blocks (1, 2, 3) branches are grafted; default: all.
         alpha_phi: weight of that KL in the gates' loss, at most 0; default -alpha.
         gate_every: every how many iterations one updates the gates instead of the weights; 0: never.
         gate_lr: learning rate of the gates' Adam.
@@ -55,6 +56,7 @@ class GTNOptions:
     temperature: float = 1.0
     kl_direction: Literal["reverse", "forward"] = "reverse"
     freeze_teacher_epochs: int = 0
+    branches: list[int] = field(default_factory=list)
     alpha_phi: float | None = None
     gate_every: int = 2
     gate_lr: float = 1e-3
@@ -101,7 +103,8 @@ class GTN(Grafted):
         self.options = options
         num_classes = teacher.fc.out_features
         shapes = block_shapes(teacher, image_size)
-        self.branches = graft(shapes, options.pool, num_classes, image_size, options.share_branches)
+        self.places = branch_places(options.branches, len(teacher.blocks))
+        self.branches = graft(shapes, options.pool, num_classes, image_size, options.share_branches, self.places)
         layers = [layer for branch in self.branches for layer in branch.supernet.layers]
         self.gates = Gates([len(layer.names) for layer in layers], options.full_gates)
         alpha_phi = -options.alpha if options.alpha_phi is None else options.alpha_phi
@@ -136,9 +139,9 @@ class GTN(Grafted):
 
     def _run_branches(self, features: list[Tensor], draws: list[Draw]) -> Tensor:
         logits, rest = [], draws
-        for branch, feature in zip(self.branches, features, strict=True):
+        for branch, place in zip(self.branches, self.places, strict=True):
             layers = len(branch.supernet.layers)
-            logits.append(branch(feature, rest[:layers]))
+            logits.append(branch(features[place - 1], rest[:layers]))
             rest = rest[layers:]
         return torch.stack(logits)
 
@@ -159,7 +162,7 @@ class GTN(Grafted):
         with frozen_statistics(self._norms):
             branches = self._run_branches(features, self.gates.draw(generator))
         self.branches.train(self.training)
-        return {"teacher": logits} | {f"branch{i}": branch for i, branch in enumerate(branches, start=1)}
+        return {"teacher": logits} | {f"branch{i}": each for i, each in zip(self.places, branches, strict=True)}
 
     def weight_parameters(self) -> list[nn.Parameter]:
         return [*self.teacher.parameters(), *self.branches.parameters()]
@@ -185,7 +188,7 @@ class GTN(Grafted):
         probabilities = iter(self.gates.probabilities().tolist())
         entropies = iter(self.gates.normalised_entropy())
         gates, entropy = {}, {}
-        for index, branch in enumerate(self.branches, start=1):
+        for index, branch in zip(self.places, self.branches, strict=True):
             layers = branch.supernet.layers
             first = len(self.options.pool.widths) - len(layers) + 1
             gates[f"branch{index}"], entropy[f"branch{index}"] = {}, {}

@@ -12,7 +12,7 @@ from kernels import cross_entropy, kd_loss
 from models import create_model
 from models.branches import feature_transform
 from models.network import Network, block_shapes, run_blocks
-from teachers.grafted import Grafted
+from teachers.grafted import Grafted, branch_places
 
 
 class SFTN(Grafted):
@@ -29,14 +29,16 @@ class SFTN(Grafted):
             raise UserError("--student: --method sftn needs the student that the teacher is for")
         self.teacher, self.options = teacher, options
         num_classes = teacher.fc.out_features
+        self.places = branch_places(options.branches, len(teacher.blocks))
         self.branches = nn.ModuleList()
-        for index, shape in enumerate(block_shapes(teacher, image_size), start=1):
+        shapes = block_shapes(teacher, image_size)
+        for index in self.places:
             student = create_model(options.student, num_classes, options.pool, "--student", image_size)
             if len(student.blocks) != len(teacher.blocks):
                 raise UserError(
                     f"--student {options.student}: has {len(student.blocks)} blocks, the teacher {len(teacher.blocks)}"
                 )
-            transform = feature_transform(shape, block_shapes(student, image_size)[index - 1])
+            transform = feature_transform(shapes[index - 1], block_shapes(student, image_size)[index - 1])
             self.branches.append(nn.Sequential(transform, *student.blocks[index:]))
         self.term_weights = {
             "teacher_ce": options.teacher_weight,
@@ -45,13 +47,18 @@ class SFTN(Grafted):
         }
 
     def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
-        features, logits = run_blocks(self.teacher, images)
-        branches = torch.stack([branch(x) for branch, x in zip(self.branches, features, strict=True)])
+        branches, logits = self._run(images)
         options = self.options
-        ce, kl = kd_loss(branches, logits, labels, temperature=options.temperature, direction=options.kl_direction)
+        ce, kl = kd_loss(
+            torch.stack(branches), logits, labels, temperature=options.temperature, direction=options.kl_direction
+        )
         return {"teacher_ce": cross_entropy(logits, labels), "branch_ce": ce.mean(), "branch_kl": kl.mean()}
 
     def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
+        branches, logits = self._run(images)
+        return {"teacher": logits} | {f"branch{i}": each for i, each in zip(self.places, branches, strict=True)}
+
+    def _run(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The branches' logits, and the teacher's."""
         features, logits = run_blocks(self.teacher, images)
-        found = {f"branch{i}": branch(x) for i, (branch, x) in enumerate(zip(self.branches, features, strict=True), 1)}
-        return {"teacher": logits} | found
+        return [branch(features[i - 1]) for i, branch in zip(self.places, self.branches, strict=True)], logits

@@ -28,6 +28,22 @@ def make(**options) -> GTN:
     return GTN(create_model("resnet8", 5), Options(pool=Pool(**POOL), **options), 16)
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_some_branches(share):
+    """Branches 2 and 3 alone: their gates, names and terms, and gradients for all of the teacher up to its end."""
+    objective = make(branches=[3, 2], share_branches=share)
+    layers = [len(branch.supernet.layers) for branch in objective.branches]
+    assert layers == [3, 1] and len(objective.gates.counts) == 4
+    assert list(objective.record()["gates"]) == ["branch2", "branch3"]
+    assert list(objective.record()["gates"]["branch2"]) == ["L4", "L5", "L6"]
+    assert list(objective.predict(batch()[0], 0)) == ["teacher", "branch2", "branch3"]
+    terms = objective(*batch(), 0)
+    terms["branch_ce"].backward()
+    *before, last = objective.teacher.blocks
+    assert all(p.grad is not None for block in before for p in block.parameters())
+    assert not any(p.grad is not None and p.grad.any() for p in last.parameters())
+
+
 def batch(size: int = 8):
     source = torch.Generator().manual_seed(4)
     images = torch.randn(size, 3, 16, 16, generator=source)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -13,7 +14,16 @@ import torch
 
 from common import UserError
 from models import create_model
-from models.pool import NAS_STUDENTS, Pool, PoolLayer, PoolNet, check_spec, even_blocks
+from models.pool import (
+    NAS_STUDENTS,
+    Pool,
+    PoolLayer,
+    PoolNet,
+    _candidate,
+    check_spec,
+    even_blocks,
+    pool_of,
+)
 
 ROOT = Path(__file__).parents[1]
 # (type, in, out, kernel, stride) of every row of the GTN supplement's Tables 1, 2 and 3, and of each ResBlock
@@ -132,6 +142,29 @@ def test_sampling_is_uniform_over_choices():
         assert all(abs(times - draws / options) < 5 * deviation for times in counter.values())
 
 
+def test_a_pool_of_given_students_offers_what_they_take():
+    wide = Pool(stem=8, widths=[8, 8, 8, 16, 16, 32], strides=[1, 1, 1, 2, 1, 2], head=16)
+    specs = {f"pool:{seed}": wide.sample(seed) for seed in (1, 5, 9)}
+    pool = pool_of(specs)
+    taken = [{_candidate(spec["layers"][layer + 1]) for spec in specs.values()} for layer in range(6)]
+    assert [set(pool.choices(layer)) for layer in range(6)] == taken
+    drawn = [Pool(**asdict(pool)).sample(seed) for seed in range(50)]  # as a teacher's model.json gives it back
+    for spec in specs.values():
+        assert pool.spec([_candidate(layer) for layer in spec["layers"][1:-2]]) == spec
+    for spec in drawn:
+        assert all(_candidate(layer) in names for layer, names in zip(spec["layers"][1:-2], taken, strict=True))
+    assert pool_of({"alone": specs["pool:1"]}).sample(3) == specs["pool:1"]
+    assert pool_of({"nas_m": NAS_STUDENTS["nas_m"]}).sample(0) == NAS_STUDENTS["nas_m"]
+
+
+def test_students_of_different_pools_are_in_no_pool():
+    other = Pool(widths=[64, 64, 64, 128, 256, 256])
+    with pytest.raises(UserError, match=r"--pool_students b: is in no pool with a"):
+        pool_of({"a": Pool().sample(0), "b": other.sample(0)})
+    with pytest.raises(UserError, match=r"--pool_students nas_l: is in no pool with nas_s"):
+        pool_of({name: NAS_STUDENTS[name] for name in ("nas_s", "nas_l")})
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -144,6 +177,9 @@ def test_sampling_is_uniform_over_choices():
         ({"candidates": ["identty"]}, "identity"),
         ({"candidates": ["zero"]}, "besides 'zero'"),
         ({"candidates": ["identity", "identity"]}, "nothing twice"),
+        ({"layers": [["identity"]]}, "pool.layers: 1 for the 6"),
+        ({"layers": [["zero"]] + [["identity"]] * 5}, "layer 1: nothing of"),
+        ({"layers": [["res3x3"]] + [["identity"]] * 5}, "pool.layers, layer 1: .* even depth"),
     ],
 )
 def test_pools_that_make_no_sense_are_refused(fields, named):

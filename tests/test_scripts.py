@@ -1,6 +1,7 @@
 """The scripts from end to end, through the launcher and plainly: what a run leaves behind and says."""
 
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ from PIL import Image
 from distill import DistillConfig
 from engine.config import parse
 from models import create_model, load_pretrained
+from models.pool import Pool
 from tests.runs import ROOT, TINY, TINY_GTN, TINY_POOL, launch, python, read_json, read_rows, start, succeeded
 
 SUMMARY = {"method", "model", "dataset", "seed", "top1", "top5", "best", "epochs", "seconds", "images_per_second"}
@@ -129,6 +131,31 @@ def test_options_of_gtn_run(options, tmp_path):
     losses = read_rows(run / "metrics.jsonl")[0]["losses"]
     assert ("gate_kl" in losses) == ("0.2" in options)
     assert (run / "supernet.safetensors").exists() == ("--save_supernet" in options)
+
+
+def test_a_teacher_for_given_students(tmp_path):
+    """--pool_students, as names and as a spec's file: the supernet and the teacher's pool hold what they take."""
+    sizes = {"widths": [4, 4, 4, 8, 8, 8], "strides": [1, 1, 1, 2, 2, 1]}  # those of TINY_POOL
+    wide = Pool(stem=4, head=8, candidates=["res3x2", "identity", "zero"], **sizes)
+    spec = tmp_path / "mine.json"
+    spec.write_text(json.dumps(wide.sample(4)))
+    run = tmp_path / "run"
+    chosen = ["--pool_students", "pool:1", spec, "--branches", "2", "3"]
+    succeeded(python("train_teacher.py", *TINY_GTN, *chosen, "--gate_every", "2", "--output_dir", run))
+    row = read_rows(run / "metrics.jsonl")[-1]
+    assert set(row["accuracy"]) == {"teacher", "branch2", "branch3"}
+    pool = Pool(**read_json(run / "model.json")["pool"])
+    offered = [list(row["gates"]["branch2"][f"L{layer}"]) for layer in (4, 5, 6)]
+    assert offered == [pool.choices(layer) for layer in (3, 4, 5)] != [wide.choices(layer) for layer in (3, 4, 5)]
+    # pool:1 of the smaller pool is another network, so the students are kept as files
+    assert read_json(run / "students" / "pool1.json") == wide.sample(1)
+    assert read_json(run / "students" / "mine.json") == wide.sample(4)
+    student = [run / "students" / "pool1.json", "--epochs", "1", "--output_dir", tmp_path / "student"]
+    succeeded(python("distill.py", "--teacher", run, "--student", *student))
+    other = ["--pool_students", "pool:1", "nas_s", "--output_dir", tmp_path / "n"]
+    refused = python("train_teacher.py", *TINY_GTN, *other)
+    assert refused.returncode == 2 and "--pool_students nas_s: is in no pool with pool:1" in refused.stderr
+    assert not (tmp_path / "n").exists()
 
 
 def test_gates_of_their_own_leave_the_weights_all_other_images(tmp_path):

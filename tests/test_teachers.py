@@ -22,7 +22,7 @@ from train_teacher import TeacherConfig
 
 class Options:
     alpha, teacher_weight, branch_weight, temperature, kl_direction = 3.0, 1.0, 1.0, 1.0, "reverse"
-    freeze_teacher_epochs = 0
+    freeze_teacher_epochs, branches = 0, ()
     student, pool = "resnet8", Pool(stem=4, widths=[4, 4, 8, 8, 8, 8], strides=[1, 1, 2, 1, 2, 1], head=8)
 
 
@@ -42,6 +42,24 @@ def batch(size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
 
 def total(objective: SFTN, terms: dict) -> torch.Tensor:
     return sum(objective.term_weights[name] * term for name, term in terms.items())
+
+
+def test_some_branches_are_those_of_all():
+    whole, some = sftn(), sftn(branches=[3, 2])
+    assert len(whole.branches) == 3 and len(some.branches) == 2
+    for branch, weights in zip(some.branches, list(whole.branches)[1:], strict=True):
+        branch.load_state_dict(weights.state_dict())
+    some.teacher.load_state_dict(whole.teacher.state_dict())
+    images, _ = batch()
+    every, found = (each.predict(images, 0) for each in (whole, some))
+    assert list(found) == ["teacher", "branch2", "branch3"]
+    assert all(torch.equal(every[name], logits) for name, logits in found.items())
+
+
+@pytest.mark.parametrize("places", [[0], [4], [2, 2]])
+def test_branches_that_there_are_not_are_refused(places):
+    with pytest.raises(UserError, match=r"--branches .*: must be some of 1 2 3, each once"):
+        sftn(branches=places)
 
 
 @pytest.mark.parametrize(("direction", "temperature"), [("reverse", 1.0), ("forward", 1.0), ("reverse", 4.0)])

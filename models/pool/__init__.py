@@ -40,6 +40,7 @@ class Pool:
         strides: strides of the reconfigurable layers.
         head: channels of the last 1x1 convolution.
         candidates: what a layer may be: res{kernel}x{convolutions}, identity, zero.
+        layers: what each layer may be, where that differs from layer to layer; empty: `candidates` in all.
         partition: reconfigurable layers in each of the blocks; empty: about equal blocks.
         shortcut: layers that keep their shape compute x + candidate(x), so that zero skips the layer.
         sampling: what pool:SEED is uniform over: the choices of every layer, or the sizes of whole networks.
@@ -52,6 +53,7 @@ class Pool:
     candidates: list[str] = field(
         default_factory=lambda: ["res3x2", "res3x4", "res3x6", "res5x2", "res5x4", "res5x6", "identity", "zero"]
     )
+    layers: list[list[str]] = field(default_factory=list)
     partition: list[int] = field(default_factory=list)
     shortcut: bool = True
     sampling: Literal["choices", "sizes"] = "choices"
@@ -72,13 +74,25 @@ class Pool:
         if self.partition and (sum(self.partition) != layers or len(self.partition) < 2 or min(self.partition) < 0):
             raise UserError(f"pool.partition {self.partition} must have 2 or more parts that sum to {layers}")
         check_name("pool.sampling", self.sampling, ["choices", "sizes"])
-        for candidate in self.candidates:
-            if not (match := RES.fullmatch(candidate)):
-                check_name("pool.candidates", candidate, ["res3x2", "res5x4", "identity", "zero"])
+        self._check_candidates("candidates", self.candidates)
+        if not any(name != "zero" for name in self.candidates):
+            raise UserError("pool.candidates must hold something besides 'zero'")
+        if self.layers and len(self.layers) != layers:
+            raise UserError(f"pool.layers: {len(self.layers)} for the {layers} of pool.widths")
+        for layer, names in enumerate(self.layers):
+            self._check_candidates(f"layers, layer {layer + 1}", names)
+            if not self.choices(layer):
+                raise UserError(f"pool.layers, layer {layer + 1}: nothing of {names} can stand there")
+
+    @staticmethod
+    def _check_candidates(where: str, names: list[str]) -> None:
+        for name in names:
+            if not (match := RES.fullmatch(name)):
+                check_name(f"pool.{where}", name, ["res3x2", "res5x4", "identity", "zero"])
             elif int(match[1]) % 2 == 0 or int(match[2]) % 2:
-                raise UserError(f"pool.candidates: '{candidate}' needs an odd kernel and an even depth")
-        if not any(name != "zero" for name in self.candidates) or len(set(self.candidates)) < len(self.candidates):
-            raise UserError("pool.candidates must hold something besides 'zero', nothing twice")
+                raise UserError(f"pool.{where}: '{name}' needs an odd kernel and an even depth")
+        if len(set(names)) < len(names):
+            raise UserError(f"pool.{where}: must hold nothing twice")
 
     def keeps_shape(self, layer: int) -> bool:
         return self.strides[layer] == 1 and self.widths[layer] == self.inputs()[layer]
@@ -90,7 +104,8 @@ class Pool:
     def choices(self, layer: int) -> list[str]:
         """The candidates of one layer; `zero` only where a shortcut keeps the signal alive."""
         alive = self.shortcut and self.keeps_shape(layer)
-        return [name for name in self.candidates if name != "zero" or alive]
+        names = self.layers[layer] if self.layers else self.candidates
+        return [name for name in names if name != "zero" or alive]
 
     def blocks(self) -> list[int]:
         """Reconfigurable layers in each block; the stem belongs to the first block, the head to the last."""
@@ -126,6 +141,40 @@ class Pool:
             tuple(_parameters(*self.layer_spec(layer, name).items()) for name in self.choices(layer))
             for layer in range(len(self.widths))
         )
+
+
+def pool_of(specs: dict[str, dict]) -> Pool:
+    """The pool whose layers offer what these students, by name, take there, and nothing else.
+
+    Raises:
+        UserError: students that differ in more than their layers' candidates.
+    """
+    first = next(iter(specs))
+    stem, *layers, head, _ = specs[first]["layers"]
+    pool = Pool(
+        stem=stem["out"],
+        widths=[layer["out"] for layer in layers],
+        strides=[layer["stride"] for layer in layers],
+        head=head["out"],
+        partition=specs[first]["blocks"],
+        shortcut=any(layer["shortcut"] for layer in layers),
+    )
+    choices = {}
+    for name, spec in specs.items():
+        choices[name] = [_candidate(layer) for layer in spec["layers"][1:-2]]
+        if len(choices[name]) != len(layers) or pool.spec(choices[name]) != spec:
+            raise UserError(
+                f"--pool_students {name}: is in no pool with {first}: they may differ in what a layer is, not in "
+                "stem, widths, strides, head, blocks and shortcuts"
+            )
+    pool.layers = [list(dict.fromkeys(names)) for names in zip(*choices.values(), strict=True)]
+    pool.candidates = list(dict.fromkeys(name for names in pool.layers for name in names))
+    pool.check()
+    return pool
+
+
+def _candidate(layer: dict) -> str:
+    return f"res{layer['kernel']}x{layer['depth']}" if layer["type"] == "res" else layer["type"]
 
 
 def even_blocks(layers: int, blocks: int = 4) -> list[int]:
