@@ -93,6 +93,8 @@ def main() -> None:
         raise UserError(f"--peers {' '.join(config.peers)}: are for --method dml and kdcl")
     if config.method_weights and len(config.method_weights) != len(methods):
         raise UserError(f"--method_weights: {len(config.method_weights)} for the {len(methods)} of --method")
+    if methods[0].needs_validation and not config.val_fraction:
+        raise UserError(f"--method {config.method}: weighs its peers on a validation split; give --val_fraction 0.1")
     teachers = load_teachers(config, needed=any(method.needs_teacher for method in methods))
     known = [teacher.info for teacher in teachers if isinstance(teacher, Network)]
     config.dataset = config.dataset or (known[0].dataset if known else "digits")

@@ -270,11 +270,15 @@ class Loop:
         for number, (images, labels) in enumerate(batches):
             with self.accelerator.autocast():
                 answers = self.objective.predict(images, derive_seed(self.progress.epoch, number))
+            if split is self.val:
+                self.objective.look_at_validation(answers, labels)
             for name, logits in answers.items():
                 ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
                 counts = torch.stack([ranked[:, 0].sum(), ranked.sum()])
                 correct[name] = correct.get(name, 0) + counts
             seen += len(labels)
+        if split is self.val:
+            self.objective.end_validation(self._average)
         names = list(correct)
         sums = torch.stack([*correct.values(), torch.full_like(correct[names[0]], seen)]).double()
         *sums, (met, _) = self.accelerator.reduce(sums, "sum").cpu()

@@ -8,7 +8,7 @@ from losses.contrast import CRD
 from losses.hints import AB, AT, FT, NST, OH, VID, FitNets
 from losses.logits import DKD, KD, RCO, SCKD, LabelsOnly
 from losses.method import Method
-from losses.peers import DML, KDCL, KDCLLinear, KDCLMinLogit
+from losses.peers import DML, KDCL, KDCLGeneral, KDCLLinear, KDCLMinLogit
 from losses.relations import CC, PKT, RKD, SP
 from losses.review import ReviewKD
 from losses.rotations import HSAKD, SSKD
@@ -38,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
     "kdcl": KDCL,
     "kdcl_linear": KDCLLinear,
     "kdcl_minlogit": KDCLMinLogit,
+    "kdcl_general": KDCLGeneral,
 }
 
 

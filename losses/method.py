@@ -82,6 +82,7 @@ class Method(nn.Module):
         ce_weight, kd_weight: of the cross-entropy with the labels and of T^2 KL on logits beside this method.
         anchors: whether the teacher walks along the models that were kept on its way.
         peers: whether it is no loss between a student and a teacher, but networks that train together.
+        needs_validation: whether it learns from a validation split (--val_fraction).
         usual: the usual weights in words, for the table.
         needs_teacher: False for none at all.
     """
@@ -93,6 +94,7 @@ class Method(nn.Module):
     needs_teacher = True
     anchors = False
     peers = False
+    needs_validation = False
     student_features: str = ""
     teacher_features: str = ""
     rotations = False

@@ -46,6 +46,12 @@ class Objective(nn.Module, ABC):
     def product(self) -> nn.Module:
         """The network that is saved when training ends."""
 
+    def look_at_validation(self, answers: dict[str, Tensor], labels: Tensor) -> None:
+        """Shown, after an epoch, each batch of the validation split: what `predict` said of it."""
+
+    def end_validation(self, average: Average) -> None:
+        """Told when all of the validation split was shown; `average` is the mean over processes."""
+
     def phase(self, iteration: int) -> str:
         return "weights"
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kernels import kd_loss
 from losses.logits import LabelsOnly
-from losses.objective import Objective
+from losses.objective import Average, Objective
 
 STEPS = 30  # of the search for the best combination
 
@@ -20,11 +20,12 @@ class Peers(Objective):
     KL(p_j || p_k), at T = 1, each p_j taken as it is.
     KDCL (Guo et al., section 3): the peers see differently augmented copies of the batch, and KL_k is
     KL(p_e || p_k) to an ensemble e of all logits (section 3.2): those of the peer with the lowest
-    cross-entropy on the batch, the convex combination with the lowest, or the least of each logit over the target's.
+    cross-entropy on the batch, the convex combination with the lowest, the least of each logit over the target's,
+    or (general) the combination whose error on the validation split was the least after the epoch before.
 
     Args:
         students: the networks, at least two.
-        method: dml, kdcl, kdcl_linear or kdcl_minlogit.
+        method: dml, kdcl, kdcl_linear, kdcl_minlogit or kdcl_general.
         kl_weight, temperature: as above; DML has T = 1.
     """
 
@@ -34,6 +35,10 @@ class Peers(Objective):
         self.temperature = 1.0 if method == "dml" else temperature
         self.term_weights = {"ce": 1.0, "kl": kl_weight * self.temperature**2}
         self.copies = 1 if method == "dml" else len(students)
+        general = method == "kdcl_general"
+        count = len(students)
+        self.register_buffer("shares", torch.full((count,), 1 / count, dtype=torch.float64) if general else None)
+        self.register_buffer("errors", torch.zeros(count, count, dtype=torch.float64) if general else None)
 
     def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
         """`images` [copies x N, ...]: a copy of the batch for each peer, or one for all."""
@@ -42,7 +47,7 @@ class Peers(Objective):
         if self.method == "dml":
             ce, kl = mutual(logits, labels)
         else:
-            teacher = ENSEMBLES[self.method](logits.detach(), labels)
+            teacher = ENSEMBLES[self.method](logits.detach(), labels, self.shares)
             ce, kl = kd_loss(logits, teacher, labels, temperature=self.temperature)
         return {"ce": ce.sum(), "kl": kl.sum()}
 
@@ -52,6 +57,15 @@ class Peers(Objective):
 
     def product(self) -> nn.Module:
         return self.peers[0]
+
+    def look_at_validation(self, answers: dict[str, Tensor], labels: Tensor) -> None:
+        if self.shares is not None:
+            self.errors += error_products(torch.stack(list(answers.values())), labels)
+
+    def end_validation(self, average: Average) -> None:
+        if self.shares is not None:
+            self.shares.copy_(least_error_shares(average(self.errors)))
+            self.errors.zero_()
 
 
 class DML(LabelsOnly):
@@ -80,6 +94,13 @@ class KDCLMinLogit(KDCL):
     paper = f"{KDCL.paper}, min-logit"
 
 
+class KDCLGeneral(KDCL):
+    """The row for the combination with the least error on a validation split."""
+
+    paper = f"{KDCL.paper}, general"
+    needs_validation = True
+
+
 def mutual(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [K, N, C] -> cross-entropies [K] and, for each, the mean KL from the others [K]."""
     others, ce = torch.zeros(len(logits), dtype=torch.float32, device=logits.device), None
@@ -89,13 +110,13 @@ def mutual(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return ce, others / (len(logits) - 1)
 
 
-def best_peer(logits: Tensor, labels: Tensor) -> Tensor:
+def best_peer(logits: Tensor, labels: Tensor, shares: None = None) -> Tensor:
     """KDCL-Naive: logits [K, N, C] -> those [N, C] of the network with the lowest cross-entropy."""
     losses = torch.stack([F.cross_entropy(each.float(), labels) for each in logits])
     return logits.index_select(0, losses.argmin()[None])[0]
 
 
-def best_combination(logits: Tensor, labels: Tensor) -> Tensor:
+def best_combination(logits: Tensor, labels: Tensor, shares: None = None) -> Tensor:
     """KDCL-Linear: sum_k w_k z_k for the w >= 0, sum 1, with the lowest cross-entropy, by exponentiated gradient."""
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     scores = wide.new_zeros(len(wide))  # w = softmax(scores)
@@ -108,10 +129,38 @@ def best_combination(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.einsum("k,knc->nc", scores.softmax(0), wide)
 
 
-def least_logits(logits: Tensor, labels: Tensor) -> Tensor:
+def least_logits(logits: Tensor, labels: Tensor, shares: None = None) -> Tensor:
     """KDCL-MinLogit: for each class the least over peers of z_c - z_y."""
     own = logits.gather(2, labels[None, :, None].expand(len(logits), -1, 1))
     return (logits - own).min(0).values
 
 
-ENSEMBLES = {"kdcl": best_peer, "kdcl_linear": best_combination, "kdcl_minlogit": least_logits}
+def shared_logits(logits: Tensor, labels: Tensor, shares: Tensor) -> Tensor:
+    """KDCL-General: sum_k shares_k z_k."""
+    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return torch.einsum("k,knc->nc", shares.to(wide.dtype), wide)
+
+
+def error_products(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sums over images of (p_j - y) . (p_k - y) [K, K], float64, p the softmax of logits [K, N, C], y one-hot."""
+    wrong = logits.double().softmax(2) - F.one_hot(labels, logits.shape[2])
+    return torch.einsum("jnc,knc->jk", wrong, wrong)
+
+
+def least_error_shares(errors: Tensor) -> Tensor:
+    """The w [K], sum 1, with the least w^T E w: E^-1 1 over its sum (Perrone and Cooper, 1993).
+
+    A thousandth of E's mean diagonal is added to its own: peers that err alike get like shares.
+    """
+    peers = len(errors)
+    ridge = 1e-3 * errors.diagonal().mean().clamp(min=1e-12)
+    shares = torch.linalg.solve(errors + ridge * torch.eye(peers).to(errors), torch.ones(peers).to(errors))
+    return shares / shares.sum()
+
+
+ENSEMBLES = {
+    "kdcl": best_peer,
+    "kdcl_linear": best_combination,
+    "kdcl_minlogit": least_logits,
+    "kdcl_general": shared_logits,
+}

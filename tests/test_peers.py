@@ -3,11 +3,22 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 from engine.data import load_images
 from engine.loader import Augmentation, DeviceLoader, Normalise
-from losses.peers import ENSEMBLES, Peers, best_combination, best_peer, least_logits, mutual
+from losses.peers import (
+    ENSEMBLES,
+    Peers,
+    best_combination,
+    best_peer,
+    error_products,
+    least_error_shares,
+    least_logits,
+    mutual,
+    shared_logits,
+)
 from models import create_model
 from tests.runs import TINY, launch_two, python, read_json, read_rows, succeeded
 
@@ -65,6 +76,25 @@ def test_least_logits():
     assert not found.gather(1, labels[:, None]).any()
 
 
+def test_shares_have_the_least_error():
+    """Against a search over the shares of three peers, on the error that they are said to minimise."""
+    labels = torch.arange(60) % 4
+    logits = random(3, 60, 4, seed=2) + torch.tensor([3.0, 2.0, 0.5])[:, None, None] * F.one_hot(labels, 4)
+    parts = sum(error_products(each, part) for each, part in zip(logits.split(25, 1), labels.split(25), strict=True))
+    shares = least_error_shares(parts)
+    probabilities = logits.softmax(2)
+
+    def error(w: torch.Tensor) -> float:
+        return (torch.einsum("k,knc->nc", w, probabilities) - F.one_hot(labels, 4)).square().sum().item()
+
+    grid = torch.linspace(-0.5, 1.5, 81, dtype=F64)
+    best = min(error(torch.stack([a, b, 1 - a - b])) for a in grid for b in grid)
+    assert shares.sum().item() == pytest.approx(1) and error(shares) == pytest.approx(best, rel=1e-3)
+    assert least_error_shares(torch.ones(2, 2, dtype=F64)).tolist() == pytest.approx([0.5, 0.5])
+    mixed = shared_logits(logits, labels, shares)
+    assert torch.allclose(mixed, sum(w * z for w, z in zip(shares, logits, strict=True)))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_swapping_peers_swaps_their_gradients(name):
     torch.manual_seed(0)
@@ -117,6 +147,13 @@ def test_the_scripts_train_peers(tmp_path):
     assert read_json(tmp_path / "kdcl" / "model.json")["name"] == "resnet8"
     succeeded(launch_two("distill.py", *fixed, "--method", "dml", "--output_dir", tmp_path / "dml"))
     assert read_rows(tmp_path / "dml" / "metrics.jsonl")[0]["images"] == 288
+    general = [*fixed, "--method", "kdcl_general", "--output_dir", tmp_path / "general"]
+    refused = python("distill.py", *general)
+    assert refused.returncode == 2 and "--method kdcl_general: weighs its peers on a" in refused.stderr
+    succeeded(launch_two("distill.py", *general, "--val_fraction", "0.2", "--peers", "resnet8x2"))
+    state = load_file(tmp_path / "general" / "checkpoints" / "last.safetensors")
+    (shares,) = (tensor for name, tensor in state.items() if name.endswith("shares"))
+    assert shares.sum().item() == pytest.approx(1) and shares.tolist() != [0.5, 0.5]
     done = python("distill.py", *fixed, "--method", "none", "--peers", "resnet8", "--output_dir", tmp_path / "no")
     assert done.returncode == 2 and "--peers resnet8: are for" in done.stderr
 
