@@ -8,6 +8,7 @@ import torch
 from benchmarks import cost as cost_benchmark
 from benchmarks import data as data_benchmark
 from benchmarks import methods as methods_benchmark
+from benchmarks import training as training_benchmark
 from benchmarks.compare import as_markdown, tabulate
 from benchmarks.steps import Options, PlainJoint, Setting, count_macs, measure
 from common import derive_seed
@@ -122,3 +123,11 @@ def test_the_cost_benchmark_sums_over_students(tmp_path):
     assert row["parameters"]["gtn"] > row["parameters"]["sftn0"] > row["parameters"]["vanilla"]
     cost_benchmark.plot([row], tmp_path / "cost.png")
     assert (tmp_path / "cost.png").stat().st_size > 1000
+
+
+def test_the_training_benchmark_trains_with_every_script(tmp_path):
+    speeds = training_benchmark.compare("resnet8", "resnet8", 128, 1, torch.device("cpu"))
+    assert set(speeds) == {"plain", "float32", "bf16"} and all(each[0] > 0 for each in speeds.values())
+    parts = training_benchmark.step_parts("resnet8", "resnet8", 64, "bf16", torch.device("cpu"))
+    assert list(parts) == ["data", "teacher", "student", "loss", "backward", "optimiser"]
+    assert min(parts.values()) > 0
