@@ -72,6 +72,8 @@ class TeacherConfig(GTNOptions, RunConfig):
             )
         if self.student is not None and self.method != "sftn":
             raise UserError(f"--student {self.student}: is for --method sftn, which trains for one student")
+        if self.branches and self.method not in ("sftn", "gtn"):
+            raise UserError(f"--branches {' '.join(map(str, self.branches))}: --method {self.method} has none")
         if self.pool_students and self.method != "gtn":
             raise UserError(f"--pool_students {' '.join(self.pool_students)}: are for --method gtn")
 
@@ -84,7 +86,8 @@ def main() -> None:
     students: dict[str, dict] = {}
     if config.pool_students:
         students = {name: spec_of(name, config) for name in config.pool_students}
-        config.pool = pool_of(students)
+        # From here on the pool says it all: in config.yaml, pool:SEED would be a student of the smaller pool.
+        config.pool, config.pool_students = pool_of(students), []
     config.dataset = config.dataset or "digits"
     reference = read_top1(config.vanilla_run)
     config.output_dir = config.output_dir or default_folder(config.method, config.model, config.dataset)
@@ -143,7 +146,7 @@ def main() -> None:
             write_atomically(spec_path(folder.path, name), json.dumps(spec, indent=1) + "\n")
     suggested = config.student or ("pool:7" if pool else "resnet8")
     if students:
-        suggested = str(spec_path(folder.path, config.pool_students[0]))
+        suggested = str(spec_path(folder.path, next(iter(students))))
     finish_run(
         loop,
         described={

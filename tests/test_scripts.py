@@ -152,6 +152,8 @@ def test_a_teacher_for_given_students(tmp_path):
     assert read_json(run / "students" / "mine.json") == wide.sample(4)
     student = [run / "students" / "pool1.json", "--epochs", "1", "--output_dir", tmp_path / "student"]
     succeeded(python("distill.py", "--teacher", run, "--student", *student))
+    succeeded(python("train_teacher.py", "--config", run / "config.yaml", "--output_dir", tmp_path / "again"))
+    assert read_json(tmp_path / "again" / "model.json")["sha256"] == read_json(run / "model.json")["sha256"]
     other = ["--pool_students", "pool:1", "nas_s", "--output_dir", tmp_path / "n"]
     refused = python("train_teacher.py", *TINY_GTN, *other)
     assert refused.returncode == 2 and "--pool_students nas_s: is in no pool with pool:1" in refused.stderr

@@ -166,6 +166,8 @@ def test_mistakes_are_named():
         ("--method", "vanilla", "--student", "resnet8"): "is for --method sftn",
         ("--schedule", "15"): "write STEP/TOTAL",
         ("--freeze_teacher_epochs", "3"): "vanilla has no branches to train",
+        ("--method", "mse", "--branches", "3"): "--branches 3: --method mse has none",
+        ("--method", "sftn", "--student", "resnet8", "--pool_students", "pool:1"): "are for --method gtn",
         ("--anchors", "31"): "must be between 0 and the 30 epochs",
         ("--stop_after", "40", "--epochs", "30"): "between 1 and --epochs 30",
         ("--teacher_weight", "-1", "--method", "sftn"): "must be at least 0",
