@@ -5,11 +5,14 @@ python -m benchmarks.cost --output benchmarks/results/cost.json
 One SFTN teacher serves one student, one GTN teacher all of them: SFTN's cost is the sum over students, GTN's does not
 depend on them. Steps are timed on one batch, taking turns: GTN's are the mean over drawn paths, weight and gate steps
 in the proportion of --gate_every; SFTN's branches are those of pool:0, pool:1, ... An epoch is as many batches for all.
+Peak memory is that of a process that trains this teacher alone (SFTN: for pool:0), on a GPU of its allocations.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +25,9 @@ from tqdm import tqdm
 
 from benchmarks.steps import SETTINGS, Options, Setting, clock, gtn_step
 from common import write_atomically
-from engine.tracking import machine
+from engine.processes import keep_freed_memory
+from engine.tracking import machine, peak_memory_bytes
+from losses.objective import Objective
 from models import create_model
 from models.network import count_parameters
 from teachers.gtn import GTN
@@ -41,41 +46,72 @@ def main() -> None:
     parser.add_argument("--students", type=int, default=10)
     parser.add_argument("--paths", type=int, default=24, help="paths of GTN that are timed")
     parser.add_argument("--images", type=int, default=50_000, help="of an epoch")
+    parser.add_argument("--peak", help="only print this teacher's peak memory in bytes: vanilla, sftn0, gtn")
     parser.add_argument("--output", default="benchmarks/results/cost.json")
     options = parser.parse_args()
-    results = [measure(SETTINGS[name], options.students, options.paths, options.images) for name in options.settings]
+    if options.peak:
+        train_a_little(SETTINGS[options.settings[0]], options.peak)
+        print(peak_memory_bytes())
+        return
+    if not torch.cuda.is_available():
+        keep_freed_memory()  # as the loop does
+    results = []
+    for name in options.settings:
+        peaks = {kind: peak(name, kind) for kind in ("vanilla", "sftn0", "gtn")}
+        results.append(measure(SETTINGS[name], options.students, options.paths, options.images) | {"peak_bytes": peaks})
     report = {"command": "python -m benchmarks.cost", **machine(), "results": results}
     output = Path(options.output)
     write_atomically(output, json.dumps(report, indent=1) + "\n")
     plot(results, output.with_suffix(".png"))
     print(f"an epoch of {options.images:,} images on {report['device']}")
     for row in results:
-        print(f"{row['setting']}: {row['model']}, batch {row['batch']}; seconds (images/s)")
-        for name in ("vanilla", "sftn", "gtn"):
-            print(f"  {name:<8} {row[f'{name}_seconds']:>9.1f}  ({options.images / row[f'{name}_seconds']:,.0f})")
+        print(f"{row['setting']}: {row['model']}, batch {row['batch']}; seconds (images/s), peak memory")
+        for name, largest in zip(("vanilla", "sftn", "gtn"), row["peak_bytes"].values(), strict=True):
+            seconds = row[f"{name}_seconds"]
+            print(f"  {name:<8} {seconds:>9.1f}  ({options.images / seconds:,.0f})  {largest / 1e9:.2f} GB")
         ratio = row["gtn_over_sftn"]
         print(f"  one GTN teacher costs {ratio:.2f} SFTN teachers (target: at most 2), however many students")
     print(f"written: {output}, {output.with_suffix('.png')}")
 
 
+def peak(setting: str, kind: str) -> int:
+    """Peak memory in bytes of a process that trains one teacher."""
+    command = [sys.executable, "-m", "benchmarks.cost", "--settings", setting, "--peak", kind]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def train_a_little(setting: Setting, kind: str) -> None:
+    """Ten steps: GTN's largest paths are among the first."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    step = gtn_step(make(setting, kind).to(device, memory_format=torch.channels_last), *random_batch(setting, device))
+    for iteration in range(10):
+        step(iteration)
+
+
+def make(setting: Setting, kind: str) -> Objective:
+    """vanilla, gtn, or sftnSEED: for the pool's member SEED."""
+    teacher = create_model(setting.model, setting.classes)
+    if kind == "vanilla":
+        return Vanilla(teacher, None, setting.size)
+    if kind == "gtn":
+        return GTN(teacher, Options(pool=setting.pool), setting.size)
+    student = f"pool:{kind.removeprefix('sftn')}"
+    return SFTN(teacher, SFTNOptions(pool=setting.pool, student=student), setting.size)
+
+
+def random_batch(setting: Setting, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.randn(setting.batch, 3, setting.size, setting.size, device=device)
+    labels = torch.randint(0, setting.classes, (setting.batch,), device=device)
+    return images.contiguous(memory_format=torch.channels_last), labels
+
+
 def measure(setting: Setting, students: int, paths: int, images: int) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-
-    def teacher():
-        return create_model(setting.model, setting.classes)
-
-    shape = (setting.batch, 3, setting.size, setting.size)
-    batch = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, setting.classes, (setting.batch,), device=device)
-    made = {"vanilla": Vanilla(teacher(), None, setting.size)}
-    made |= {
-        f"sftn{seed}": SFTN(teacher(), SFTNOptions(pool=setting.pool, student=f"pool:{seed}"), setting.size)
-        for seed in range(students)
-    }
-    made["gtn"] = GTN(teacher(), Options(pool=setting.pool), setting.size)
-    made = {name: each.to(device, memory_format=torch.channels_last) for name, each in made.items()}
-    steps = {name: gtn_step(each, batch, labels) for name, each in made.items()}
+    kinds = ["vanilla", *(f"sftn{seed}" for seed in range(students)), "gtn"]
+    made = {kind: make(setting, kind).to(device, memory_format=torch.channels_last) for kind in kinds}
+    batch = random_batch(setting, device)
+    steps = {name: gtn_step(each, *batch) for name, each in made.items()}
     weights, gates = [], []
     others: dict[str, list[float]] = {name: [] for name in made if name != "gtn"}
     for number in tqdm(range(-1, paths), desc=setting.name, leave=False, disable=None):  # the first warms up

@@ -125,6 +125,12 @@ def test_the_cost_benchmark_sums_over_students(tmp_path):
     assert (tmp_path / "cost.png").stat().st_size > 1000
 
 
+def test_peak_memory_is_that_of_the_process_that_trains():
+    """The demo's GTN teacher holds supernet branches beside what a vanilla teacher holds."""
+    vanilla, gtn = (cost_benchmark.peak("digits", kind) for kind in ("vanilla", "gtn"))
+    assert 10**8 < vanilla < gtn < 10**10
+
+
 def test_the_training_benchmark_trains_with_every_script(tmp_path):
     speeds = training_benchmark.compare("resnet8", "resnet8", 128, 1, torch.device("cpu"))
     assert set(speeds) == {"plain", "float32", "bf16"} and all(each[0] > 0 for each in speeds.values())
