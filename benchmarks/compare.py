@@ -1,8 +1,8 @@
 """The comparison that the project is about: students trained alone, and distilled from teachers of each kind.
 
 python -m benchmarks.compare --students pool:1 pool:3 --seeds 0 --output_dir runs/demo
-python -m benchmarks.compare --teachers recipes/short_{vanilla,mse,early,sftn,gtn}.yaml \\
-    --distill recipes/short_kd.yaml --students pool:1 pool:2 --dataset cifar10
+python -m benchmarks.compare --teachers recipes/cifar10_short_{vanilla,mse,early,sftn,gtn}.yaml \\
+    --distill recipes/cifar10_short_kd.yaml --students pool:1 pool:2 --dataset cifar10
 
 It runs the two scripts as anybody would, prints each command, and skips runs that are already finished, so
 that an interrupted comparison goes on where it stopped. A teacher is called as its recipe's name ends; one
