@@ -86,6 +86,8 @@ def main() -> None:
     students: dict[str, dict] = {}
     if config.pool_students:
         students = {name: spec_of(name, config) for name in config.pool_students}
+        if len({spec_path(Path(), name) for name in config.pool_students}) < len(config.pool_students):
+            raise UserError(f"--pool_students {' '.join(config.pool_students)}: two have the same name")
         # From here on the pool says it all: in config.yaml, pool:SEED would be a student of the smaller pool.
         config.pool, config.pool_students = pool_of(students), []
     config.dataset = config.dataset or "digits"

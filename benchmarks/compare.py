@@ -29,7 +29,7 @@ def main() -> None:
     options, others = parse()
     start = time.perf_counter()
     folder = Path(options.output_dir)
-    recipes = {Path(recipe).stem.split("_")[-1]: recipe for recipe in options.teachers}
+    recipes = {called(recipe): recipe for recipe in options.teachers}
     runs = [run_seed(options, recipes, others, folder, seed) for seed in options.seeds]
     rows = tabulate(runs)
     machine = {name: runs[0]["teachers"][next(iter(recipes))][0][name] for name in ("device", "versions", "git_commit")}
@@ -57,7 +57,24 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--teachers", nargs="+", default=digits, help="recipes; the others are held against the first")
     parser.add_argument("--distill", default="recipes/digits_kd.yaml", help="recipe of the students")
     parser.add_argument("--output_dir", default="runs/compare")
-    return parser.parse_known_args()
+    options, others = parser.parse_known_args()
+    for recipe in (*options.teachers, options.distill):
+        if not Path(recipe).is_file():
+            parser.error(f"{recipe}: there is no such recipe")
+    if len({called(recipe) for recipe in options.teachers}) < len(options.teachers):
+        parser.error("--teachers: two recipes end in the same word, which is what their teachers are called by")
+    if len({plain(student) for student in options.students}) < len(options.students):
+        parser.error("--students: two have the same name, which is what their runs are called by")
+    return options, others
+
+
+def called(recipe: str) -> str:
+    return Path(recipe).stem.split("_")[-1]
+
+
+def plain(student: str) -> str:
+    """A student in names of folders."""
+    return Path(student).stem.replace(":", "")
 
 
 def run_seed(options: argparse.Namespace, recipes: dict[str, str], others: list[str], folder: Path, seed: int) -> dict:
@@ -69,7 +86,6 @@ def run_seed(options: argparse.Namespace, recipes: dict[str, str], others: list[
     def go(name: str, *command: str) -> dict:
         return run(*command, *others, seed=seed, output=folder / f"seed{seed}-{name}")
 
-    plain = {student: Path(student).stem.replace(":", "") for student in options.students}  # in names of folders
     each = {name: yaml.safe_load(Path(recipe).read_text()).get("method") == "sftn" for name, recipe in recipes.items()}
     first = next(iter(recipes))
     teachers: dict[str, list[dict]] = {}
@@ -78,16 +94,16 @@ def run_seed(options: argparse.Namespace, recipes: dict[str, str], others: list[
         if name != first:
             command += ["--vanilla_run", str(folder / f"seed{seed}-{first}")]
         if each[name]:
-            teachers[name] = [go(f"{name}-{plain[s]}", *command, "--student", s) for s in options.students]
+            teachers[name] = [go(f"{name}-{plain(s)}", *command, "--student", s) for s in options.students]
         else:
             teachers[name] = [go(name, *command)]
     students: dict[str, dict] = {}
     for student in options.students:
         command = ["distill.py", "--config", options.distill, "--student", student]
-        students[student] = {ALONE: go(f"{plain[student]}-{ALONE}", *command, "--method", "none")}
+        students[student] = {ALONE: go(f"{plain(student)}-{ALONE}", *command, "--method", "none")}
         for name in recipes:
-            teacher = folder / (f"seed{seed}-{name}-{plain[student]}" if each[name] else f"seed{seed}-{name}")
-            students[student][name] = go(f"{plain[student]}-{name}", *command, "--teacher", str(teacher))
+            teacher = folder / (f"seed{seed}-{name}-{plain(student)}" if each[name] else f"seed{seed}-{name}")
+            students[student][name] = go(f"{plain(student)}-{name}", *command, "--teacher", str(teacher))
     return {"teachers": teachers, "students": students}
 
 

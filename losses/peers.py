@@ -35,10 +35,9 @@ class Peers(Objective):
         self.temperature = 1.0 if method == "dml" else temperature
         self.term_weights = {"ce": 1.0, "kl": kl_weight * self.temperature**2}
         self.copies = 1 if method == "dml" else len(students)
-        general = method == "kdcl_general"
-        count = len(students)
-        self.register_buffer("shares", torch.full((count,), 1 / count, dtype=torch.float64) if general else None)
-        self.register_buffer("errors", torch.zeros(count, count, dtype=torch.float64) if general else None)
+        self.general, count = method == "kdcl_general", len(students)
+        self.register_buffer("shares", torch.full((count,), 1 / count, dtype=torch.float64) if self.general else None)
+        self.register_buffer("errors", torch.zeros(count, count, dtype=torch.float64) if self.general else None)
 
     def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
         """`images` [copies x N, ...]: a copy of the batch for each peer, or one for all."""
@@ -47,7 +46,8 @@ class Peers(Objective):
         if self.method == "dml":
             ce, kl = mutual(logits, labels)
         else:
-            teacher = ENSEMBLES[self.method](logits.detach(), labels, self.shares)
+            said = logits.detach()
+            teacher = shared_logits(said, self.shares) if self.general else ENSEMBLES[self.method](said, labels)
             ce, kl = kd_loss(logits, teacher, labels, temperature=self.temperature)
         return {"ce": ce.sum(), "kl": kl.sum()}
 
@@ -59,11 +59,11 @@ class Peers(Objective):
         return self.peers[0]
 
     def look_at_validation(self, answers: dict[str, Tensor], labels: Tensor) -> None:
-        if self.shares is not None:
+        if self.general:
             self.errors += error_products(torch.stack(list(answers.values())), labels)
 
     def end_validation(self, average: Average) -> None:
-        if self.shares is not None:
+        if self.general:
             self.shares.copy_(least_error_shares(average(self.errors)))
             self.errors.zero_()
 
@@ -110,13 +110,13 @@ def mutual(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return ce, others / (len(logits) - 1)
 
 
-def best_peer(logits: Tensor, labels: Tensor, shares: None = None) -> Tensor:
+def best_peer(logits: Tensor, labels: Tensor) -> Tensor:
     """KDCL-Naive: logits [K, N, C] -> those [N, C] of the network with the lowest cross-entropy."""
     losses = torch.stack([F.cross_entropy(each.float(), labels) for each in logits])
     return logits.index_select(0, losses.argmin()[None])[0]
 
 
-def best_combination(logits: Tensor, labels: Tensor, shares: None = None) -> Tensor:
+def best_combination(logits: Tensor, labels: Tensor) -> Tensor:
     """KDCL-Linear: sum_k w_k z_k for the w >= 0, sum 1, with the lowest cross-entropy, by exponentiated gradient."""
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     scores = wide.new_zeros(len(wide))  # w = softmax(scores)
@@ -129,13 +129,13 @@ def best_combination(logits: Tensor, labels: Tensor, shares: None = None) -> Ten
     return torch.einsum("k,knc->nc", scores.softmax(0), wide)
 
 
-def least_logits(logits: Tensor, labels: Tensor, shares: None = None) -> Tensor:
+def least_logits(logits: Tensor, labels: Tensor) -> Tensor:
     """KDCL-MinLogit: for each class the least over peers of z_c - z_y."""
     own = logits.gather(2, labels[None, :, None].expand(len(logits), -1, 1))
     return (logits - own).min(0).values
 
 
-def shared_logits(logits: Tensor, labels: Tensor, shares: Tensor) -> Tensor:
+def shared_logits(logits: Tensor, shares: Tensor) -> Tensor:
     """KDCL-General: sum_k shares_k z_k."""
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     return torch.einsum("k,knc->nc", shares.to(wide.dtype), wide)
@@ -158,9 +158,5 @@ def least_error_shares(errors: Tensor) -> Tensor:
     return shares / shares.sum()
 
 
-ENSEMBLES = {
-    "kdcl": best_peer,
-    "kdcl_linear": best_combination,
-    "kdcl_minlogit": least_logits,
-    "kdcl_general": shared_logits,
-}
+# Those that a batch's own labels decide.
+ENSEMBLES = {"kdcl": best_peer, "kdcl_linear": best_combination, "kdcl_minlogit": least_logits}

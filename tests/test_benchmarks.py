@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from benchmarks import compare as compare_benchmark
 from benchmarks import cost as cost_benchmark
 from benchmarks import data as data_benchmark
 from benchmarks import methods as methods_benchmark
@@ -81,6 +82,24 @@ def test_comparison_table_holds_means_and_deviations():
     table = as_markdown(rows, [0, 1])
     assert "| pool:1 | 91.00 ± 1.41 | 92.00 ± 0.00 | 94.50 ± 0.71 |" in table
     assert "| teacher |  | 98.00 ± 1.41 | 98.00 ± 0.00 |" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--teachers", "nope.yaml"], "nope.yaml: there is no such recipe"),
+        (
+            ["--teachers", "recipes/digits_vanilla.yaml", "recipes/cifar100_wrn40_2_vanilla.yaml"],
+            "end in the same word",
+        ),
+        (["--students", "a/s.json", "b/s.json"], "two have the same name"),
+    ],
+)
+def test_a_comparison_that_would_mix_up_its_runs_is_refused(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["compare.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        compare_benchmark.parse()
+    assert said in capsys.readouterr().err
 
 
 def test_a_set_takes_hardly_more_memory_than_its_pixels():

@@ -23,7 +23,7 @@ from models import create_model
 from tests.runs import TINY, launch_two, python, read_json, read_rows, succeeded
 
 F64 = torch.float64
-NAMES = ["dml", *ENSEMBLES]
+NAMES = ["dml", *ENSEMBLES, "kdcl_general"]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -91,7 +91,7 @@ def test_shares_have_the_least_error():
     best = min(error(torch.stack([a, b, 1 - a - b])) for a in grid for b in grid)
     assert shares.sum().item() == pytest.approx(1) and error(shares) == pytest.approx(best, rel=1e-3)
     assert least_error_shares(torch.ones(2, 2, dtype=F64)).tolist() == pytest.approx([0.5, 0.5])
-    mixed = shared_logits(logits, labels, shares)
+    mixed = shared_logits(logits, shares)
     assert torch.allclose(mixed, sum(w * z for w, z in zip(shares, logits, strict=True)))
 
 
