@@ -31,7 +31,11 @@ class RunConfig(DataOptions):
         epochs: passes over the training split.
         stop_after: stop after this many epochs of a schedule that is made for all of them (early-stopped teachers).
         batch_size: images a step over all processes together.
+        gradient_accumulation_steps: compute a step's gradient in this many parts of its batch, one after the other, in
+            about as many times less memory. BatchNorm, and losses that compare images, see a part at a time.
         lr: peak learning rate of SGD.
+        lr_batch_size: the batch size that lr is for: it is multiplied by batch_size over this (linear scaling, Goyal et
+            al., arXiv 1706.02677; warm-ups of methods keep theirs); default: lr as it is.
         momentum: momentum of SGD.
         weight_decay: weight decay of SGD.
         nesterov: Nesterov momentum.
@@ -56,7 +60,9 @@ class RunConfig(DataOptions):
     epochs: int = 30
     stop_after: int | None = None
     batch_size: int = 64
+    gradient_accumulation_steps: int = 1
     lr: float = 0.05
+    lr_batch_size: int | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
     nesterov: bool = False
@@ -85,7 +91,9 @@ class RunConfig(DataOptions):
             "val_fraction": (0 <= self.val_fraction < 1, "in [0, 1)"),
             "epochs": (self.epochs >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 2, "at least 2"),
+            "gradient_accumulation_steps": (self.gradient_accumulation_steps >= 1, "at least 1"),
             "lr": (self.lr > 0, "above 0"),
+            "lr_batch_size": (self.lr_batch_size is None or self.lr_batch_size >= 1, "at least 1"),
             "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
             "nesterov": (not self.nesterov or self.momentum > 0, "off when --momentum is 0"),
@@ -107,6 +115,10 @@ class RunConfig(DataOptions):
     def last_epoch(self) -> int:
         """Epochs that are trained."""
         return self.stop_after or self.epochs
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr if self.lr_batch_size is None else self.lr * self.batch_size / self.lr_batch_size
 
     def as_dict(self) -> dict:
         return asdict(self)

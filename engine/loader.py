@@ -62,6 +62,23 @@ class Batch(NamedTuple):
     share: float
     rows: Tensor | None = None  # [n] int64: which images of the split; None in a stream, which has no numbers
 
+    def parts(self, count: int, world: int = 1) -> list["Batch"]:
+        """`count` batches that together are this one, in all of `world` processes alike, and fewer where it is
+        too small: BatchNorm needs two images in each. Their shares sum to this one's.
+        """
+        images = len(self.labels)
+        smallest = round(images * world / self.share) // world  # any process's share of the global batch
+        count = max(1, min(count, smallest // 2))
+        if count == 1:
+            return [self]
+        copies = self.images.unflatten(0, (-1, images)).tensor_split(count, dim=1)
+        labels = self.labels.tensor_split(count)
+        rows = [None] * count if self.rows is None else self.rows.tensor_split(count)
+        return [
+            Batch(each.flatten(0, 1), label, self.share * len(label) / images, row)
+            for each, label, row in zip(copies, labels, rows, strict=True)
+        ]
+
 
 class Loader(ABC):
     """Training batches of a split; what its kinds share.

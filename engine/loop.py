@@ -27,10 +27,10 @@ def learning_rate(config: RunConfig, epoch: int) -> float:
     length = -(-config.epochs // (config.lr_restarts or 1))  # of one run through the schedule
     epoch %= length
     if config.lr_schedule == "multistep":
-        return config.lr * config.lr_gamma ** sum(epoch >= milestone for milestone in config.lr_milestones)
+        return config.peak_lr * config.lr_gamma ** sum(epoch >= milestone for milestone in config.lr_milestones)
     if config.lr_schedule == "cosine":
-        return config.lr * (1 + math.cos(math.pi * epoch / length)) / 2
-    return config.lr
+        return config.peak_lr * (1 + math.cos(math.pi * epoch / length)) / 2
+    return config.peak_lr
 
 
 class Loop:
@@ -59,7 +59,7 @@ class Loop:
         self.network = accelerator.prepare_model(self.objective)  # averages weight gradients over processes
         weights = torch.optim.SGD(
             objective.weight_parameters(),
-            lr=config.lr,
+            lr=config.peak_lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             nesterov=config.nesterov,
@@ -72,6 +72,11 @@ class Loop:
 
     def _load_data(self, data: ImageSet) -> None:
         config = self.config
+        if config.batch_size // self.world < 2 * config.gradient_accumulation_steps:
+            raise UserError(
+                f"--gradient_accumulation_steps {config.gradient_accumulation_steps}: --batch_size {config.batch_size} "
+                f"over {self.world} process(es) does not leave 2 images for each part"
+            )
         self.pipeline = Pipeline(data, config, self.accelerator.device, self.rank, self.world)
         self.train = self.pipeline.training(data.train, config.batch_size, self.objective.copies)
         self.gates = None
@@ -160,15 +165,24 @@ class Loop:
         phase = objective.phase(iteration)
         # Only the weights' gradients go through DDP; another phase averages what it needs by itself.
         network = self.network if phase == "weights" else objective
-        terms = network(batch.images, batch.labels, iteration, batch.rows)
-        loss = sum(objective.term_weights[name] * term for name, term in terms.items())
-        self.accelerator.backward(loss * batch.share, inputs=objective.leaves(phase))
+        *before, last = batch.parts(self.config.gradient_accumulation_steps, self.world)
+        for part in before:
+            with self.accelerator.no_sync(network):
+                self._backward(network, part, phase, totals)
+        self._backward(network, last, phase, totals)
         objective.before_update(phase, self._average)
         self.steppers[phase].step()
         self.steppers[phase].zero_grad()
         objective.after_update(phase)
-        totals.add(iteration, terms, len(batch.labels))
         self.progress.iteration += 1
+
+    def _backward(self, network: nn.Module, batch: Batch, phase: str, totals: "_Totals") -> None:
+        """Add the gradient of a batch, or of a part of one, to what there is."""
+        iteration, objective = self.progress.iteration, self.objective
+        terms = network(batch.images, batch.labels, iteration, batch.rows)
+        loss = sum(objective.term_weights[name] * term for name, term in terms.items())
+        self.accelerator.backward(loss * batch.share, inputs=objective.leaves(phase))
+        totals.add(iteration, terms, len(batch.labels))
 
     def _average(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "mean")

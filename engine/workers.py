@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as vision
 
 from common import UserError, derive_seed
 from engine.data import StoredSplit
@@ -83,6 +81,9 @@ def transform(row, augmentation: Augmentation, seed: int | None, offset: list[in
     Raises:
         UserError: an image that cannot be read, named.
     """
+    from torchvision.transforms import v2  # here, because torchvision is slow to import
+    from torchvision.transforms.v2 import functional as vision
+
     size = augmentation.size
     if augmentation.kind == "crop":
         image = vision.pil_to_tensor(read_rgb(row.open, row.where, size))

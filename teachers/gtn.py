@@ -107,6 +107,7 @@ class GTN(Grafted):
         self.branches = graft(shapes, options.pool, num_classes, image_size, options.share_branches, self.places)
         layers = [layer for branch in self.branches for layer in branch.supernet.layers]
         self.gates = Gates([len(layer.names) for layer in layers], options.full_gates)
+        self._gate_draws: list[Draw] | None = None  # of the gate step under way
         alpha_phi = -options.alpha if options.alpha_phi is None else options.alpha_phi
         self.term_weights = {"teacher_ce": options.teacher_weight, "branch_ce": options.branch_weight}
         self.term_weights |= {"branch_kl": options.alpha}
@@ -121,7 +122,9 @@ class GTN(Grafted):
     def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(derive_seed(self.options.seed, "paths", iteration))
         if self.phase(iteration) == "gates":
-            return self._gate_terms(images, labels, self.gates.draw_gate_step(generator, images))
+            if self._gate_draws is None:  # a batch in several parts is one step
+                self._gate_draws = self.gates.draw_gate_step(generator, images)
+            return self._gate_terms(images, labels, self._gate_draws)
         return self._weight_terms(images, labels, self.gates.draw(generator))
 
     def _weight_terms(self, images: Tensor, labels: Tensor, draws: list[Draw]) -> dict[str, Tensor]:
@@ -182,6 +185,7 @@ class GTN(Grafted):
     def after_update(self, phase: str) -> None:
         if phase == "gates":
             self.gates.finish_update()
+            self._gate_draws = None
 
     def record(self) -> dict:
         """Gate probabilities and normalised entropies by branch and layer ("L2" is the pool's second layer)."""

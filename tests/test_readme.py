@@ -68,14 +68,8 @@ def test_commands_for_a_cpu_run(tmp_path):
         if any(each in command for each in ("cifar100", "imagenet", "--resume_from_checkpoint")):
             continue  # needs a network, a GPU, a stopped run
         variables, words = split(command)
-        words = [word.replace("runs/", f"{tmp_path}/") for word in words] + [
-            "--epochs",
-            "1",
-            "--stop_after",
-            "1",
-            "--batch_size",
-            "128",
-        ]
+        words = [word.replace("runs/", f"{tmp_path}/") for word in words]
+        words += ["--epochs", "1", "--stop_after", "1", "--batch_size", "128", "--image_size", "8"]
         done = subprocess.run(words, cwd=ROOT, env=environment | variables, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         ran += 1

@@ -1,0 +1,98 @@
+"""The training loop's step: in parts, and without waiting for the device."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from common import UserError
+from engine.data import load_images
+from engine.loader import Batch
+from engine.loop import Loop, _Totals, learning_rate
+from engine.tracking import RunFolder, Screen
+from losses.objective import Objective
+from models import create_model
+from models.pool import Pool
+from teachers import TEACHERS
+from train_teacher import TeacherConfig
+
+POOL = Pool(stem=4, widths=[4, 4, 8, 8], strides=[1, 2, 2, 1], head=8, candidates=["res3x2", "identity"])
+
+
+class Linear(Objective):
+    """The smallest objective without a BatchNorm, whose gradient is a mean over images."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.Linear(3 * 64, 10)
+        self.term_weights = {"ce": 1.0}
+
+    def forward(self, images, labels, iteration, rows=None):
+        return {"ce": nn.functional.cross_entropy(self.network(images.flatten(1)), labels)}
+
+    def predict(self, images, seed):
+        return {"network": self.network(images.flatten(1))}
+
+    def product(self):
+        return self.network
+
+
+def loop_of(objective, tmp_path, **options) -> Loop:
+    config = TeacherConfig(**{"image_size": 8, "batch_size": 64, "epochs": 1} | options)
+    accelerator = Accelerator(cpu=True)
+    return Loop(objective, load_images("digits", 8), config, accelerator, RunFolder(tmp_path / "run"), Screen(False))
+
+
+def test_parts_hold_a_batch_once_weigh_as_much_and_are_as_many_in_every_process():
+    images, labels = torch.randn(2, 11, 3, 4, 4), torch.arange(11)  # 21 images over two processes, in two copies
+    parts = Batch(images.flatten(0, 1), labels, 22 / 21, labels + 100).parts(8, 2)
+    other = Batch(torch.randn(10, 3, 4, 4), torch.arange(10), 20 / 21).parts(8, 2)
+    assert len(parts) == len(other) == 5 and min(len(part.labels) for part in parts + other) == 2
+    assert sum(part.share for part in parts) == pytest.approx(22 / 21)
+    assert torch.equal(torch.cat([part.labels for part in parts]), labels)
+    assert torch.equal(torch.cat([part.rows for part in parts]), labels + 100)
+    assert torch.equal(torch.cat([part.images.unflatten(0, (2, -1)) for part in parts], dim=1), images)
+
+
+def test_an_accumulated_step_is_the_whole_one(tmp_path):
+    histories, weights = [], []
+    for parts in (1, 3):
+        objective = Linear()
+        loop = loop_of(objective, tmp_path / str(parts), gradient_accumulation_steps=parts)
+        histories.append(loop.run().history[0]["losses"]["ce"])
+        weights.append(objective.network.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+    assert histories[0] == pytest.approx(histories[1], rel=1e-5)
+
+
+def test_a_gate_step_in_parts_draws_once_and_averages(tmp_path):
+    config = TeacherConfig(method="gtn", pool=POOL, image_size=8)
+    torch.manual_seed(0)
+    objective = TEACHERS["gtn"].objective(create_model("resnet8", 10), config, 8)
+    loop = loop_of(objective, tmp_path, gradient_accumulation_steps=2)
+    batch = loop.train.one(0)
+    halves = []
+    for part in batch.parts(2):
+        terms = objective(part.images, part.labels, 1)
+        loss = sum(objective.term_weights[name] * term for name, term in terms.items())
+        loss.backward(inputs=objective.leaves("gates"))
+        halves.append(objective.gates.leaf().grad)
+        objective.after_update("gates")
+    found = []
+    objective.before_update = lambda phase, average: found.append(objective.gates.leaf().grad.clone())
+    loop.progress.iteration = 1
+    loop._step(batch, _Totals({}))
+    assert torch.equal(*[each != 0 for each in (found[0], sum(halves))])
+    torch.testing.assert_close(found[0], sum(halves) / 2)
+
+
+def test_parts_of_one_image_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--gradient_accumulation_steps 40"):
+        loop_of(Linear(), tmp_path, gradient_accumulation_steps=40)
+
+
+def test_the_learning_rate_scales_with_the_batch():
+    config = TeacherConfig(lr=0.1, lr_batch_size=64, batch_size=256, lr_schedule="multistep", lr_milestones=[1])
+    assert [learning_rate(config, epoch) for epoch in (0, 1)] == pytest.approx([0.4, 0.04])
+    assert learning_rate(TeacherConfig(lr=0.1, batch_size=256), 0) == 0.1
