@@ -28,7 +28,7 @@ benchmark: .venv/installed
 gpu-check: .venv/installed
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 12 tests/triton_grid.py \
-		tests/test_triton.py::test_both_scripts_train_alike_with_either_implementation
+		tests/test_loop.py tests/test_triton.py::test_both_scripts_train_alike_with_either_implementation
 	$(BIN)/python -m benchmarks.kernels
 
 .venv/installed: requirements.txt requirements-timm.txt

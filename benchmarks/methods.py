@@ -36,6 +36,7 @@ class Options:
     lr: float = 1e-4
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    batch_size: int = 64
 
 
 def main() -> None:

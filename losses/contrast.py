@@ -35,6 +35,9 @@ class CRD(Method):
         if setting.images is None:
             raise UserError("--method crd: keeps a memory of every training image; it cannot use --streaming")
         views = (setting.student_views, setting.teacher_views)
+        # The most images a process has in a step; the last batch of an epoch may be larger than the others by a few.
+        self.share = setting.options.batch_size // _processes() + 3
+        self._said: list[tuple[Tensor, Tensor, Tensor]] = []  # rows and embeddings of the parts of the step under way
         self.embed = nn.ModuleList(nn.Linear(each.embedding.shape[1], self.WIDTH) for each in views)
         bound = 1 / math.sqrt(self.WIDTH / 3)
         for name in ("student_bank", "teacher_bank"):
@@ -70,12 +73,13 @@ class CRD(Method):
         self._fix_constants(ratios)
         images = len(self.by_class)
         loss = sum(contrast(ratio, z, images) for ratio, z in zip(ratios, self.z, strict=True))
-        self._said = batch.rows, ours.detach(), theirs.detach()
+        self._said.append((batch.rows, ours.detach(), theirs.detach()))
         return {"crd": loss}
 
     def after_step(self) -> None:
         """The banks are part of the loss's graph until its gradients are there."""
-        self._remember(*self._said)
+        self._remember(*(torch.cat(parts) for parts in zip(*self._said, strict=True)))
+        self._said.clear()
 
     def _embed(self, side: int, embedding: Tensor) -> Tensor:
         return unit(self.embed[side](embedding))
@@ -92,7 +96,7 @@ class CRD(Method):
     @torch.no_grad()
     def _remember(self, rows: Tensor, ours: Tensor, theirs: Tensor) -> None:
         if _processes() > 1:
-            rows, ours, theirs = (_everyones(each) for each in (rows, ours, theirs))
+            rows, ours, theirs = (_everyones(each, self.share) for each in (rows, ours, theirs))
         for bank, said in ((self.student_bank, ours), (self.teacher_bank, theirs)):
             mixed = F.normalize(self.MOMENTUM * bank[rows] + (1 - self.MOMENTUM) * said.to(bank.dtype), dim=1)
             bank.index_copy_(0, rows, mixed)
@@ -127,14 +131,10 @@ def _processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _everyones(tensor: Tensor) -> Tensor:
-    """All processes' rows in one tensor, the same in every process; their numbers may differ by a row."""
-    count = torch.tensor([len(tensor)], device=tensor.device)
-    counts = [torch.zeros_like(count) for _ in range(_processes())]
-    dist.all_gather(counts, count)
-    sizes = [int(each) for each in counts]
-    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
-    parts = [torch.zeros_like(padded) for _ in sizes]
+def _everyones(tensor: Tensor, length: int) -> Tensor:
+    """All processes' rows in one tensor, the same in every process: `length` of each, which has fewer and repeats its
+    last. (What is written twice is the same twice; asking each for its number would make the host wait.)"""
+    padded = tensor[torch.arange(length, device=tensor.device).clamp(max=len(tensor) - 1)]
+    parts = [torch.empty_like(padded) for _ in range(_processes())]
     dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return torch.cat(parts)

@@ -4,14 +4,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from common import UserError
+from distill import DistillConfig, distillation
 from engine.data import load_images
 from engine.loader import Batch
 from engine.loop import Loop, _Totals, learning_rate
 from engine.tracking import RunFolder, Screen
+from losses import METHODS, find_methods
 from losses.objective import Objective
-from models import create_model
+from models import ModelInfo, create_model
 from models.pool import Pool
 from teachers import TEACHERS
 from train_teacher import TeacherConfig
@@ -40,7 +43,7 @@ class Linear(Objective):
 
 def loop_of(objective, tmp_path, **options) -> Loop:
     config = TeacherConfig(**{"image_size": 8, "batch_size": 64, "epochs": 1} | options)
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator()
     return Loop(objective, load_images("digits", 8), config, accelerator, RunFolder(tmp_path / "run"), Screen(False))
 
 
@@ -96,3 +99,58 @@ def test_the_learning_rate_scales_with_the_batch():
     config = TeacherConfig(lr=0.1, lr_batch_size=64, batch_size=256, lr_schedule="multistep", lr_milestones=[1])
     assert [learning_rate(config, epoch) for epoch in (0, 1)] == pytest.approx([0.4, 0.04])
     assert learning_rate(TeacherConfig(lr=0.1, batch_size=256), 0) == 0.1
+
+
+# What makes the host wait for a value of the device, as the profiler calls it. Gates live on the host
+# (teachers/gates.py): drawing and updating them waits for nothing.
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2"}
+ON_HOST = {"aten::multinomial", "Optimizer.step#Adam.step"}
+
+
+@pytest.mark.parametrize("name", [*TEACHERS, *(name for name, row in METHODS.items() if not row.peers)])
+def test_no_step_waits_for_the_device(name, tmp_path):
+    data = load_images("digits", 8)
+    torch.manual_seed(0)
+    if name in TEACHERS:
+        student = "resnet8" if name == "sftn" else None
+        config = TeacherConfig(method=name, pool=POOL, image_size=8, student=student)
+        objective = TEACHERS[name].objective(create_model("resnet8", 10), config, 8)
+    else:
+        config = DistillConfig(method=name, image_size=8)
+        student, teacher = create_model("resnet8", 10), create_model("resnet14", 10)
+        teacher.info = ModelInfo("resnet14", "digits", 10, 8, data.mean, data.std)
+        teachers = [] if name == "none" else [teacher]
+        objective = distillation(config, find_methods(name), student, teachers, [], data)
+    loop = loop_of(objective, tmp_path)
+    objective.begin_epoch(0)
+    objective.train()
+    batches, totals = loop.train.epoch(0), _Totals({})
+    for _ in range(2):  # the first steps make what the later ones use
+        loop._step(next(batches), totals)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(4):
+            loop._step(next(batches), totals)
+    found = [callers(event) for event in profiler.events() if event.name in WAITS]
+    assert [chain for chain in found if not ON_HOST & set(chain)] == []
+    if torch.cuda.is_available():
+        loop.progress.iteration += loop.progress.iteration % 2  # a gate step waits once, for its gradient
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loop._step(next(batches), totals)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def callers(event) -> list[str]:
+    names = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
+    return names
+
+
+def test_a_wait_would_be_seen():
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        torch.ones(1).item()
+        torch.ones(3)[torch.ones(3) > 0]
+    assert {event.name for event in profiler.events()} >= {"aten::_local_scalar_dense", "aten::nonzero"}

@@ -476,7 +476,7 @@ def test_a_regressor_reaches_any_shape(side, target):
 
 class Options:
     alpha, temperature, dkd_alpha, dkd_beta = 0.9, 4.0, 1.0, None
-    lr, momentum, weight_decay = 0.05, 0.9, 5e-4
+    lr, momentum, weight_decay, batch_size = 0.05, 0.9, 5e-4, 64
 
 
 def objective(
@@ -596,8 +596,8 @@ def test_contrast_with_memories():
     terms = run_step(made, 0, images, labels, rows + 3)
     z = crd.z.clone()
     assert (z > 0).all() and torch.equal(crd.student_bank, banks[0])  # it changes after the step
+    ((_, ours, _),) = crd._said
     made.after_update("weights")
-    _, ours, _ = crd._said
     expected = torch.nn.functional.normalize((banks[0][3:9] + ours) / 2, dim=1)
     assert torch.allclose(crd.student_bank[3:9], expected) and torch.equal(crd.student_bank[9:], banks[0][9:])
     # By the formula, negatives that follow the noise exactly: about log(1 + K / n) and K log(1 + ...), finite.
@@ -633,6 +633,11 @@ def test_processes_share_one_bank(tmp_path):
     run_step(alone, 0, *batch(7))
     alone.after_update("weights")
     assert torch.allclose(ours[2], alone.methods[0].teacher_bank, atol=1e-6)
+    parts = objective("crd")
+    for part in (slice(4), slice(4, None)):
+        run_step(parts, 0, *(each[part] for each in batch(7)))
+    parts.after_update("weights")
+    assert torch.allclose(ours[2], parts.methods[0].teacher_bank, atol=1e-6)
 
 
 def test_the_warm_up_has_weights_of_its_own():
