@@ -18,6 +18,7 @@ from common import UserError
 from engine.config import RunConfig, parse
 from engine.data import ImageSet, StreamSplit, hold_out, load_images
 from engine.finish import finish_run
+from engine.loader import DeviceLoader
 from engine.loop import Loop
 from engine.processes import run_script, start_accelerator
 from engine.tracking import RunFolder, Screen, default_folder
@@ -25,6 +26,7 @@ from losses import describe_methods, find_methods
 from losses.distillation import Distillation, build_methods
 from losses.logits import KD
 from losses.method import Method
+from losses.objective import Objective
 from losses.peers import Peers
 from models import ModelInfo, create_model, describe_models, find_spec, is_model, load_pretrained, save_pretrained
 from models.network import Network, count_parameters
@@ -51,6 +53,8 @@ class DistillConfig(RunConfig):
         dkd_alpha: weight of the target's part in --method dkd.
         dkd_beta: weight of the other classes' part in --method dkd; default: the paper's for the pair, else 8.
         warmup_epochs: epochs of the warm-up of methods that have one; default: the method's.
+        cache_teacher: ask the teacher before training about every crop and mirror of every image, and never again, for
+            methods on its logits; default: where that at least halves its work and takes at most 1 GiB.
         pool: the pool of pool:SEED; default: the one a GTN teacher was trained for, else the paper's.
     """
 
@@ -67,6 +71,7 @@ class DistillConfig(RunConfig):
     dkd_alpha: float = 1.0
     dkd_beta: float | None = None
     warmup_epochs: int | None = None
+    cache_teacher: bool | None = None
     pool: Pool | None = None
 
     def check(self) -> None:
@@ -130,6 +135,7 @@ def main() -> None:
         objective = distillation(config, methods, student, teachers, anchors, data)
 
     loop = Loop(objective, data, config, accelerator, folder, screen)
+    cached = ask_in_advance(config, objective, loop, data.num_classes)
     sources = [f"{teacher.info.name} in {place}" for teacher, place in zip(teachers, config.teacher, strict=True)]
     source = f"{config.method} from {' and '.join(sources)}" if teachers else "trained alone"
     if methods[0].peers:
@@ -145,6 +151,8 @@ def main() -> None:
     screen.say(f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in objective.term_weights.items())}")
     if initial:
         screen.say(f"initial weights: {initial}")
+    if cached:
+        screen.say(cached)
     loop.run()
 
     spec = find_spec(config.student, pool)
@@ -200,6 +208,25 @@ def distillation(
         anchors=anchors,
         options=config,
     )
+
+
+def ask_in_advance(config: DistillConfig, objective: Objective, loop: Loop, num_classes: int) -> str:
+    """Have the teachers asked before training, if that is possible and wanted; what the user should know of it."""
+    views = loop.train.augmentation.views if isinstance(loop.train, DeviceLoader) else None
+    wanted, images = config.cache_teacher, len(loop.train.split)
+    if wanted is None:
+        wanted = views is not None and 2 * views <= config.last_epoch and 4 * images * views * num_classes <= 2**30
+    if not wanted:
+        return ""
+    try:
+        if not isinstance(objective, Distillation):
+            raise ValueError("there is no teacher")
+        objective.ask_in_advance(views)
+    except ValueError as error:
+        if config.cache_teacher:
+            raise UserError(f"--cache_teacher: {error}") from None
+        return ""
+    return f"teacher: asked once, before training, about {images:,} images x {views} crops and mirrors"
 
 
 def next_command(config: DistillConfig, student: str | Path, size: int) -> str:

@@ -34,6 +34,18 @@ class Augmentation:
     flip: bool = True
     cutout: int = 0
 
+    @property
+    def views(self) -> int | None:
+        """How many different images it makes of one; None: more than can be counted."""
+        return (2 * self.padding + 1) ** 2 * (1 + self.flip) if self.kind == "crop" and not self.cutout else None
+
+    def view(self, offsets: Tensor, flips: Tensor) -> Tensor | None:
+        """Numbers [N] int64 of the views with these crops [N, 2] and mirrors [N]."""
+        if self.views is None:
+            return None
+        places = offsets[:, 0] * (2 * self.padding + 1) + offsets[:, 1]
+        return places * 2 + flips if self.flip else places
+
 
 class Plan(NamedTuple):
     """How every image of an epoch is met: what to do with row `order[i]` of the split stands in place i."""
@@ -61,6 +73,7 @@ class Batch(NamedTuple):
     labels: Tensor  # [n] int64
     share: float
     rows: Tensor | None = None  # [n] int64: which images of the split; None in a stream, which has no numbers
+    views: Tensor | None = None  # [n] int64: which of `Augmentation.views`; None where they are not known
 
     def parts(self, count: int, world: int = 1) -> list["Batch"]:
         """`count` batches that together are this one, in all of `world` processes alike, and fewer where it is
@@ -72,11 +85,13 @@ class Batch(NamedTuple):
         if count == 1:
             return [self]
         copies = self.images.unflatten(0, (-1, images)).tensor_split(count, dim=1)
-        labels = self.labels.tensor_split(count)
-        rows = [None] * count if self.rows is None else self.rows.tensor_split(count)
+        labels, *numbers = (
+            [None] * count if each is None else each.tensor_split(count)
+            for each in (self.labels, self.rows, self.views)
+        )
         return [
-            Batch(each.flatten(0, 1), label, self.share * len(label) / images, row)
-            for each, label, row in zip(copies, labels, rows, strict=True)
+            Batch(each.flatten(0, 1), label, self.share * len(label) / images, *which)
+            for each, label, *which in zip(copies, labels, *numbers, strict=True)
         ]
 
 
@@ -144,13 +159,21 @@ class Loader(ABC):
         holes = torch.randint(0, vary.size, (images, 2), generator=generator)
         return Plan(order, offsets, flips, holes)
 
-    def finish(self, images: Tensor, labels: Tensor, holes: Tensor, number: int, rows: Tensor | None = None) -> Batch:
+    def finish(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        holes: Tensor,
+        number: int,
+        rows: Tensor | None = None,
+        views: Tensor | None = None,
+    ) -> Batch:
         """The batch of these uint8 images [n, 3, H, W] on the device, cropped and mirrored already."""
         images = self.normalise(images)
         if self.augmentation.cutout:
             images = cut_out(images, holes, self.augmentation.cutout)
         share = len(labels) * self.world / (self.edges[number + 1] - self.edges[number])
-        return Batch(images, labels, share, rows)
+        return Batch(images, labels, share, rows, views)
 
 
 class DeviceLoader(Loader):
@@ -169,7 +192,19 @@ class DeviceLoader(Loader):
             copies = [augment(originals, part.offsets, part.flips, padding) for part in parts]
             images = copies[0] if len(copies) == 1 else torch.cat(copies)
             holes = parts[0].holes if len(parts) == 1 else torch.cat([part.holes for part in parts])
-            yield self.finish(images, self.split.labels[chosen], holes, number, chosen)
+            views = self.augmentation.view(parts[0].offsets, parts[0].flips) if len(parts) == 1 else None
+            yield self.finish(images, self.split.labels[chosen], holes, number, chosen, views)
+
+    def view(self, view: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows [n], images) of this process's share of the split, all as this one of `Augmentation.views`."""
+        device, padding = self.split.labels.device, self.augmentation.padding
+        place, flip = divmod(view, 2) if self.augmentation.flip else (view, 0)
+        offset = torch.tensor(divmod(place, 2 * padding + 1), device=device)
+        for part in evaluation_parts(len(self.split), batch_size, self.rank, self.world):
+            rows = torch.arange(len(self.split), device=device)[part]
+            originals = select(self.split.pixels, rows if self.split.rows is None else self.split.rows[rows])
+            flips = torch.full((len(rows),), bool(flip), device=device)
+            yield rows, self.normalise(augment(originals, offset.expand(len(rows), 2), flips, padding))
 
 
 class Normalise:

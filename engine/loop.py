@@ -101,6 +101,8 @@ class Loop:
             self.accelerator.init_trackers("tensorboard")
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
+        if self.objective.in_advance is not None:
+            self._ask_in_advance()
         with StopSignals() as signals:
             while self.progress.epoch < self.warmup + self.config.last_epoch:
                 self._epoch(signals)
@@ -122,6 +124,22 @@ class Loop:
             self.progress.partial = {}  # sums over all processes: counted once
         where = f"{self._name(self.progress.epoch)}, batch {self.progress.batch + 1}"
         self.screen.say(f"resuming from {path} at {where}")
+
+    @torch.no_grad()
+    def _ask_in_advance(self) -> None:
+        """Fill `Objective.known`; every process asks about its share of the images."""
+        start, views, table = time.perf_counter(), self.train.augmentation.views, None
+        with self.screen.bar(views, 0, "teacher in advance") as bar:
+            for view in range(views):
+                for rows, images in self.train.view(view, EVALUATION_BATCH):
+                    with self.accelerator.autocast():
+                        answers = self.objective.in_advance(images)
+                    if table is None:
+                        table = answers.new_zeros(len(self.train.split), views, answers.shape[1])
+                    table[rows, view] = answers
+                bar.update()
+        self.objective.known = self.accelerator.reduce(table, "sum")
+        self.progress.seconds += time.perf_counter() - start
 
     def _name(self, epoch: int) -> str:
         if epoch < self.warmup:
@@ -179,7 +197,7 @@ class Loop:
     def _backward(self, network: nn.Module, batch: Batch, phase: str, totals: "_Totals") -> None:
         """Add the gradient of a batch, or of a part of one, to what there is."""
         iteration, objective = self.progress.iteration, self.objective
-        terms = network(batch.images, batch.labels, iteration, batch.rows)
+        terms = network(batch.images, batch.labels, iteration, batch.rows, batch.views)
         loss = sum(objective.term_weights[name] * term for name, term in terms.items())
         self.accelerator.backward(loss * batch.share, inputs=objective.leaves(phase))
         totals.add(iteration, terms, len(batch.labels))

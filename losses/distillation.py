@@ -90,6 +90,22 @@ class Distillation(Objective):
                     place = (epoch + length) * method.warmup_epochs // length
                     next(groups)["lr"] = method.warmup_lr(place, self.options.lr) if epoch >= -length else 0.0
 
+    def ask_in_advance(self, views: int | None) -> None:
+        """Have the loop ask the teachers before training, about each of the `views` that there are of an image.
+
+        Raises:
+            ValueError: a reason why that is not possible.
+        """
+        if not self.frozen:
+            raise ValueError("there is no teacher")
+        if self.teacher_features or self.rotations:
+            raise ValueError("the method wants more of its teacher than logits")
+        if self.anchors:
+            raise ValueError("the teacher changes on the way")
+        if views is None:
+            raise ValueError("views of an image can be counted only where the set is in memory, without cutouts")
+        self.in_advance = lambda images: self._ask_teachers(images).logits
+
     def train(self, mode: bool = True) -> "Distillation":
         super().train(mode)
         if self.epoch >= 0:
@@ -98,12 +114,15 @@ class Distillation(Objective):
                     module.eval()
         return self
 
-    def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None, views: Tensor | None = None
+    ) -> dict[str, Tensor]:
         if self.rotations:
             images = rotate(images)
         if self.epoch < 0:
             return self._warm_up(images, labels, rows)
-        student, teacher = ask(self.student, images, self.student_features), self._ask_teachers(images)
+        student = ask(self.student, images, self.student_features)
+        teacher = self._ask_teachers(images) if self.known is None else Views(self.known[rows, views])
         upright = student.logits[: len(labels)]
         if "kl" in self.weights_after:
             ce, kl = kd_loss(upright, teacher.logits[: len(labels)], labels, temperature=self.temperature)

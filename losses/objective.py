@@ -27,13 +27,20 @@ class Objective(nn.Module, ABC):
     warmup_epochs = 0
     # How many differently augmented copies of a batch, one behind the other, `forward` wants as its images.
     copies = 1
+    # Asked by the loop before training about every view of every training image, images [N, 3, H, W] -> [N, D];
+    # what it said is then `known` [images, views, D].
+    in_advance: Callable[[Tensor], Tensor] | None = None
+    known: Tensor | None = None
     # Whether some iterations leave some parameters without a gradient (DDP must then look for them).
     sparse_gradients = False
 
     @abstractmethod
-    def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None, views: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Scalar loss terms of the iteration's phase, each a mean over the batch: images [N, 3, H, W]
-        normalised, labels [N] int64, rows [N] int64: which images of the training split, where it has numbers."""
+        normalised, labels [N] int64, rows [N] int64: which images of the training split, where it has numbers,
+        views [N] int64: which of the images that the augmentation makes of it, where they can be counted."""
 
     def begin_epoch(self, epoch: int) -> None:
         """Told before every epoch: from 0, or from -warmup_epochs where there is a warm-up."""

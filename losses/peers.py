@@ -39,7 +39,9 @@ class Peers(Objective):
         self.register_buffer("shares", torch.full((count,), 1 / count, dtype=torch.float64) if self.general else None)
         self.register_buffer("errors", torch.zeros(count, count, dtype=torch.float64) if self.general else None)
 
-    def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None, views: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """`images` [copies x N, ...]: a copy of the batch for each peer, or one for all."""
         views = images.chunk(len(self.peers)) if self.copies > 1 else [images] * len(self.peers)
         logits = torch.stack([peer(view) for peer, view in zip(self.peers, views, strict=True)])

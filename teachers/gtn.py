@@ -119,7 +119,9 @@ class GTN(Grafted):
         every = self.options.gate_every
         return "gates" if every and iteration % every == every - 1 else "weights"
 
-    def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None, views: Tensor | None = None
+    ) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(derive_seed(self.options.seed, "paths", iteration))
         if self.phase(iteration) == "gates":
             if self._gate_draws is None:  # a batch in several parts is one step

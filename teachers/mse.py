@@ -18,7 +18,9 @@ class MSE(Vanilla):
         super().__init__(teacher, options, image_size)
         self.term_weights = {"mse": 1.0}
 
-    def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None, views: Tensor | None = None
+    ) -> dict[str, Tensor]:
         return {"mse": squared_error(self.teacher(images), labels)}
 
 

@@ -46,7 +46,9 @@ class SFTN(Grafted):
             "branch_kl": options.alpha,
         }
 
-    def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None, views: Tensor | None = None
+    ) -> dict[str, Tensor]:
         branches, logits = self._run(images)
         options = self.options
         ce, kl = kd_loss(

@@ -15,7 +15,9 @@ class Vanilla(Objective):
         self.teacher = teacher
         self.term_weights = {"ce": 1.0}
 
-    def forward(self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None, views: Tensor | None = None
+    ) -> dict[str, Tensor]:
         return {"ce": cross_entropy(self.teacher(images), labels)}
 
     def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:

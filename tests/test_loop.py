@@ -31,7 +31,7 @@ class Linear(Objective):
         self.network = nn.Linear(3 * 64, 10)
         self.term_weights = {"ce": 1.0}
 
-    def forward(self, images, labels, iteration, rows=None):
+    def forward(self, images, labels, iteration, rows=None, views=None):
         return {"ce": nn.functional.cross_entropy(self.network(images.flatten(1)), labels)}
 
     def predict(self, images, seed):
@@ -101,6 +101,56 @@ def test_the_learning_rate_scales_with_the_batch():
     assert learning_rate(TeacherConfig(lr=0.1, batch_size=256), 0) == 0.1
 
 
+def kd_objective(method: str = "kd"):
+    config, data = DistillConfig(method=method, image_size=8), load_images("digits", 8)
+    torch.manual_seed(0)
+    student, teacher = create_model("resnet8", 10), create_model("resnet14", 10)
+    teacher.info = ModelInfo("resnet14", "digits", 10, 8, data.mean, data.std)
+    teachers = [] if method == "none" else [teacher]
+    return distillation(config, find_methods(method), student, teachers, [], data)
+
+
+@pytest.mark.parametrize(("padding", "flip"), [(0, False), (0, True), (1, False), (1, True)])
+def test_views_are_numbered_as_the_loader_makes_them(tmp_path, padding, flip):
+    loader = loop_of(Linear(), tmp_path, crop_padding=padding, flip=flip).train
+    assert loader.augmentation.views == (9 if padding else 1) * (2 if flip else 1)
+    images, seen = [], set()
+    for view in range(loader.augmentation.views):
+        rows, shown = zip(*loader.view(view, 500), strict=True)
+        images.append(dict(zip(torch.cat(rows).tolist(), torch.cat(shown), strict=True)))
+    for batch in loader.epoch(0):
+        expected = torch.stack(
+            [images[view][row] for row, view in zip(batch.rows.tolist(), batch.views.tolist(), strict=True)]
+        )
+        assert torch.equal(batch.images, expected)
+        seen |= set(batch.views.tolist())
+    assert seen == set(range(loader.augmentation.views))
+
+
+def test_a_teacher_asked_in_advance_says_the_same(tmp_path):
+    losses = []
+    for advance in (False, True):
+        objective = kd_objective()
+        loop = loop_of(objective, tmp_path / str(advance), crop_padding=1, lr=1e-3)
+        if advance:
+            objective.ask_in_advance(loop.train.augmentation.views)
+        losses.append(loop.run().history[0]["losses"])
+        asked = objective.known is not None
+        assert asked == advance
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert objective.known.shape == (len(loop.train.split), 9, 10)
+    objective.frozen[0].forward = None  # not needed any more
+    loop._step(loop.train.one(0), _Totals({}))
+
+
+def test_a_teacher_that_cannot_be_asked_in_advance_says_why(tmp_path):
+    for method, said in (("at", "more of its teacher"), ("sskd", "more of its teacher"), ("none", "no teacher")):
+        with pytest.raises(ValueError, match=said):
+            kd_objective(method).ask_in_advance(2)
+    with pytest.raises(ValueError, match="cutouts"):
+        kd_objective().ask_in_advance(loop_of(Linear(), tmp_path, cutout=2).train.augmentation.views)
+
+
 # What makes the host wait for a value of the device, as the profiler calls it. Gates live on the host
 # (teachers/gates.py): drawing and updating them waits for nothing.
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2"}
@@ -109,18 +159,13 @@ ON_HOST = {"aten::multinomial", "Optimizer.step#Adam.step"}
 
 @pytest.mark.parametrize("name", [*TEACHERS, *(name for name, row in METHODS.items() if not row.peers)])
 def test_no_step_waits_for_the_device(name, tmp_path):
-    data = load_images("digits", 8)
     torch.manual_seed(0)
     if name in TEACHERS:
         student = "resnet8" if name == "sftn" else None
         config = TeacherConfig(method=name, pool=POOL, image_size=8, student=student)
         objective = TEACHERS[name].objective(create_model("resnet8", 10), config, 8)
     else:
-        config = DistillConfig(method=name, image_size=8)
-        student, teacher = create_model("resnet8", 10), create_model("resnet14", 10)
-        teacher.info = ModelInfo("resnet14", "digits", 10, 8, data.mean, data.std)
-        teachers = [] if name == "none" else [teacher]
-        objective = distillation(config, find_methods(name), student, teachers, [], data)
+        objective = kd_objective(name)
     loop = loop_of(objective, tmp_path)
     objective.begin_epoch(0)
     objective.train()

@@ -48,13 +48,19 @@ def test_accuracy_counts_every_test_image_exactly_once(teacher):
     assert read_json(folder / "summary.json")["top1"] == pytest.approx(100 * right / len(data.test), abs=1e-6)
 
 
-def test_distillation_runs_in_two_processes(teacher, tmp_path):
-    arguments = ["--student", "pool:1", "--epochs", 1, "--batch_size", 128, *TINY_POOL]
-    succeeded(launch_two("distill.py", "--teacher", teacher[0], *arguments, "--output_dir", tmp_path / "s"))
-    assert (
-        read_json(tmp_path / "s" / "summary.json")["teachers"][0]["sha256"]
-        == read_json(teacher[0] / "model.json")["sha256"]
-    )
+def test_distillation_runs_in_two_processes_the_teacher_asked_on_the_way_or_in_advance(teacher, tmp_path):
+    arguments = ["--teacher", teacher[0], "--student", "pool:1", "--epochs", 1, "--batch_size", 128, *TINY_POOL]
+    losses = []
+    for advance in ("true", "false"):
+        run = tmp_path / advance
+        done = launch_two(
+            "distill.py", *arguments, "--crop_padding", 0, "--cache_teacher", advance, "--output_dir", run
+        )
+        assert ("asked once, before training, about 1,437" in succeeded(done).stdout) == (advance == "true")
+        losses.append(read_rows(run / "metrics.jsonl")[0]["losses"])
+        told = read_json(run / "summary.json")["teachers"][0]
+        assert told["sha256"] == read_json(teacher[0] / "model.json")["sha256"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_one_and_two_processes_learn_alike(tmp_path):
