@@ -29,6 +29,7 @@ from losses.method import Method
 from losses.objective import Objective
 from losses.peers import Peers
 from models import ModelInfo, create_model, describe_models, find_spec, is_model, load_pretrained, save_pretrained
+from models.compiled import compile_regions
 from models.network import Network, count_parameters
 from models.pool import Pool
 from models.weights import initial_weights, load_weights
@@ -124,9 +125,12 @@ def main() -> None:
     student = create_model(config.student, data.num_classes, pool, "--student", data.image_size)
     with accelerator.main_process_first():
         initial = initial_weights(student, config.pretrained, config.weights)
-    if methods[0].peers:
-        others = config.peers or [config.student]
-        peers = [create_model(name, data.num_classes, pool, "--peers", data.image_size) for name in others]
+    others = (config.peers or [config.student]) if methods[0].peers else []
+    peers = [create_model(name, data.num_classes, pool, "--peers", data.image_size) for name in others]
+    if config.compile:
+        for network in (student, *peers, *teachers):
+            compile_regions(network)
+    if peers:
         weight = 1.0 if config.kd_weight is None else config.kd_weight
         objective = Peers([student, *peers], config.method, weight)
     else:
@@ -138,8 +142,8 @@ def main() -> None:
     cached = ask_in_advance(config, objective, loop, data.num_classes)
     sources = [f"{teacher.info.name} in {place}" for teacher, place in zip(teachers, config.teacher, strict=True)]
     source = f"{config.method} from {' and '.join(sources)}" if teachers else "trained alone"
-    if methods[0].peers:
-        source = f"{config.method} with {' and '.join(config.peers or [config.student])}"
+    if peers:
+        source = f"{config.method} with {' and '.join(others)}"
     parameters = count_parameters(student)
     screen.say(
         f"student {config.student} ({parameters:,} parameters), {source}, on {data.name}: {len(data.train):,} training "

@@ -26,6 +26,7 @@ from engine.loop import Loop
 from engine.processes import run_script, start_accelerator
 from engine.tracking import RunFolder, Screen, default_folder
 from models import ModelInfo, create_model, describe_models, find_spec, save_pretrained
+from models.compiled import compile_regions
 from models.network import count_parameters
 from models.pool import pool_of
 from models.weights import initial_weights
@@ -112,6 +113,8 @@ def main() -> None:
     with accelerator.main_process_first():
         initial = initial_weights(teacher, config.pretrained, config.weights)
     objective = TEACHERS[config.method].objective(teacher, config, data.image_size)
+    if config.compile:
+        compile_regions(objective)
 
     def keep_anchor(epoch: int) -> None:
         """Anchor i of K is the model after epoch i E / K."""

@@ -50,6 +50,7 @@ class RunConfig(DataOptions):
         resume_from_checkpoint: a checkpoint file, or "latest" for the one in output_dir.
         checkpointing_epochs: epochs between checkpoints.
         mixed_precision: no, fp16 or bf16; default: what accelerate launch says.
+        compile: compile the networks' blocks with torch.compile, each once, when they first run.
         kernels: triton or reference (plain PyTorch) for losses and gates; auto is Triton on an NVIDIA GPU.
         with_tracking: also log to the trackers of --report_to.
         report_to: tracker names known to Accelerate, comma-separated.
@@ -76,6 +77,7 @@ class RunConfig(DataOptions):
     resume_from_checkpoint: str | None = None
     checkpointing_epochs: int = 1
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    compile: bool = False
     kernels: Literal["auto", "triton", "reference"] = "auto"
     with_tracking: bool = False
     report_to: str = "tensorboard"

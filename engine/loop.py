@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -70,6 +71,12 @@ class Loop:
         self._load_data(data)
         self.progress = Progress()
 
+    def _eager_unless(self, steady: bool) -> AbstractContextManager:
+        """Blocks are compiled for the steady step alone: every other number of images would compile them again."""
+        if steady or not self.config.compile:
+            return nullcontext()
+        return torch.compiler.set_stance("force_eager")
+
     def _load_data(self, data: ImageSet) -> None:
         config = self.config
         if config.batch_size // self.world < 2 * config.gradient_accumulation_steps:
@@ -132,7 +139,7 @@ class Loop:
         with self.screen.bar(views, 0, "teacher in advance") as bar:
             for view in range(views):
                 for rows, images in self.train.view(view, EVALUATION_BATCH):
-                    with self.accelerator.autocast():
+                    with self.accelerator.autocast(), self._eager_unless(False):
                         answers = self.objective.in_advance(images)
                     if table is None:
                         table = answers.new_zeros(len(self.train.split), views, answers.shape[1])
@@ -184,10 +191,11 @@ class Loop:
         # Only the weights' gradients go through DDP; another phase averages what it needs by itself.
         network = self.network if phase == "weights" else objective
         *before, last = batch.parts(self.config.gradient_accumulation_steps, self.world)
-        for part in before:
-            with self.accelerator.no_sync(network):
-                self._backward(network, part, phase, totals)
-        self._backward(network, last, phase, totals)
+        with self._eager_unless(len(batch.labels) * self.world == self.config.batch_size):
+            for part in before:
+                with self.accelerator.no_sync(network):
+                    self._backward(network, part, phase, totals)
+            self._backward(network, last, phase, totals)
         objective.before_update(phase, self._average)
         self.steppers[phase].step()
         self.steppers[phase].zero_grad()
@@ -300,7 +308,7 @@ class Loop:
         seen = 0
         batches = self.pipeline.evaluation(split, EVALUATION_BATCH, self.train)
         for number, (images, labels) in enumerate(batches):
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self._eager_unless(False):
                 answers = self.objective.predict(images, derive_seed(self.progress.epoch, number))
             if split is self.val:
                 self.objective.look_at_validation(answers, labels)
