@@ -24,6 +24,7 @@ benchmark: .venv/installed
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.methods
 	$(BIN)/python -m benchmarks.cost
+	$(BIN)/python -m benchmarks.training
 
 gpu-check: .venv/installed
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"

@@ -1,14 +1,17 @@
 """The benchmarks measure what they say: the plain step is the even step, and tables hold the runs' figures."""
 
 import json
+import time
 
 import pytest
 import torch
 
+from benchmarks import baselines
 from benchmarks import compare as compare_benchmark
 from benchmarks import cost as cost_benchmark
 from benchmarks import data as data_benchmark
 from benchmarks import methods as methods_benchmark
+from benchmarks import parts as parts_benchmark
 from benchmarks import training as training_benchmark
 from benchmarks.compare import as_markdown, tabulate
 from benchmarks.steps import Options, PlainJoint, Setting, count_macs, measure
@@ -156,11 +159,30 @@ def test_the_training_benchmark_trains_with_every_script(tmp_path):
     networks = [create_model("resnet8", 10), create_model("resnet8", 10)]
     info = ModelInfo("resnet8", "digits", 10, 32, data.mean, data.std)
     save_pretrained(networks[0], info, tmp_path / "teacher")
-    assert training_benchmark.our_script(tmp_path, "resnet8", 128, "bf16", 0) > 0
+    assert training_benchmark.our_script(tmp_path, "resnet8", 128, "bf16", ["--mixed_precision", "bf16"], 0) > 0
     before = networks[1].fc.weight.detach().clone()
     pillow = training_benchmark.PillowDataset(data.train.pixels[:64].permute(0, 2, 3, 1).numpy(), [1, 2] * 32)
-    assert training_benchmark.plain_script(*networks, pillow, 16, torch.device("cpu")) > 0
+    assert baselines.plain_script(*networks, pillow, 16, torch.device("cpu")) > 0
     assert not torch.equal(networks[1].fc.weight, before)
-    parts = training_benchmark.step_parts("resnet8", "resnet8", 64, "bf16", torch.device("cpu"))
-    assert list(parts) == ["data", "teacher", "student", "loss", "backward", "optimiser"]
-    assert min(parts.values()) > 0
+
+
+@pytest.mark.parametrize("name", ["gtn", "crd"])
+def test_the_parts_of_a_step_are_its_time(name, tmp_path):
+    config = parts_benchmark.make_config(name, "resnet8", 16, "bf16", str(tmp_path), pool=POOL)
+    loop = parts_benchmark.make_loop(name, "resnet8", config, data_benchmark.random_set(400))
+    row = parts_benchmark.measure(loop, 3)
+    assert set(row["phases"]) == ({"weights", "gates"} if name == "gtn" else {"weights"})
+    for phase, of in row["phases"].items():
+        spent = {part for part, ms in of["parts_ms"].items() if ms > 0}
+        assert spent == set(parts_benchmark.PARTS) - (set() if name == "gtn" else {"gates"}), phase
+        assert 0 < of["share_of_matrix_rate"] < 2
+    json.dumps(row)
+
+
+def test_a_stopwatch_charges_what_runs_within_a_part_to_itself():
+    watch = parts_benchmark.Stopwatch(torch.device("cpu"))
+    inner = watch.watched("teacher", lambda: time.sleep(0.05))
+    watch.start()
+    watch.watched("loss", lambda: [inner(), time.sleep(0.02)])()
+    seconds = watch.read()
+    assert seconds["teacher"] == pytest.approx(0.05, abs=0.015) and seconds["loss"] == pytest.approx(0.02, abs=0.015)

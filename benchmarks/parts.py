@@ -1,0 +1,220 @@
+"""Where a training step's time goes: one objective under the real loop, in a process of its own.
+
+python -m benchmarks.parts --objective gtn --precision bf16
+
+Prints JSON: for each of the objective's phases the milliseconds of a step, run as it is, and of its parts, each
+waited for; its floating-point operations a second, and their share of what a large matrix product reaches; and the peak
+memory.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.data import random_set
+from benchmarks.steps import clock
+from engine.config import RunConfig
+from engine.data import ImageSet
+from engine.loop import Loop, _Totals
+from engine.processes import keep_freed_memory, start_accelerator
+from engine.tracking import RunFolder, Screen, peak_memory_bytes
+from losses import METHODS
+from losses.distillation import Distillation, build_methods
+from losses.objective import Objective
+from models import create_model
+from models.network import Network
+from models.pool import Pool
+from teachers import TEACHERS
+from teachers.gtn import GTNOptions
+
+OBJECTIVES = ("vanilla", "sftn", "gtn", "kd", "at", "crd")
+PARTS = ("data", "teacher", "student", "loss", "backward", "optimiser", "gates", "rest")
+SIDE, IMAGES = 32, 10_000
+POOL = Pool(**yaml.safe_load(Path("recipes/digits_gtn.yaml").read_text())["pool"])
+
+
+@dataclass
+class Config(GTNOptions, RunConfig):
+    """The options of both scripts that the measured objectives read."""
+
+    student: str | None = None
+    gate_every: int = 2
+    dkd_alpha: float = 1.0
+    dkd_beta: float | None = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objective", choices=OBJECTIVES, default="kd")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no")
+    parser.add_argument("--teacher", default="resnet32x4")
+    parser.add_argument("--student", default="resnet8x4", help="also of SFTN's branches; GTN's are of the demo's pool")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each phase")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_config(options.objective, options.student, options.batch_size, options.precision, folder)
+        loop = make_loop(options.objective, options.teacher, config, random_set(IMAGES))
+        print(json.dumps(measure(loop, options.steps)))
+
+
+def make_config(name: str, student: str, batch_size: int, precision: str, folder: str, **changes) -> Config:
+    usual = {} if name in TEACHERS else {"alpha": 0.9, "temperature": 4.0}
+    student = student if name in METHODS or name == "sftn" else None
+    sizes = {"image_size": SIDE, "batch_size": batch_size, "crop_padding": 4, "flip": True, "pool": POOL}
+    return Config(**usual | sizes | changes, student=student, mixed_precision=precision, output_dir=folder)
+
+
+def make_loop(name: str, teacher_name: str, config: Config, data: ImageSet) -> Loop:
+    torch.manual_seed(0)
+    accelerator = start_accelerator(config.mixed_precision, None, config.output_dir, sparse_gradients=False)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()  # as the loop does
+    teacher = create_model(teacher_name, data.num_classes, image_size=SIDE)
+    if name in TEACHERS:
+        objective = TEACHERS[name].objective(teacher, config, SIDE)
+    else:
+        objective = distillation(name, teacher, config, data)
+    return Loop(objective, data, config, accelerator, RunFolder(config.output_dir), Screen(False))
+
+
+def distillation(name: str, teacher: Network, config: Config, data: ImageSet) -> Distillation:
+    student, images = create_model(config.student, data.num_classes, image_size=SIDE), len(data.train)
+    (method,) = build_methods([METHODS[name]], student, [teacher], SIDE, data.num_classes, images, config)
+    method.know_labels(data.train.labels)
+    weights = {"ce_weight": method.ce_weight, "kd_weight": method.kd_weight}
+    return Distillation(student, [teacher], [method], [method.weight], **weights, options=config)
+
+
+def measure(loop: Loop, steps: int) -> dict:
+    device, objective = loop.accelerator.device, loop.objective
+    objective.begin_epoch(0)
+    objective.train()
+    totals, phases = _Totals({}), dict.fromkeys(map(objective.phase, range(2)))
+
+    def runs(batches: Iterator) -> Iterator[tuple[str, Callable[[], None]]]:
+        """The phase and the step of every iteration from 0 on, after the first of each phase."""
+        loop.progress.iteration = 0
+        for number in range((1 + steps) * len(phases)):
+            phase = objective.phase(loop.progress.iteration)
+            step = lambda: loop._step(next(batches), totals)  # noqa: E731
+            if number < len(phases):
+                step()  # memory is allocated, kernels are chosen
+            else:
+                yield phase, step
+
+    times: dict[str, list[float]] = {phase: [] for phase in phases}
+    for phase, step in runs(loop.train.epoch(0)):
+        times[phase].append(clock(step, device))
+    peak_memory = peak_memory_bytes()
+    operations: dict[str, list[float]] = {phase: [] for phase in phases}
+    for phase, step in runs(loop.train.epoch(0)):
+        with FlopCounterMode(display=False) as counter:
+            step()
+        operations[phase].append(counter.get_total_flops())
+    watch = Stopwatch(device)
+    batches = watch_loop(watch, loop)
+    parts: dict[str, list[dict[str, float]]] = {phase: [] for phase in phases}
+    for phase, step in runs(batches):
+        watch.start()
+        step()
+        parts[phase].append(watch.read())
+    fastest = matrix_rate(torch.bfloat16 if loop.accelerator.mixed_precision == "bf16" else torch.float32, device)
+    rows = {}
+    for phase in phases:
+        seconds = statistics.median(times[phase])
+        rate = sum(operations[phase]) / sum(times[phase])
+        medians = {part: 1000 * statistics.median(each[part] for each in parts[phase]) for part in PARTS}
+        rows[phase] = {"step_ms": 1000 * seconds, "parts_ms": medians, "gflops_per_second": rate / 1e9}
+        rows[phase]["share_of_matrix_rate"] = rate / fastest
+    return {"phases": rows, "matrix_gflops_per_second": fastest / 1e9, "peak_memory_bytes": peak_memory}
+
+
+class Stopwatch:
+    """Seconds by part. What runs within a part and is a part itself counts for itself alone."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.start()
+
+    def start(self) -> None:
+        self.seconds, self.running = dict.fromkeys(PARTS, 0.0), ["rest"]
+        self.last = self._now()
+
+    def read(self) -> dict[str, float]:
+        self._charge()
+        return self.seconds
+
+    def watched(self, part: str, function: Callable) -> Callable:
+        def timed(*arguments, **options):
+            self._charge()
+            self.running.append(part)
+            try:
+                return function(*arguments, **options)
+            finally:
+                self._charge()
+                self.running.pop()
+
+        return timed
+
+    def _charge(self) -> None:
+        now = self._now()
+        self.seconds[self.running[-1]] += now - self.last
+        self.last = now
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def watch_loop(watch: Stopwatch, loop: Loop) -> Iterator:
+    """Time the parts of the loop's steps from now on; returns its watched batches."""
+
+    def put(owner: object, name: str, part: str) -> None:
+        setattr(owner, name, watch.watched(part, getattr(owner, name)))
+
+    objective = loop.objective
+    put(objective, "forward", "loss")
+    for part, networks in networks_of(objective).items():
+        for network in networks:
+            put(network, "forward", part)
+            for block in getattr(network, "blocks", ()):  # they are also run one by one
+                put(block, "forward", part)
+    if hasattr(objective, "gates"):
+        for name in ("draw", "draw_gate_step", "set_gradient", "finish_update"):
+            put(objective.gates, name, "gates")
+    put(loop.accelerator, "backward", "backward")
+    for stepper in loop.steppers.values():
+        put(stepper, "step", "optimiser")
+        put(stepper, "zero_grad", "optimiser")
+    batches = loop.train.epoch(0)
+    following = watch.watched("data", partial(next, batches))
+    return (following() for _ in range(len(loop.train)))
+
+
+def networks_of(objective: Objective) -> dict[str, list[torch.nn.Module]]:
+    """Branches stand for students."""
+    if isinstance(objective, Distillation):
+        return {"teacher": list(objective.frozen), "student": [objective.student]}
+    return {"teacher": [objective.teacher], "student": list(getattr(objective, "branches", []))}
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+    """Floating-point operations a second of a product of two square matrices; the best of ten."""
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2 * size**3 / min(clock(lambda: torch.mm(a, b), device) for _ in range(10))
+
+
+if __name__ == "__main__":
+    main()
