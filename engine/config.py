@@ -51,6 +51,8 @@ class RunConfig(DataOptions):
         checkpointing_epochs: epochs between checkpoints.
         mixed_precision: no, fp16 or bf16; default: what accelerate launch says.
         compile: compile the networks' blocks with torch.compile, each once, when they first run.
+        cuda_graph: record the steady step as a CUDA graph and replay it: one launch instead of hundreds. On one GPU,
+            not for gtn, and for methods of your own only if they decide nothing on the host within an epoch.
         kernels: triton or reference (plain PyTorch) for losses and gates; auto is Triton on an NVIDIA GPU.
         with_tracking: also log to the trackers of --report_to.
         report_to: tracker names known to Accelerate, comma-separated.
@@ -78,6 +80,7 @@ class RunConfig(DataOptions):
     checkpointing_epochs: int = 1
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     compile: bool = False
+    cuda_graph: bool = False
     kernels: Literal["auto", "triton", "reference"] = "auto"
     with_tracking: bool = False
     report_to: str = "tensorboard"

@@ -14,6 +14,7 @@ from common import UserError, derive_seed
 from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint, state_tensors
 from engine.config import NOT_COMPUTED, RunConfig
 from engine.data import AnySplit, ImageSet
+from engine.graphs import CudaRecorder, StepGraph, Terms
 from engine.loader import Batch
 from engine.pipeline import Pipeline
 from engine.processes import Interrupted, RunError, StopSignals, keep_freed_memory
@@ -68,8 +69,23 @@ class Loop:
         self.optimizers = {"weights": weights} | objective.extra_optimizers()
         self.steppers = {name: accelerator.prepare_optimizer(each) for name, each in self.optimizers.items()}
         self.scalers = {"scaler": accelerator.scaler} if accelerator.scaler else {}
+        self.graph = StepGraph(self._update, CudaRecorder()) if config.cuda_graph else None
+        if config.cuda_graph:
+            self._check_recordable()
         self._load_data(data)
         self.progress = Progress()
+
+    def _check_recordable(self) -> None:
+        """Raises UserError where a step cannot be a CUDA graph."""
+        reasons = {
+            "needs an NVIDIA GPU": self.accelerator.device.type != "cuda",
+            "is for one process": self.world > 1,
+            "cannot be combined with --mixed_precision fp16, whose scaler looks at every gradient": bool(self.scalers),
+            "the paths of --method gtn change from step to step": not self.objective.recordable,
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise UserError(f"--cuda_graph: {reason}")
 
     def _eager_unless(self, steady: bool) -> AbstractContextManager:
         """Blocks are compiled for the steady step alone: every other number of images would compile them again."""
@@ -188,27 +204,40 @@ class Loop:
         iteration, objective = self.progress.iteration, self.objective
         torch.manual_seed(derive_seed(self.config.seed, "step", iteration, self.rank))
         phase = objective.phase(iteration)
+        steady = len(batch.labels) * self.world == self.config.batch_size
+        with self._eager_unless(steady):
+            if self.graph is not None and steady and phase == "weights":
+                said = self.graph(batch, self.progress.epoch)
+            else:
+                said = self._update(batch)
+        for terms, images in said:
+            totals.add(iteration, terms, images)
+        self.progress.iteration += 1
+
+    def _update(self, batch: Batch) -> Terms:
+        """A step: forward and backward passes of all parts of the batch, and the optimiser's."""
+        objective, phase = self.objective, self.objective.phase(self.progress.iteration)
         # Only the weights' gradients go through DDP; another phase averages what it needs by itself.
         network = self.network if phase == "weights" else objective
         *before, last = batch.parts(self.config.gradient_accumulation_steps, self.world)
-        with self._eager_unless(len(batch.labels) * self.world == self.config.batch_size):
-            for part in before:
-                with self.accelerator.no_sync(network):
-                    self._backward(network, part, phase, totals)
-            self._backward(network, last, phase, totals)
+        said = []
+        for part in before:
+            with self.accelerator.no_sync(network):
+                said.append(self._backward(network, part, phase))
+        said.append(self._backward(network, last, phase))
         objective.before_update(phase, self._average)
         self.steppers[phase].step()
         self.steppers[phase].zero_grad()
         objective.after_update(phase)
-        self.progress.iteration += 1
+        return said
 
-    def _backward(self, network: nn.Module, batch: Batch, phase: str, totals: "_Totals") -> None:
+    def _backward(self, network: nn.Module, batch: Batch, phase: str) -> tuple[dict[str, Tensor], int]:
         """Add the gradient of a batch, or of a part of one, to what there is."""
         iteration, objective = self.progress.iteration, self.objective
         terms = network(batch.images, batch.labels, iteration, batch.rows, batch.views)
         loss = sum(objective.term_weights[name] * term for name, term in terms.items())
         self.accelerator.backward(loss * batch.share, inputs=objective.leaves(phase))
-        totals.add(iteration, terms, len(batch.labels))
+        return {name: term.detach() for name, term in terms.items()}, len(batch.labels)
 
     def _average(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "mean")
@@ -386,7 +415,7 @@ class _Totals:
         self._pending: list[tuple[int, dict[str, Tensor], int]] = []
 
     def add(self, iteration: int, terms: dict[str, Tensor], images: int) -> None:
-        self._pending.append((iteration, {name: term.detach() for name, term in terms.items()}, images))
+        self._pending.append((iteration, terms, images))
         self.images += images
 
     def read(self) -> list[tuple[int, str, float]]:

@@ -27,6 +27,8 @@ class Objective(nn.Module, ABC):
     warmup_epochs = 0
     # How many differently augmented copies of a batch, one behind the other, `forward` wants as its images.
     copies = 1
+    # Whether a step of "weights" launches the same on the device every time, within an epoch: --cuda_graph replays it.
+    recordable = True
     # Asked by the loop before training about every view of every training image, images [N, 3, H, W] -> [N, D];
     # what it said is then `known` [images, views, D].
     in_advance: Callable[[Tensor], Tensor] | None = None

@@ -96,6 +96,7 @@ class GTN(Grafted):
     """
 
     sparse_gradients = True
+    recordable = False
 
     def __init__(self, teacher: Network, options, image_size: int):
         super().__init__()

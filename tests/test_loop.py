@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from common import UserError
 from distill import DistillConfig, distillation
 from engine.data import load_images
+from engine.graphs import CudaRecorder, StepGraph
 from engine.loader import Batch
 from engine.loop import Loop, _Totals, learning_rate
 from engine.tracking import RunFolder, Screen
@@ -70,9 +71,7 @@ def test_an_accumulated_step_is_the_whole_one(tmp_path):
 
 
 def test_a_gate_step_in_parts_draws_once_and_averages(tmp_path):
-    config = TeacherConfig(method="gtn", pool=POOL, image_size=8)
-    torch.manual_seed(0)
-    objective = TEACHERS["gtn"].objective(create_model("resnet8", 10), config, 8)
+    objective = make("gtn")
     loop = loop_of(objective, tmp_path, gradient_accumulation_steps=2)
     batch = loop.train.one(0)
     halves = []
@@ -108,6 +107,15 @@ def kd_objective(method: str = "kd"):
     teacher.info = ModelInfo("resnet14", "digits", 10, 8, data.mean, data.std)
     teachers = [] if method == "none" else [teacher]
     return distillation(config, find_methods(method), student, teachers, [], data)
+
+
+def make(name: str) -> Objective:
+    """A teacher's or a student's objective, small, on 8x8 digits."""
+    if name in METHODS:
+        return kd_objective(name)
+    torch.manual_seed(0)
+    config = TeacherConfig(method=name, pool=POOL, image_size=8, student="resnet8" if name == "sftn" else None)
+    return TEACHERS[name].objective(create_model("resnet8", 10), config, 8)
 
 
 @pytest.mark.parametrize(("padding", "flip"), [(0, False), (0, True), (1, False), (1, True)])
@@ -151,6 +159,35 @@ def test_a_teacher_that_cannot_be_asked_in_advance_says_why(tmp_path):
         kd_objective().ask_in_advance(loop_of(Linear(), tmp_path, cutout=2).train.augmentation.views)
 
 
+@pytest.mark.parametrize("name", ["kd", "crd", "sftn"])
+def test_a_replayed_step_is_the_step(tmp_path, name):
+    """What is recorded reads the held batch, and only the steady batches of an epoch but its first are replayed."""
+    replayed, losses = [], []
+    for replay in (False, True):
+        loop = loop_of(make(name), tmp_path / str(replay), epochs=2)
+        if replay:  # the host's counterpart of a recording is the function itself
+            record = CudaRecorder() if torch.cuda.is_available() else lambda step: step
+            loop.graph = StepGraph(loop._update, lambda step, record=record: watched(record(step), replayed))
+        losses.append([row["losses"] for row in loop.run().history])
+    assert len(replayed) == 2 * (len(loop.train) - 2)  # the last batch of an epoch is smaller
+    for eager, recorded in zip(*losses, strict=True):
+        assert recorded == pytest.approx(eager, rel=1e-3 if torch.cuda.is_available() else 1e-9)
+
+
+def watched(function, calls: list):
+    def call():
+        calls.append(1)
+        function()
+
+    return call
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it can")
+def test_a_cpu_records_no_graph(tmp_path):
+    with pytest.raises(UserError, match="--cuda_graph: needs an NVIDIA GPU"):
+        loop_of(Linear(), tmp_path, cuda_graph=True)
+
+
 # What makes the host wait for a value of the device, as the profiler calls it. Gates live on the host
 # (teachers/gates.py): drawing and updating them waits for nothing.
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2"}
@@ -159,13 +196,7 @@ ON_HOST = {"aten::multinomial", "Optimizer.step#Adam.step"}
 
 @pytest.mark.parametrize("name", [*TEACHERS, *(name for name, row in METHODS.items() if not row.peers)])
 def test_no_step_waits_for_the_device(name, tmp_path):
-    torch.manual_seed(0)
-    if name in TEACHERS:
-        student = "resnet8" if name == "sftn" else None
-        config = TeacherConfig(method=name, pool=POOL, image_size=8, student=student)
-        objective = TEACHERS[name].objective(create_model("resnet8", 10), config, 8)
-    else:
-        objective = kd_objective(name)
+    objective = make(name)
     loop = loop_of(objective, tmp_path)
     objective.begin_epoch(0)
     objective.train()
