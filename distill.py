@@ -107,7 +107,7 @@ def main() -> None:
     config.output_dir = config.output_dir or default_folder(config.method, config.student, config.dataset)
     folder = RunFolder(config.output_dir, config.overwrite, config.resume_from_checkpoint is not None)
     trackers = config.report_to if config.with_tracking else None
-    accelerator = start_accelerator(config.mixed_precision, trackers, config.output_dir, sparse_gradients=False)
+    accelerator = start_accelerator(config.mixed_precision, trackers, config.output_dir)
     screen = Screen(accelerator.is_main_process)
     try:
         implementation = kernels.use(config.kernels, accelerator.device)

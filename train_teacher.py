@@ -95,9 +95,8 @@ def main() -> None:
     reference = read_top1(config.vanilla_run)
     config.output_dir = config.output_dir or default_folder(config.method, config.model, config.dataset)
     folder = RunFolder(config.output_dir, config.overwrite, config.resume_from_checkpoint is not None)
-    sparse = TEACHERS[config.method].objective.sparse_gradients or config.freeze_teacher_epochs > 0
     trackers = config.report_to if config.with_tracking else None
-    accelerator = start_accelerator(config.mixed_precision, trackers, config.output_dir, sparse)
+    accelerator = start_accelerator(config.mixed_precision, trackers, config.output_dir)
     screen = Screen(accelerator.is_main_process)
     try:
         implementation = kernels.use(config.kernels, accelerator.device)

@@ -77,7 +77,7 @@ def make_config(name: str, student: str, batch_size: int, precision: str, folder
 
 def make_loop(name: str, teacher_name: str, config: Config, data: ImageSet) -> Loop:
     torch.manual_seed(0)
-    accelerator = start_accelerator(config.mixed_precision, None, config.output_dir, sparse_gradients=False)
+    accelerator = start_accelerator(config.mixed_precision, None, config.output_dir)
     if accelerator.device.type == "cpu":
         keep_freed_memory()  # as the loop does
     teacher = create_model(teacher_name, data.num_classes, image_size=SIDE)

@@ -14,6 +14,7 @@ from common import UserError, derive_seed
 from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint, state_tensors
 from engine.config import NOT_COMPUTED, RunConfig
 from engine.data import AnySplit, ImageSet
+from engine.gradients import GradientAverager
 from engine.graphs import CudaRecorder, StepGraph, Terms
 from engine.loader import Batch
 from engine.pipeline import Pipeline
@@ -58,7 +59,10 @@ class Loop:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.warmup = objective.warmup_epochs  # epochs before the first of config.epochs
         self.objective = objective.to(accelerator.device, memory_format=torch.channels_last)
-        self.network = accelerator.prepare_model(self.objective)  # averages weight gradients over processes
+        # DDP averages weight gradients over processes, except where they come and go.
+        sparse = objective.sparse_gradients
+        self.network = accelerator.prepare_model(self.objective, evaluation_mode=sparse)
+        self.averager = GradientAverager(objective.weight_parameters()) if sparse and self.world > 1 else None
         weights = torch.optim.SGD(
             objective.weight_parameters(),
             lr=config.peak_lr,
@@ -217,14 +221,19 @@ class Loop:
     def _update(self, batch: Batch) -> Terms:
         """A step: forward and backward passes of all parts of the batch, and the optimiser's."""
         objective, phase = self.objective, self.objective.phase(self.progress.iteration)
-        # Only the weights' gradients go through DDP; another phase averages what it needs by itself.
+        # Another phase than the weights' averages what it needs by itself.
         network = self.network if phase == "weights" else objective
         *before, last = batch.parts(self.config.gradient_accumulation_steps, self.world)
         said = []
         for part in before:
             with self.accelerator.no_sync(network):
                 said.append(self._backward(network, part, phase))
+        averager = self.averager if phase == "weights" else None
+        if averager:
+            averager.armed = True
         said.append(self._backward(network, last, phase))
+        if averager:
+            averager.finish()
         objective.before_update(phase, self._average)
         self.steppers[phase].step()
         self.steppers[phase].zero_grad()

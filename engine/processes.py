@@ -51,7 +51,7 @@ def _leave(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def start_accelerator(mixed_precision: str | None, report_to: str | None, logging_dir: str, sparse_gradients: bool):
+def start_accelerator(mixed_precision: str | None, report_to: str | None, logging_dir: str):
     """The run's Accelerator, after checking that the processes know of each other and have a device each.
 
     Raises:
@@ -68,7 +68,7 @@ def start_accelerator(mixed_precision: str | None, report_to: str | None, loggin
         # Launchers set one thread a process; on a CPU a process should use its share of the cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     # Buffers are averaged once an epoch by the loop instead of being broadcast before every forward pass.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=sparse_gradients, broadcast_buffers=False)
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     try:
         accelerator = Accelerator(
             mixed_precision=mixed_precision,

@@ -33,7 +33,7 @@ class Objective(nn.Module, ABC):
     # what it said is then `known` [images, views, D].
     in_advance: Callable[[Tensor], Tensor] | None = None
     known: Tensor | None = None
-    # Whether some iterations leave some parameters without a gradient (DDP must then look for them).
+    # Whether some iterations leave some parameters without a gradient, the same in all processes.
     sparse_gradients = False
 
     @abstractmethod

@@ -31,6 +31,10 @@ class Grafted(Objective):
     options: object
     frozen = False
 
+    @property
+    def sparse_gradients(self) -> bool:
+        return self.options.freeze_teacher_epochs > 0
+
     def begin_epoch(self, epoch: int) -> None:
         self.frozen = epoch < self.options.freeze_teacher_epochs
         self.teacher.requires_grad_(not self.frozen)

@@ -1,4 +1,5 @@
-"""A user's mistake gets one line, exit code 2, and touches nothing: through the real scripts."""
+"""A user's mistake gets one line, exit code 2, and touches nothing: through the real scripts' mains, and where a run
+begins or there is a run already, through processes of their own."""
 
 import io
 import json
@@ -14,7 +15,7 @@ import pytest
 import safetensors.torch
 from PIL import Image
 
-from tests.runs import TINY, python, read_rows, start, succeeded
+from tests.runs import TINY, here, python, read_rows, start, succeeded
 from tests.test_models import Payload
 
 
@@ -30,8 +31,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def refused(script: str, *arguments, said: tuple[str, ...], code: int = 2) -> None:
-    done = python(script, *arguments)
+def refused(script: str, *arguments, said: tuple[str, ...], code: int = 2, by=here) -> None:
+    done = by(script, *arguments)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     assert len(lines) == 1 and lines[0].startswith(f"{script}: "), done.stderr
@@ -62,6 +63,11 @@ def test_mistakes_in_training_a_teacher(case, tmp_path):
     arguments, said = TEACHER_MISTAKES[case]
     refused("train_teacher.py", *arguments, "--output_dir", tmp_path / "run", said=said)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["train_teacher.py", "distill.py"])
+def test_a_mistake_in_a_process_of_its_own(script):
+    refused(script, "--epochs", "0", said=("--epochs 0",), by=python)
 
 
 def test_an_unknown_key_in_a_recipe(tmp_path):
@@ -134,11 +140,11 @@ def test_a_damaged_model_and_checkpoint(run, tmp_path, damage):
         data = file.read_bytes()
         flipped = data[:-50] + bytes([data[-50] ^ 1]) + data[-49:]
         file.write_bytes({"truncated": data[:-100], "flipped": flipped, "pickle": payload}[damage])
-    refused("distill.py", "--teacher", tmp_path / "run", said=("--teacher", "model.safetensors"))
+    refused("distill.py", "--teacher", tmp_path / "run", said=("--teacher", "model.safetensors"), by=python)
     (tmp_path / "run" / "summary.json").unlink()  # a run that was stopped
     before = contents(tmp_path / "run")
     arguments = [*TINY, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest"]
-    refused("train_teacher.py", *arguments, said=("--resume_from_checkpoint", "last.safetensors"))
+    refused("train_teacher.py", *arguments, said=("--resume_from_checkpoint", "last.safetensors"), by=python)
     assert contents(tmp_path / "run") == before and not (tmp_path / "executed").exists()
 
 
@@ -162,7 +168,7 @@ def test_a_folder_that_another_run_is_writing_to(tmp_path):
         while not (run / "checkpoints" / "last.safetensors").exists():
             assert time.monotonic() < end and other.poll() is None
             time.sleep(0.05)
-        refused("train_teacher.py", *TINY, "--overwrite", "--output_dir", run, said=("another run",))
+        refused("train_teacher.py", *TINY, "--overwrite", "--output_dir", run, said=("another run",), by=python)
         assert other.poll() is None and (run / "checkpoints" / "last.safetensors").exists()
     finally:
         other.kill()
@@ -172,7 +178,8 @@ def test_a_folder_that_another_run_is_writing_to(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     run = tmp_path / "run"
     arguments = [*TINY, "--epochs", "3", "--lr", "1e30", "--lr_schedule", "constant", "--output_dir", run]
-    refused("train_teacher.py", *arguments, said=("'ce' became", "iteration", "last good checkpoint: none yet"), code=1)
+    said = ("'ce' became", "iteration", "last good checkpoint: none yet")
+    refused("train_teacher.py", *arguments, said=said, code=1, by=python)
     assert read_rows(run / "metrics.jsonl") == [] and not (run / "summary.json").exists()
 
 

@@ -16,6 +16,7 @@ from engine.tracking import RunFolder, Screen
 from losses import METHODS, find_methods
 from losses.objective import Objective
 from models import ModelInfo, create_model
+from models.compiled import compile_regions
 from models.pool import Pool
 from teachers import TEACHERS
 from train_teacher import TeacherConfig
@@ -186,6 +187,49 @@ def watched(function, calls: list):
 def test_a_cpu_records_no_graph(tmp_path):
     with pytest.raises(UserError, match="--cuda_graph: needs an NVIDIA GPU"):
         loop_of(Linear(), tmp_path, cuda_graph=True)
+
+
+@pytest.mark.parametrize("name", ["kd", "at", "reviewkd", "gtn"])
+def test_the_memory_format_changes_no_loss(name):
+    images, labels, rows = torch.randn(16, 3, 8, 8), torch.arange(16) % 10, torch.arange(16)
+    losses = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        objective = make(name).to(memory_format=layout)
+        terms = objective(images.to(memory_format=layout), labels, 0, rows)
+        losses.append({term: value.item() for term, value in terms.items()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_run_with_everything_that_makes_it_fast_resumes_with_the_same_bits(tmp_path):
+    """In parts, compiled, recorded, the teacher asked in advance; stopped after the first of two epochs."""
+
+    class StopError(Exception):
+        pass
+
+    def stop(epoch: int) -> None:
+        raise StopError
+
+    def fast(folder, **options) -> Loop:
+        objective = kd_objective()
+        for network in (objective.student, *objective.frozen):
+            compile_regions(network, backend="eager")
+        changes = {"epochs": 2, "crop_padding": 1, "gradient_accumulation_steps": 2, "compile": True}
+        loop = loop_of(objective, folder, **changes, **options)
+        objective.ask_in_advance(loop.train.augmentation.views)
+        loop.graph = StepGraph(loop._update, CudaRecorder() if torch.cuda.is_available() else lambda step: step)
+        return loop
+
+    whole = fast(tmp_path / "whole")
+    whole.run()
+    stopped = fast(tmp_path / "stopped")
+    stopped.after_epoch = stop
+    with pytest.raises(StopError):
+        stopped.run()
+    resumed = fast(tmp_path / "resumed", resume_from_checkpoint=str(stopped.folder.last))
+    history = resumed.run().history
+    assert [row["losses"] for row in history] == [row["losses"] for row in whole.progress.history]
+    for one, other in zip(whole.objective.parameters(), resumed.objective.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 # What makes the host wait for a value of the device, as the profiler calls it. Gates live on the host

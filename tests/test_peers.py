@@ -20,7 +20,7 @@ from losses.peers import (
     shared_logits,
 )
 from models import create_model
-from tests.runs import TINY, launch_two, python, read_json, read_rows, succeeded
+from tests.runs import TINY, here, launch_two, python, read_json, read_rows, succeeded
 
 F64 = torch.float64
 NAMES = ["dml", *ENSEMBLES, "kdcl_general"]
@@ -148,13 +148,13 @@ def test_the_scripts_train_peers(tmp_path):
     succeeded(launch_two("distill.py", *fixed, "--method", "dml", "--output_dir", tmp_path / "dml"))
     assert read_rows(tmp_path / "dml" / "metrics.jsonl")[0]["images"] == 288
     general = [*fixed, "--method", "kdcl_general", "--output_dir", tmp_path / "general"]
-    refused = python("distill.py", *general)
+    refused = here("distill.py", *general)
     assert refused.returncode == 2 and "--method kdcl_general: weighs its peers on a" in refused.stderr
     succeeded(launch_two("distill.py", *general, "--val_fraction", "0.2", "--peers", "resnet8x2"))
     state = load_file(tmp_path / "general" / "checkpoints" / "last.safetensors")
     (shares,) = (tensor for name, tensor in state.items() if name.endswith("shares"))
     assert shares.sum().item() == pytest.approx(1) and shares.tolist() != [0.5, 0.5]
-    done = python("distill.py", *fixed, "--method", "none", "--peers", "resnet8", "--output_dir", tmp_path / "no")
+    done = here("distill.py", *fixed, "--method", "none", "--peers", "resnet8", "--output_dir", tmp_path / "no")
     assert done.returncode == 2 and "--peers resnet8: are for" in done.stderr
 
 

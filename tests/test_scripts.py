@@ -20,7 +20,7 @@ from distill import DistillConfig
 from engine.config import parse
 from models import create_model, load_pretrained
 from models.pool import Pool
-from tests.runs import ROOT, TINY, TINY_GTN, TINY_POOL, launch, python, read_json, read_rows, start, succeeded
+from tests.runs import ROOT, TINY, TINY_GTN, TINY_POOL, here, launch, python, read_json, read_rows, start, succeeded
 
 SUMMARY = {"method", "model", "dataset", "seed", "top1", "top5", "best", "epochs", "seconds", "images_per_second"}
 SUMMARY |= {"peak_memory_bytes", "parameters", "versions", "device", "git_commit", "sha256", "warnings", "processes"}
@@ -155,7 +155,7 @@ def test_a_teacher_for_given_students(tmp_path):
     succeeded(python("train_teacher.py", "--config", run / "config.yaml", "--output_dir", tmp_path / "again"))
     assert read_json(tmp_path / "again" / "model.json")["sha256"] == read_json(run / "model.json")["sha256"]
     other = ["--pool_students", "pool:1", "nas_s", "--output_dir", tmp_path / "n"]
-    refused = python("train_teacher.py", *TINY_GTN, *other)
+    refused = here("train_teacher.py", *TINY_GTN, *other)
     assert refused.returncode == 2 and "--pool_students nas_s: is in no pool with pool:1" in refused.stderr
     assert not (tmp_path / "n").exists()
 
@@ -226,7 +226,7 @@ def test_every_place_of_images_trains_and_starts_from_given_weights(tmp_path):
         said = {"memory": "images: all on cpu", "workers": "decoded by workers", "stream": "images: streamed"}[place]
         assert said in done.stdout
     assert losses["memory"] == losses["workers"] != losses["stream"]
-    done = python("train_teacher.py", *fixed, "--pretrained", "--output_dir", tmp_path / "no")
+    done = here("train_teacher.py", *fixed, "--pretrained", "--output_dir", tmp_path / "no")
     assert done.returncode == 2 and "--weights" in done.stderr and not (tmp_path / "no").exists()
 
 

@@ -24,7 +24,7 @@ def digest(tensors) -> str:
 def main() -> None:
     report_folder, *arguments = sys.argv[1:]
     config = parse(TeacherConfig, "", {}, arguments)
-    accelerator = start_accelerator(None, None, config.output_dir, sparse_gradients=True)
+    accelerator = start_accelerator(None, None, config.output_dir)
     data = load_images("digits", config.image_size)
     torch.manual_seed(config.seed)
     objective = GTN(create_model(config.model, data.num_classes), config, data.image_size)
