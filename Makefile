@@ -25,6 +25,8 @@ benchmark: .venv/installed
 	$(BIN)/python -m benchmarks.methods
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.processes
+	$(BIN)/python -m benchmarks.alike
 
 gpu-check: .venv/installed
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"

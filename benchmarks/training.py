@@ -66,7 +66,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pair = (options.teacher, options.student, options.batch_size)
     setting = {"teacher": options.teacher, "student": options.student, "batch_size": options.batch_size}
-    report = {"command": "python -m benchmarks.training", **machine(), **setting}
+    report = {"command": " ".join(["python -m benchmarks.training", *sys.argv[1:]]), **machine(), **setting}
     report["scripts"] = compare(*pair, options.rounds, device)
     report["steps"] = {
         f"{name}, {'float32' if precision == 'no' else precision}": step_parts(*pair, name, precision, options.steps)
