@@ -48,8 +48,7 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/methods.json")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()  # as the loop does
+    keep_freed_memory(device)  # as the loop does
     rows = measure(options.teacher, options.student, options.batch_size, options.rounds, device)
     setting = {"teacher": options.teacher, "student": options.student, "batch_size": options.batch_size}
     report = {"command": "python -m benchmarks.methods", **machine(), **setting, "rounds": options.rounds, "rows": rows}

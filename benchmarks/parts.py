@@ -78,8 +78,7 @@ def make_config(name: str, student: str, batch_size: int, precision: str, folder
 def make_loop(name: str, teacher_name: str, config: Config, data: ImageSet) -> Loop:
     torch.manual_seed(0)
     accelerator = start_accelerator(config.mixed_precision, None, config.output_dir)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()  # as the loop does
+    keep_freed_memory(accelerator.device)  # as the loop does
     teacher = create_model(teacher_name, data.num_classes, image_size=SIDE)
     if name in TEACHERS:
         objective = TEACHERS[name].objective(teacher, config, SIDE)

@@ -72,8 +72,8 @@ def work(settings: list[str]) -> None:
     local = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    keep_freed_memory(device)  # as the loop does
     if device.type == "cpu":
-        keep_freed_memory()  # as the loop does
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // dist.get_world_size()))
     found = [compare(SETTINGS[name], STEPS[name], device) for name in settings]
     if dist.get_rank() == 0:

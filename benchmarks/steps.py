@@ -104,8 +104,7 @@ def main() -> None:
 
 def measure(setting: Setting, paths: int) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        keep_freed_memory()  # as the loop does
+    keep_freed_memory(device)  # as the loop does
     torch.manual_seed(0)
     teacher = create_model(setting.model, setting.classes)
     objective = GTN(teacher, Options(pool=setting.pool), setting.size).to(device, memory_format=torch.channels_last)

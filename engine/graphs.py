@@ -8,11 +8,26 @@ a step that decides nothing on the host can be replayed.
 from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from common import UserError
 from engine.loader import Batch
 
 Terms = list[tuple[dict[str, Tensor], int]]  # loss terms of a batch's parts, and the images of each
+
+
+def check_recordable(accelerator: Accelerator, recordable: bool) -> None:
+    """Raises UserError where a step, `recordable` by itself or not, cannot be a CUDA graph."""
+    reasons = {
+        "needs an NVIDIA GPU": accelerator.device.type != "cuda",
+        "is for one process": accelerator.num_processes > 1,
+        "cannot be combined with --mixed_precision fp16, whose scaler looks at the gradients": bool(accelerator.scaler),
+        "the paths of --method gtn change from step to step": not recordable,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UserError(f"--cuda_graph: {reason}")
 
 
 class StepGraph:

@@ -15,7 +15,7 @@ from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_c
 from engine.config import NOT_COMPUTED, RunConfig
 from engine.data import AnySplit, ImageSet
 from engine.gradients import GradientAverager
-from engine.graphs import CudaRecorder, StepGraph, Terms
+from engine.graphs import CudaRecorder, StepGraph, Terms, check_recordable
 from engine.loader import Batch
 from engine.pipeline import Pipeline
 from engine.processes import Interrupted, RunError, StopSignals, keep_freed_memory
@@ -73,23 +73,12 @@ class Loop:
         self.optimizers = {"weights": weights} | objective.extra_optimizers()
         self.steppers = {name: accelerator.prepare_optimizer(each) for name, each in self.optimizers.items()}
         self.scalers = {"scaler": accelerator.scaler} if accelerator.scaler else {}
-        self.graph = StepGraph(self._update, CudaRecorder()) if config.cuda_graph else None
+        self.graph = None
         if config.cuda_graph:
-            self._check_recordable()
+            check_recordable(accelerator, objective.recordable)
+            self.graph = StepGraph(self._update, CudaRecorder())
         self._load_data(data)
         self.progress = Progress()
-
-    def _check_recordable(self) -> None:
-        """Raises UserError where a step cannot be a CUDA graph."""
-        reasons = {
-            "needs an NVIDIA GPU": self.accelerator.device.type != "cuda",
-            "is for one process": self.world > 1,
-            "cannot be combined with --mixed_precision fp16, whose scaler looks at every gradient": bool(self.scalers),
-            "the paths of --method gtn change from step to step": not self.objective.recordable,
-        }
-        for reason, applies in reasons.items():
-            if applies:
-                raise UserError(f"--cuda_graph: {reason}")
 
     def _eager_unless(self, steady: bool) -> AbstractContextManager:
         """Blocks are compiled for the steady step alone: every other number of images would compile them again."""
@@ -99,7 +88,7 @@ class Loop:
 
     def _load_data(self, data: ImageSet) -> None:
         config = self.config
-        if config.batch_size // self.world < 2 * config.gradient_accumulation_steps:
+        if 1 < config.gradient_accumulation_steps > config.batch_size // self.world // 2:
             raise UserError(
                 f"--gradient_accumulation_steps {config.gradient_accumulation_steps}: --batch_size {config.batch_size} "
                 f"over {self.world} process(es) does not leave 2 images for each part"
@@ -126,8 +115,7 @@ class Loop:
             self.folder.write_history(self.progress.history)
         if self.config.with_tracking:
             self.accelerator.init_trackers("tensorboard")
-        if self.accelerator.device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory(self.accelerator.device)
         if self.objective.in_advance is not None:
             self._ask_in_advance()
         with StopSignals() as signals:
@@ -165,7 +153,8 @@ class Loop:
                         table = answers.new_zeros(len(self.train.split), views, answers.shape[1])
                     table[rows, view] = answers
                 bar.update()
-        self.objective.known = self.accelerator.reduce(table, "sum")
+        # Each process has zeros for the others' images. Not every backend sums in half precision.
+        self.objective.known = self.accelerator.reduce(table.float(), "sum").to(table.dtype)
         self.progress.seconds += time.perf_counter() - start
 
     def _name(self, epoch: int) -> str:

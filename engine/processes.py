@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
@@ -32,6 +33,8 @@ def run_script(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        if dist.is_initialized():  # left to the interpreter's end, its threads may abort the process
+            dist.destroy_process_group()
     except UserError as error:
         _leave(f"error: {error}", 2)
     except RunError as error:
@@ -89,13 +92,15 @@ def start_accelerator(mixed_precision: str | None, report_to: str | None, loggin
     return accelerator
 
 
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, for the next step of the same sizes.
+def keep_freed_memory(device: torch.device) -> None:
+    """Have the C library keep what is freed, for the next step of the same sizes, where steps run on a CPU.
 
     It would return every block of 32 MB or more to the system at once, and the system has to clear each of
-    its pages when it is taken again: on a CPU a tenth and more of a step. Where the C library is not glibc
-    nothing is changed.
+    its pages when it is taken again: a tenth and more of a step. On another device, and where the C library is
+    not glibc, nothing is changed.
     """
+    if device.type != "cpu":
+        return
     mmap_max, trim_threshold, top_pad = -4, -1, -2  # of malloc.h
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:

@@ -79,7 +79,7 @@ class Objective(nn.Module, ABC):
         """Between backward and the optimiser's step; `average` is the mean over processes."""
 
     def after_update(self, phase: str) -> None:
-        """After the optimiser's step."""
+        """After the optimiser's step, which ends what the calls of `forward` since the last one were for."""
 
     def record(self) -> dict:
         """What an epoch's row of metrics.jsonl says besides losses and accuracies (JSON types only)."""

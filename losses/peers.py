@@ -43,8 +43,8 @@ class Peers(Objective):
         self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None, views: Tensor | None = None
     ) -> dict[str, Tensor]:
         """`images` [copies x N, ...]: a copy of the batch for each peer, or one for all."""
-        views = images.chunk(len(self.peers)) if self.copies > 1 else [images] * len(self.peers)
-        logits = torch.stack([peer(view) for peer, view in zip(self.peers, views, strict=True)])
+        seen = images.chunk(len(self.peers)) if self.copies > 1 else [images] * len(self.peers)
+        logits = torch.stack([peer(each) for peer, each in zip(self.peers, seen, strict=True)])
         if self.method == "dml":
             ce, kl = mutual(logits, labels)
         else:

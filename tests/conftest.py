@@ -6,6 +6,8 @@ slow each other down.
 
 import os
 
+import pytest
+
 SLOW = [
     "test_kernels_compile",
     "test_triton",
@@ -33,3 +35,12 @@ def pytest_collection_modifyitems(items) -> None:
         return SLOW.index(stem) + 1 if stem in SLOW else 0
 
     items.sort(key=place)
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_is_left():
+    """Accelerate keeps the first one's precision for the whole process."""
+    yield
+    from accelerate.state import AcceleratorState  # not before the threads are settled above: it imports torch
+
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState
 
 from engine.processes import run_script
 
@@ -41,7 +40,6 @@ def here(script: str, *arguments) -> subprocess.CompletedProcess:
     finally:
         sys.argv = before
         torch.set_num_threads(threads)
-        AcceleratorState._reset_state(reset_partial_state=True)
     return subprocess.CompletedProcess([script, *arguments], code, out.getvalue(), err.getvalue())
 
 

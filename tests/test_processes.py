@@ -15,7 +15,7 @@ PAGES = """
 import resource, sys, torch
 from engine.processes import keep_freed_memory
 if sys.argv[1] == "keep":
-    keep_freed_memory()
+    keep_freed_memory(torch.device("cpu"))
 for turn in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(48 * 2**18)  # 48 MB, given back at once
