@@ -12,7 +12,9 @@ from torch import nn
 
 from common import UserError
 from models.network import BeforeReLU, Network
+from models.recompute import Recompute
 from models.supernet import Supernet
+from models.timm_models import TimmNetwork
 
 # A kind of block is compiled for each of its uses: training, frozen, without gradients, in a gate step, on other maps.
 VARIANTS = 64
@@ -24,7 +26,7 @@ def compile_regions(module: nn.Module, backend: str | Callable = "inductor") -> 
     Names of parameters stay as they are.
 
     Raises:
-        UserError: there is no C++ compiler, which Inductor needs, on a GPU too.
+        UserError: a network of timm's, or no C++ compiler, which Inductor needs, on a GPU too.
     """
     if backend == "inductor":
         from torch._inductor.cpp_builder import get_cpp_compiler  # here, because Inductor is slow to import
@@ -59,6 +61,8 @@ def _own(forward: Callable, kind: str) -> Callable:
 
 def regions(module: nn.Module) -> Iterator[nn.Module]:
     """The smallest parts of `module` that are more than one layer: those with layers of their own."""
+    if isinstance(module, TimmNetwork):
+        raise UserError(f"--compile: {module.name}: only the zoo's own networks are known by their blocks")
     if isinstance(module, Network):  # what it runs is not registered, and cut in two ways
         found = (part for piece in (*module.stages, *module.preact) for part in regions(piece))
         yield from {id(part): part for part in found}.values()
@@ -70,8 +74,12 @@ def regions(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_region(module: nn.Module) -> bool:
-    containers = (Supernet, nn.ModuleList, nn.ModuleDict)
-    return not isinstance(module, containers) and any(_is_layer(child) for child in module.children())
+    if isinstance(module, (Supernet, nn.ModuleList, nn.ModuleDict)):
+        return False
+    # Checkpoints cannot be traced; a DenseNet's lists of layers hold them unregistered.
+    if any(isinstance(part, (Recompute, nn.ModuleList)) for part in module.modules()):
+        return False
+    return any(_is_layer(child) for child in module.children())
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from common import UserError
 from models import create_model
 from models.compiled import compile_regions, regions
 from models.network import BeforeReLU
@@ -70,6 +71,26 @@ def test_all_convolutions_lie_in_regions(name):
     every = {layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)}
     assert all(layer.in_channels == 3 for layer in every - set(inside))  # a stem may be a layer by itself
     assert len(found) > 3
+
+
+@pytest.mark.parametrize("features", [False, "preact"])
+def test_recomputed_layers_are_compiled_within_their_checkpoints(features):
+    gradients = []
+    for backend in (None, "eager"):
+        torch.manual_seed(0)
+        model = create_model("densenet100_12", 10)
+        if backend:
+            compile_regions(model, backend=backend)
+        logits = model(IMAGES, features=features)[0] if features else model(IMAGES)
+        logits.square().mean().backward()
+        gradients.append([each.grad for each in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*gradients, strict=True))
+
+
+def test_timms_networks_are_refused():
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match="--compile: timm:resnet18"):
+        compile_regions(create_model("timm:resnet18", 10, image_size=32), backend="eager")
 
 
 def test_a_compiled_run_learns_alike(tmp_path):
