@@ -22,6 +22,7 @@ from engine.tracking import machine
 from losses import METHODS
 from losses.distillation import Distillation, build_methods
 from models import create_model
+from models.network import Network
 
 SIDE, CLASSES, IMAGES = 32, 100, 50_000
 TARGETS = {"sskd": None, "hsakd": None, "crd": 1.8}  # of all others 1.5; four rotations cost what they cost
@@ -85,17 +86,23 @@ def measure(teacher_name: str, student_name: str, batch_size: int, rounds: int, 
     ]
 
 
+def make_objective(
+    name: str, teacher: Network, names: tuple[str, str], labels: torch.Tensor, options: object
+) -> Distillation:
+    """One method's, as distill.py makes it; `names` are the student's and the teacher's, `labels` the split's."""
+    classes = teacher.fc.out_features
+    student = create_model(names[0], classes, image_size=SIDE)
+    (method,) = build_methods([METHODS[name]], student, [teacher], SIDE, classes, len(labels), options, names)
+    method.know_labels(labels)
+    weights = {"ce_weight": method.ce_weight, "kd_weight": method.kd_weight}
+    return Distillation(student, [teacher], [method], [method.weight], **weights, options=options)
+
+
 def make_step(name: str, teacher, student_name: str, teacher_name: str, device: torch.device):
     """A training step of one method, as engine.loop takes it, without the loop around it."""
-    student, options = create_model(student_name, CLASSES), Options()
-    (method,) = build_methods(
-        [METHODS[name]], student, [teacher], SIDE, CLASSES, IMAGES, options, (student_name, teacher_name)
-    )
-    method.know_labels(torch.arange(IMAGES) % CLASSES)
-    objective = Distillation(
-        student, [teacher], [method], [method.weight],
-        ce_weight=method.ce_weight, kd_weight=method.kd_weight, options=options,
-    ).to(device, memory_format=torch.channels_last)  # fmt: skip
+    options, labels = Options(), torch.arange(IMAGES) % CLASSES
+    objective = make_objective(name, teacher, (student_name, teacher_name), labels, options)
+    objective = objective.to(device, memory_format=torch.channels_last)
     trained = objective.weight_parameters()
     sgd = torch.optim.SGD(trained, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
     objective.begin_epoch(0)

@@ -22,6 +22,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.data import random_set
+from benchmarks.methods import make_objective
 from benchmarks.steps import clock
 from engine.config import RunConfig
 from engine.data import ImageSet
@@ -29,10 +30,9 @@ from engine.loop import Loop, _Totals
 from engine.processes import keep_freed_memory, start_accelerator
 from engine.tracking import RunFolder, Screen, peak_memory_bytes
 from losses import METHODS
-from losses.distillation import Distillation, build_methods
+from losses.distillation import Distillation
 from losses.objective import Objective
 from models import create_model
-from models.network import Network
 from models.pool import Pool
 from teachers import TEACHERS
 from teachers.gtn import GTNOptions
@@ -83,16 +83,8 @@ def make_loop(name: str, teacher_name: str, config: Config, data: ImageSet) -> L
     if name in TEACHERS:
         objective = TEACHERS[name].objective(teacher, config, SIDE)
     else:
-        objective = distillation(name, teacher, config, data)
+        objective = make_objective(name, teacher, (config.student, teacher_name), data.train.labels, config)
     return Loop(objective, data, config, accelerator, RunFolder(config.output_dir), Screen(False))
-
-
-def distillation(name: str, teacher: Network, config: Config, data: ImageSet) -> Distillation:
-    student, images = create_model(config.student, data.num_classes, image_size=SIDE), len(data.train)
-    (method,) = build_methods([METHODS[name]], student, [teacher], SIDE, data.num_classes, images, config)
-    method.know_labels(data.train.labels)
-    weights = {"ce_weight": method.ce_weight, "kd_weight": method.kd_weight}
-    return Distillation(student, [teacher], [method], [method.weight], **weights, options=config)
 
 
 def measure(loop: Loop, steps: int) -> dict:

@@ -79,11 +79,11 @@ class Batch(NamedTuple):
         """`count` batches that together are this one, in all of `world` processes alike, and fewer where it is
         too small: BatchNorm needs two images in each. Their shares sum to this one's.
         """
+        if count == 1:
+            return [self]
         images = len(self.labels)
         smallest = round(images * world / self.share) // world  # any process's share of the global batch
         count = max(1, min(count, smallest // 2))
-        if count == 1:
-            return [self]
         copies = self.images.unflatten(0, (-1, images)).tensor_split(count, dim=1)
         labels, *numbers = (
             [None] * count if each is None else each.tensor_split(count)
@@ -184,6 +184,7 @@ class DeviceLoader(Loader):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         pixels, rows, padding = self.split.pixels, self.split.rows, self.augmentation.padding
         plans = [self.plan(epoch, copy).to(pixels.device) for copy in range(self.copies)]
+        views = self.augmentation.view(plans[0].offsets, plans[0].flips) if self.copies == 1 else None
         for number in range(start, len(self)):
             edges = self.edges[number], self.edges[number + 1]
             parts = [plan.part(*edges, self.rank, self.world) for plan in plans]
@@ -192,8 +193,8 @@ class DeviceLoader(Loader):
             copies = [augment(originals, part.offsets, part.flips, padding) for part in parts]
             images = copies[0] if len(copies) == 1 else torch.cat(copies)
             holes = parts[0].holes if len(parts) == 1 else torch.cat([part.holes for part in parts])
-            views = self.augmentation.view(parts[0].offsets, parts[0].flips) if len(parts) == 1 else None
-            yield self.finish(images, self.split.labels[chosen], holes, number, chosen, views)
+            seen = None if views is None else views[slice(*edges)][self.rank :: self.world]
+            yield self.finish(images, self.split.labels[chosen], holes, number, chosen, seen)
 
     def view(self, view: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(rows [n], images) of this process's share of the split, all as this one of `Augmentation.views`."""

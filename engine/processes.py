@@ -33,8 +33,7 @@ def run_script(main: Callable[[], None]) -> None:
     """
     try:
         main()
-        if dist.is_initialized():  # left to the interpreter's end, its threads may abort the process
-            dist.destroy_process_group()
+        _give_group_back()
     except UserError as error:
         _leave(f"error: {error}", 2)
     except RunError as error:
@@ -51,7 +50,15 @@ def _leave(message: str, code: int) -> None:
     # Every process meets a user's mistake alike; one of them says it. What only another meets, it says too.
     if int(os.environ.get("RANK", 0)) == 0 or code == 1:
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    if code != 1:  # what fails in one process alone must not wait for the others
+        _give_group_back()
     sys.exit(code)
+
+
+def _give_group_back() -> None:
+    """Left to the interpreter's end, the group's threads may abort a process that is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start_accelerator(mixed_precision: str | None, report_to: str | None, logging_dir: str):
