@@ -5,11 +5,12 @@ accelerate launch --config_file accelerate_config.yaml train_teacher.py \\
     --config recipes/digits_gtn.yaml --output_dir runs/gtn
 accelerate launch --config_file accelerate_config.yaml train_teacher.py \\
     --config recipes/cifar100_resnet32_gtn.yaml --output_dir runs/t
+python train_teacher.py --method gtn --weights runs/vanilla --freeze_teacher_epochs 5 --epochs 20 --output_dir runs/g
 """
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 
@@ -25,7 +26,7 @@ from engine.finish import finish_run
 from engine.loop import Loop
 from engine.processes import run_script, start_accelerator
 from engine.tracking import RunFolder, Screen, default_folder
-from models import ModelInfo, create_model, describe_models, find_spec, save_pretrained
+from models import ModelInfo, create_model, describe_models, find_spec, load_pretrained, save_pretrained
 from models.compiled import compile_regions
 from models.network import count_parameters
 from models.pool import pool_of
@@ -40,18 +41,18 @@ class TeacherConfig(GTNOptions, RunConfig):
 
     Args:
         method: what the teacher is trained for: vanilla, mse, sftn or gtn.
-        model: the teacher: a zoo name (--list_models).
+        model: the teacher: a zoo name (--list_models); default: that of the run of --weights, else resnet20.
         student: of --method sftn: the one student that the branches stand for, named as for distill.py.
         pool_students: of --method gtn: students of the pool, named as for distill.py (pool:SEED, specs as .json): the
             supernet offers in each layer what these take there, and nothing else. Their specs are kept in students/.
         schedule: STEP/TOTAL: TOTAL epochs, the learning rate times lr_gamma every STEP (as early-stopped teachers
             have it); takes the place of --epochs, --lr_schedule and --lr_milestones.
         anchors: keep this many models on the way, at equal intervals of epochs, for distill.py --method rco.
-        vanilla_run: run folder of a vanilla teacher to compare the result with.
+        vanilla_run: run folder of a vanilla teacher to compare with, epoch by epoch; default: the run of --weights.
     """
 
     method: str = "vanilla"
-    model: str = "resnet20"
+    model: str | None = None
     student: str | None = None
     pool_students: list[str] = field(default_factory=list)
     schedule: str | None = None
@@ -91,8 +92,11 @@ def main() -> None:
             raise UserError(f"--pool_students {' '.join(config.pool_students)}: two have the same name")
         # From here on the pool says it all: in config.yaml, pool:SEED would be a student of the smaller pool.
         config.pool, config.pool_students = pool_of(students), []
-    config.dataset = config.dataset or "digits"
-    reference = read_top1(config.vanilla_run)
+    source = source_run(config)
+    config.model = config.model or (source.name if source else "resnet20")
+    config.dataset = config.dataset or (source.dataset if source else "digits")
+    config.image_size = config.image_size or (source.image_size if source else None)
+    reference = Reference(config.vanilla_run, "--vanilla_run") if config.vanilla_run else None
     config.output_dir = config.output_dir or default_folder(config.method, config.model, config.dataset)
     folder = RunFolder(config.output_dir, config.overwrite, config.resume_from_checkpoint is not None)
     trackers = config.report_to if config.with_tracking else None
@@ -105,6 +109,8 @@ def main() -> None:
 
     with accelerator.main_process_first():
         data = load_images(config.dataset, config.image_size, accelerator.is_main_process, config, accelerator.device)
+    if source and source.dataset == config.dataset:  # as its weights know the images, whatever part is trained on
+        data = replace(data, mean=source.mean, std=source.std)
     data = hold_out(data, config.val_fraction, "val")
     data = hold_out(data, config.gate_holdout if config.method == "gtn" else 0.0, "gates")
     torch.manual_seed(config.seed)
@@ -115,13 +121,15 @@ def main() -> None:
     if config.compile:
         compile_regions(objective)
 
-    def keep_anchor(epoch: int) -> None:
-        """Anchor i of K is the model after epoch i E / K."""
+    def after_epoch(epoch: int, row: dict) -> None:
+        """Anchor i of K is the model after epoch i E / K; a teacher that falls behind the vanilla one is named."""
         if epoch in [-(-i * config.last_epoch // config.anchors) for i in range(1, config.anchors + 1)]:
             info = describe(config, data, pool=None)
             save_pretrained(objective.product(), info, folder.path / "anchors" / f"{epoch:04d}")
+        if reference and (behind := reference.behind(row["accuracy"]["teacher"], epoch / config.epochs)):
+            screen.say(f"warning: {behind}")
 
-    loop = Loop(objective, data, config, accelerator, folder, screen, keep_anchor)
+    loop = Loop(objective, data, config, accelerator, folder, screen, after_epoch)
     parameters = count_parameters(teacher)
     screen.say(
         f"{config.method} teacher {config.model} ({parameters:,} parameters) on {data.name}: {len(data.train):,} "
@@ -132,15 +140,16 @@ def main() -> None:
     screen.say(data.described)
     if initial:
         screen.say(f"initial weights: {initial}")
+    for line in objective.advice(data.image_size):
+        screen.say(line)
     progress = loop.run()
 
     pool = asdict(config.pool) if config.method == "gtn" else None
     info = describe(config, data, pool)
-    warnings = objective.warnings(progress.history)
-    top1 = progress.history[-1]["accuracy"]["teacher"]
-    if reference is not None and top1 < reference:
+    warnings = list(objective.warnings(progress.history).values())
+    if reference and (top1 := progress.history[-1]["accuracy"]["teacher"]) < reference.top1:
         warnings.append(
-            f"the teacher reaches {top1:.2f}%, the vanilla teacher of {config.vanilla_run} {reference:.2f}%"
+            f"the teacher reaches {top1:.2f}%, the vanilla teacher of {config.vanilla_run} {reference.top1:.2f}%"
         )
     if accelerator.is_main_process:
         info = save_pretrained(objective.product(), info, folder.path)
@@ -180,14 +189,41 @@ def spec_path(folder: Path, name: str) -> Path:
     return folder / "students" / f"{Path(name).stem.replace(':', '')}.json"
 
 
-def read_top1(run: str | None) -> float | None:
-    """Test accuracy in percent of a finished run."""
-    if run is None:
+def source_run(config: TeacherConfig) -> ModelInfo | None:
+    """What the run folder of --weights says of its model; None where there is no such folder."""
+    if config.weights is None or not Path(config.weights).is_dir():
         return None
     try:
-        return json.loads((Path(run) / "summary.json").read_text())["top1"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--vanilla_run {run}: holds no finished run") from None
+        return load_pretrained(config.weights).info
+    except UserError as error:
+        raise UserError(f"--weights {config.weights}: {error}") from None
+
+
+class Reference:
+    """The finished run of a vanilla teacher. Raises UserError, naming `argument`, where there is none."""
+
+    MARGIN = 3.0  # points that a teacher may be behind at the same part of its schedule
+
+    def __init__(self, run: str, argument: str):
+        self.run, self.said = run, False
+        try:
+            self.top1 = float(json.loads((Path(run) / "summary.json").read_text())["top1"])
+            rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+            self.curve = [float(row["accuracy"]["teacher"]) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{argument} {run}: holds no finished run of a teacher") from None
+
+    def behind(self, top1: float, done: float) -> str | None:
+        """Said once, from a quarter of the schedule on: that `top1` is below the curve after the share `done`."""
+        then = self.curve[max(0, min(len(self.curve), round(done * len(self.curve))) - 1)]
+        if self.said or done < 0.25 or top1 > then - self.MARGIN:
+            return None
+        self.said = True
+        return (
+            f"the teacher is at {top1:.2f}%, the one of {self.run} was at {then:.2f}% after the same part of its "
+            "epochs. Lower --teacher_kl_share or --alpha, or start from that teacher (--weights RUN "
+            "--freeze_teacher_epochs E)."
+        )
 
 
 def save_supernet(objective, path: Path) -> None:

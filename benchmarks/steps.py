@@ -18,14 +18,13 @@ from pathlib import Path
 import torch
 import yaml
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import derive_seed, write_atomically
 from engine.processes import keep_freed_memory
 from engine.tracking import machine
 from kernels import cross_entropy, kd_loss
 from models import create_model
-from models.network import run_blocks
+from models.network import macs, run_blocks
 from models.pool import Pool
 from teachers.gtn import GTN, GTNOptions
 
@@ -124,7 +123,7 @@ def measure(setting: Setting, paths: int) -> dict:
             if number >= 0:
                 times[name].append(seconds)
     ratios = [e / p for e, p in zip(times["even"], times["plain"], strict=True)]
-    teacher_macs, branch_macs = count_macs(objective, setting)
+    teacher_macs, branch_macs = macs(teacher, images[:1])[0], objective.branch_macs(setting.size)
     return {
         "setting": setting.name,
         "model": setting.model,
@@ -178,38 +177,6 @@ def clock(step, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-@torch.no_grad()
-def count_macs(objective: GTN, setting: Setting) -> tuple[float, float]:
-    """Multiply-accumulates of one image: the teacher's, and the branches' together, averaged over paths.
-
-    A layer's candidates give outputs of one shape, so its mean cost is that of its candidates, weighted.
-    """
-    objective.eval()
-    image = torch.zeros(1, 3, setting.size, setting.size, device=next(objective.parameters()).device)
-    with FlopCounterMode(display=False) as counter:
-        features, _ = run_blocks(objective.teacher, image)
-    teacher, total = counter.get_total_flops() / 2, 0.0
-
-    def macs(module: nn.Module, x) -> tuple[float, torch.Tensor | None]:
-        with FlopCounterMode(display=False) as counter:
-            out = module(x)
-        return counter.get_total_flops() / 2, out
-
-    rows = iter(objective.gates.probabilities())
-    for branch, feature in zip(objective.branches, features, strict=True):
-        here, x = macs(branch.transform, feature)
-        total += here
-        for layer in branch.supernet.layers:
-            chances, outputs = next(rows), []
-            for name, chance in zip(layer.names, chances.tolist(), strict=False):
-                here, out = macs(layer.candidates[name], x)
-                total += chance * here
-                outputs.append(out)
-            x = next(out for out in outputs if out is not None)
-        total += macs(branch.supernet.head, x)[0] + branch.supernet.fc.weight.numel()
-    return teacher, total
 
 
 def recipe_setting(name: str, path: str, size: int, batch: int, classes: int) -> Setting:

@@ -27,7 +27,8 @@ class RunConfig(DataOptions):
 
     Args:
         pretrained: start from torchvision's ImageNet weights, or for timm:NAME from timm's.
-        weights: start from the weights in this .safetensors, .pth or .pt file.
+        weights: start from the weights in this run folder, or .safetensors, .pth or .pt file. From a run folder,
+            train_teacher.py also takes the model, data set, image size and normalisation.
         epochs: passes over the training split.
         stop_after: stop after this many epochs of a schedule that is made for all of them (early-stopped teachers).
         batch_size: images a step over all processes together.

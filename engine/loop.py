@@ -39,7 +39,7 @@ def learning_rate(config: RunConfig, epoch: int) -> float:
 class Loop:
     """Trains `objective` on `data` as `config` says, recording into `folder`.
 
-    `after_epoch` is called in the main process with the number of every epoch that is done, from 1.
+    `after_epoch` is called in the main process with the number of every epoch that is done, from 1, and its row.
 
     After `run` the objective is trained and in eval mode, and `progress` tells what happened.
     """
@@ -52,7 +52,7 @@ class Loop:
         accelerator: Accelerator,
         folder: RunFolder,
         screen: Screen,
-        after_epoch: Callable[[int], None] = lambda epoch: None,
+        after_epoch: Callable[[int, dict], None] = lambda epoch, row: None,
     ):
         self.config, self.accelerator, self.folder, self.screen = config, accelerator, folder, screen
         self.after_epoch = after_epoch
@@ -79,6 +79,7 @@ class Loop:
             self.graph = StepGraph(self._update, CudaRecorder())
         self._load_data(data)
         self.progress = Progress()
+        self.signs: dict[str, int] = {}  # of failure, and for how many epochs they have been there
 
     def _eager_unless(self, steady: bool) -> AbstractContextManager:
         """Blocks are compiled for the steady step alone: every other number of images would compile them again."""
@@ -175,9 +176,9 @@ class Loop:
         self.objective.train()
         with self.screen.bar(len(self.train), progress.batch, self._name(progress.epoch)) as bar:
             for batch in self.train.epoch(progress.epoch, progress.batch):
-                while self.gates and self.objective.phase(progress.iteration) != "weights":
+                while self.objective.extra_steps and self.objective.phase(progress.iteration) != "weights":
                     number = progress.iteration - progress.epoch * len(self.train) - progress.batch
-                    self._step(self.gates.one(number), totals)
+                    self._step(self.gates.one(number) if self.gates else batch, totals)
                 self._step(batch, totals)
                 progress.batch += 1
                 bar.update()
@@ -302,10 +303,19 @@ class Loop:
             if better:
                 copy_checkpoint(self.folder.last, self.folder.best)
             self.folder.write_history(progress.history)
-            if progress.epoch > self.warmup:
-                self.after_epoch(progress.epoch - self.warmup)
         self.screen.row(row, self._name(progress.epoch - 1).removeprefix("epoch "))
         self._track(row)
+        if self.accelerator.is_main_process and progress.epoch > self.warmup:
+            self.after_epoch(progress.epoch - self.warmup, row)
+        self._warn()
+
+    def _warn(self) -> None:
+        """Say each sign of failure once, when it has been there for three epochs."""
+        signs = self.objective.warnings(self.progress.history) if self.progress.epoch > self.warmup else {}
+        self.signs = {name: self.signs.get(name, 0) + 1 for name in signs}
+        for name, text in signs.items():
+            if self.signs[name] == 3:
+                self.screen.say(f"warning: {text}")
 
     def _judge(self, row: dict) -> bool:
         """Add accuracies to an epoch's row; whether it is the best so far."""

@@ -33,6 +33,8 @@ class Objective(nn.Module, ABC):
     # what it said is then `known` [images, views, D].
     in_advance: Callable[[Tensor], Tensor] | None = None
     known: Tensor | None = None
+    # Whether steps of other phases than "weights" come on top of these, or take the place of some of them.
+    extra_steps = False
     # Whether some iterations leave some parameters without a gradient, the same in all processes.
     sparse_gradients = False
 
@@ -85,6 +87,10 @@ class Objective(nn.Module, ABC):
         """What an epoch's row of metrics.jsonl says besides losses and accuracies (JSON types only)."""
         return {}
 
-    def warnings(self, history: list[dict]) -> list[str]:
-        """Signs of failure in the run's rows of metrics.jsonl, in words for the user."""
+    def advice(self, image_size: int) -> list[str]:
+        """What the user should know before training, a line each."""
         return []
+
+    def warnings(self, history: list[dict]) -> dict[str, str]:
+        """Signs of failure in the run's rows of metrics.jsonl so far, by name, in words for the user."""
+        return {}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from common import UserError
-from models.network import conv_bn, initialise
+from models.network import conv_bn, initialise, macs
 from models.pool import Pool
 from models.supernet import Draw, Supernet, input_shape
 
@@ -48,6 +48,19 @@ class Branch(nn.Module):
 
     def forward(self, feature: Tensor, draws: Sequence[Draw]) -> Tensor:
         return self.supernet(self.transform(feature), draws)
+
+    def macs(self, shape: tuple[int, int], chances: Sequence[Sequence[float]]) -> float:
+        """Mean multiply-accumulates over paths, for one feature map of this (channels, side).
+
+        A layer's candidates give outputs of one shape, so its mean cost is that of its candidates, weighted by
+        `chances`, their probabilities.
+        """
+        total, x = macs(self.transform, self.supernet.fc.weight.new_zeros(1, shape[0], shape[1], shape[1]))
+        for layer, row in zip(self.supernet.layers, chances, strict=True):
+            here = [macs(layer.candidates[name], x) for name in layer.names]
+            total += sum(chance * cost for chance, (cost, _) in zip(row, here, strict=False))
+            x = next(out for _, out in here if out is not None)
+        return total + macs(nn.Sequential(self.supernet.head, self.supernet.fc), x)[0]
 
 
 def graft(

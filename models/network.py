@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -180,6 +180,38 @@ def run_blocks(model: Network, images: Tensor) -> tuple[list[Tensor], Tensor]:
         x = block(x)
         maps.append(x)
     return maps, model.blocks[-1](x)
+
+
+def cut(model: Network, where: str) -> None:
+    """Cut `model.blocks` anew, into as many: at its "stages", as it is, or by "depth".
+
+    By depth, blocks are runs of the stages' parts (a stage is a sequence of them) with about as many convolutions of
+    more than one pixel each; running them in order is still the forward pass.
+    """
+    if where == "stages":
+        return
+    parts = [part for stage in model.stages for part in (stage if isinstance(stage, nn.Sequential) else [stage])]
+    depths = list(
+        accumulate(sum(isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1) for m in part.modules()) for part in parts)
+    )
+    blocks, start = [], 0
+    for number in range(1, len(model.blocks)):
+        wanted = number * depths[-1] / len(model.blocks)
+        # The last of the parts that come nearest: a BatchNorm and a ReLU stay with their convolution.
+        end = min(range(start, len(parts)), key=lambda i: (abs(depths[i] - wanted), -i)) + 1
+        blocks.append(nn.Sequential(*parts[start:end]))
+        start = end
+    model.blocks = (*blocks, nn.Sequential(*parts[start:], model.embed, model.fc))
+
+
+@torch.no_grad()
+def macs(module: nn.Module, x: Tensor) -> tuple[float, Tensor | None]:
+    """(multiply-accumulates of convolutions and linear layers, output) of `module` in eval mode on `x`."""
+    training = module.training
+    with FlopCounterMode(display=False) as counter:
+        out = module.eval()(x)
+    module.train(training)
+    return counter.get_total_flops() / 2, out
 
 
 @torch.no_grad()

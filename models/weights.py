@@ -20,8 +20,8 @@ def load_weights(model: Network, source: str, argument: str = "--weights") -> st
 
     Args:
         model: a network of `create_model`.
-        source: "pretrained" for torchvision's default ImageNet weights, or timm's; or a file: .safetensors,
-            or .pth / .pt with a state dict in it, possibly under "model" or "state_dict".
+        source: "pretrained" for torchvision's default ImageNet weights, or timm's; a run folder; or a file:
+            .safetensors, or .pth / .pt with a state dict in it, possibly under "model" or "state_dict".
         argument: the option that error messages name.
 
     Raises:
@@ -69,6 +69,8 @@ def _published(model: Network, argument: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _read(path: Path, where: str) -> dict[str, Tensor]:
+    if path.is_dir():
+        path = path / "model.safetensors"
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise UserError(f"{where}: must be a .safetensors, .pth or .pt file")
     if not path.is_file():

@@ -1,10 +1,71 @@
 """What SFTN and GTN have in common: a teacher with branches, which may stay as it is for a while."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
 
 from common import UserError
+from kernels import cross_entropy, kd_loss
 from losses.objective import Objective
 from models.network import Network
+
+CAPPED = 0.8  # share of the cross-entropy at which the branches' pull balances the labels'
+
+
+@dataclass
+class BranchOptions:
+    """Options of teachers with branches (--method sftn and gtn).
+
+    Args:
+        alpha: weight of the KL between branches and teacher (the papers: 3 on CIFAR-100, 1 on ImageNet).
+        alpha_warmup_epochs: epochs, after the frozen ones, over which alpha rises linearly from 0 (ours): time for
+            branches to learn before they pull.
+        teacher_kl_share: share of the KL's gradient that reaches the teacher's logits (ours); 1: the papers' loss, 0:
+            the KL trains the branches, and the teacher through its feature maps alone.
+        teacher_kl_trust: weigh that share, image by image, by how right the branches are: the mean over branches of
+            min(1, q(y) / p(y)), y the label (ours).
+        teacher_weight: weight of the teacher's cross-entropy.
+        branch_weight: weight of the branches' cross-entropy.
+        temperature: softmax temperature of the KL (the papers: 1).
+        kl_direction: reverse is KL(branch || teacher), as SFTN prints it; forward is KL(teacher || branch).
+        freeze_teacher_epochs: epochs at the start in which only branches train and the teacher stays as it is, its
+            BatchNorm statistics included: for trained teachers.
+        branches: behind which of the teacher's blocks (1, 2, 3) branches are grafted; default: all.
+        teacher_cut: where the teacher is cut into blocks: at its stages (where maps change size), or into parts of
+            about as many convolutions each (depth).
+    """
+
+    alpha: float = 3.0
+    alpha_warmup_epochs: int = 0
+    teacher_kl_share: float = 1.0
+    teacher_kl_trust: bool = False
+    teacher_weight: float = 1.0
+    branch_weight: float = 1.0
+    temperature: float = 1.0
+    kl_direction: Literal["reverse", "forward"] = "reverse"
+    freeze_teacher_epochs: int = 0
+    branches: list[int] = field(default_factory=list)
+    teacher_cut: Literal["stages", "depth"] = "stages"
+
+    def check_branches(self) -> None:
+        """Raise UserError for values outside their range."""
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"--temperature {self.temperature}: must be above 0")
+        if not 0 <= self.alpha < float("inf"):
+            raise UserError(f"--alpha {self.alpha}: must be at least 0")
+        if not 0 <= self.teacher_kl_share <= 1:
+            raise UserError(f"--teacher_kl_share {self.teacher_kl_share}: must be in [0, 1]")
+        if min(self.teacher_weight, self.branch_weight) < 0:
+            raise UserError(
+                f"--teacher_weight {self.teacher_weight} and --branch_weight {self.branch_weight}: must be at least 0"
+            )
+        for name in ("freeze_teacher_epochs", "alpha_warmup_epochs"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 0")
 
 
 def branch_places(wanted: Sequence[int], blocks: int) -> list[int]:
@@ -24,11 +85,11 @@ def branch_places(wanted: Sequence[int], blocks: int) -> list[int]:
 class Grafted(Objective):
     """Trains `teacher` together with branches; `options.freeze_teacher_epochs` epochs train the branches alone.
 
-    A frozen teacher is in eval mode, without gradients. A subclass sets `teacher` and `options`.
+    A frozen teacher is in eval mode, without gradients. A subclass sets `teacher`, `options` and `term_weights`.
     """
 
     teacher: Network
-    options: object
+    options: BranchOptions
     frozen = False
 
     @property
@@ -36,8 +97,12 @@ class Grafted(Objective):
         return self.options.freeze_teacher_epochs > 0
 
     def begin_epoch(self, epoch: int) -> None:
-        self.frozen = epoch < self.options.freeze_teacher_epochs
+        options = self.options
+        self.frozen = epoch < options.freeze_teacher_epochs
         self.teacher.requires_grad_(not self.frozen)
+        if options.alpha_warmup_epochs:
+            done = (epoch - options.freeze_teacher_epochs) / options.alpha_warmup_epochs
+            self.term_weights["branch_kl"] = options.alpha * (1.0 if self.frozen else min(1.0, done))
 
     def train(self, mode: bool = True) -> "Grafted":
         super().train(mode)
@@ -47,3 +112,58 @@ class Grafted(Objective):
 
     def product(self) -> Network:
         return self.teacher
+
+    def joint_terms(self, branches: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The terms of eq. 3 to 6 of SFTN: branches' logits [K, N, C], teacher's [N, C], labels [N].
+
+        The teacher is not detached: every branch's loss reaches it through its feature maps, and the KL through its
+        logits, too, as far as `teacher_kl_share` and `teacher_kl_trust` let it.
+        """
+        share: Tensor | float = self.options.teacher_kl_share
+        if self.options.teacher_kl_trust:
+            share = share * trust(branches, teacher, labels)
+        branch_ce, branch_kl = self._compare(branches, scale_gradient(teacher, share), labels)
+        return {"teacher_ce": cross_entropy(teacher, labels), "branch_ce": branch_ce, "branch_kl": branch_kl}
+
+    def _compare(self, branches: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        options = self.options
+        ce, kl = kd_loss(branches, teacher, labels, temperature=options.temperature, direction=options.kl_direction)
+        return ce.mean(), kl.mean()
+
+    def warnings(self, history: list[dict]) -> dict[str, str]:
+        """A teacher whose confidence its branches cap.
+
+        The KL's gradient on the teacher's logits is a (p - q), a = alpha times the share that reaches it and q the mean
+        of the branches' probabilities, and the cross-entropy's is p - y: they balance at p = (y + a q) / (1 + a).
+        """
+        row, options = history[-1], self.options
+        pull = self.term_weights["branch_kl"] * options.teacher_kl_share
+        if self.frozen or not pull or "teacher_ce" not in row["losses"]:
+            return {}
+        branches, teacher = math.exp(-row["losses"]["branch_ce"]), row["losses"]["teacher_ce"]
+        balance = -math.log((options.teacher_weight + pull * branches) / (options.teacher_weight + pull))
+        if teacher < CAPPED * balance or balance < 0.2 or row["losses"]["branch_ce"] < teacher:
+            return {}
+        return {
+            "capped": f"the branches hold the teacher back: its training cross-entropy is {teacher:.2f} nats, and with "
+            f"branches at {row['losses']['branch_ce']:.2f} and a pull of {pull:g} it cannot fall below about "
+            f"{balance:.2f}. Lower --teacher_kl_share or --alpha, or start from a trained teacher (--weights RUN "
+            "--freeze_teacher_epochs E), so that the branches learn first."
+        }
+
+
+def scale_gradient(x: Tensor, share: Tensor | float) -> Tensor:
+    """`x`, bit for bit, with its gradient times `share`, a number or a tensor that broadcasts to x."""
+    if isinstance(share, float) and share == 1:
+        return x
+    fixed = x.detach()
+    return fixed + share * (x - fixed)
+
+
+@torch.no_grad()
+def trust(branches: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """mean_k min(1, q_k(y) / p(y)) [N, 1] of logits [K, N, C] and [N, C]: 1 where all branches are as sure."""
+    index = labels[None, :, None].expand(len(branches), -1, 1)
+    q = branches.float().log_softmax(-1).gather(2, index)
+    p = teacher.float().log_softmax(-1).gather(1, labels[:, None])
+    return (q - p).exp().clamp(max=1.0).mean(0)

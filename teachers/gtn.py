@@ -5,79 +5,63 @@ Architectures" (arXiv 2407.16040). Branches as in SFTN (Park et al., NeurIPS 202
 (Cai et al., ICLR 2019). What the paper leaves open is an option here and marked (ours).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from common import UserError, derive_seed
-from kernels import cross_entropy, kd_loss
 from losses.objective import Average
 from models.branches import graft
-from models.network import Network, block_shapes, run_blocks
+from models.network import Network, block_shapes, count_parameters, cut, macs, run_blocks
 from models.pool import Pool
 from models.supernet import Draw
 from teachers.gates import Gates
-from teachers.grafted import Grafted, branch_places
+from teachers.grafted import BranchOptions, Grafted, branch_places
 
 COLLAPSED = 0.1  # normalised entropy under which a gate is said to have collapsed
+SMALL_BRANCHES = 3.0  # times the teacher's multiply-accumulates: the largest ratio measured
 STILL_HIGH = 0.9  # share of its peak that the KL must have left behind by the end
 
 
 @dataclass
-class GTNOptions:
-    """Options of --method gtn, the first seven also of --method sftn.
+class GTNOptions(BranchOptions):
+    """Options of --method gtn; those of branches are --method sftn's too.
 
     Args:
-        alpha: weight of the KL between branches and teacher (the papers: 3 on CIFAR-100, 1 on ImageNet).
-        teacher_weight: weight of the teacher's cross-entropy.
-        branch_weight: weight of the branches' cross-entropy.
-        temperature: softmax temperature of the KL (the papers: 1).
-        kl_direction: reverse is KL(branch || teacher), as SFTN prints it; forward is KL(teacher || branch).
-        freeze_teacher_epochs: epochs at the start in which only branches train and the teacher stays as it is, its
-            BatchNorm statistics included: for pretrained teachers.
-        branches: behind which of the teacher's blocks (1, 2, 3) branches are grafted; default: all.
         alpha_phi: weight of that KL in the gates' loss, at most 0; default -alpha.
         gate_every: every how many iterations one updates the gates instead of the weights; 0: never.
+        gate_steps: replace: a gate step takes the place, and the batch, of a step of the weights; add: it comes
+            on top, on the batch of the step that follows. With --gate_holdout it always comes on top.
         gate_lr: learning rate of the gates' Adam.
         gate_holdout: part of the training split kept for the gates alone; 0: they share the weights' data.
         full_gates: run all candidates in a gate step instead of two.
+        paths: a path of its own for every branch, or one, whose ends all branches run (the paper leaves it open).
         share_branches: branches share the supernet's weights where they overlap.
         save_supernet: save teacher, branches and gates beside the teacher, for student search.
         pool: the student pool.
     """
 
-    alpha: float = 3.0
-    teacher_weight: float = 1.0
-    branch_weight: float = 1.0
-    temperature: float = 1.0
-    kl_direction: Literal["reverse", "forward"] = "reverse"
-    freeze_teacher_epochs: int = 0
-    branches: list[int] = field(default_factory=list)
     alpha_phi: float | None = None
     gate_every: int = 2
+    gate_steps: Literal["replace", "add"] = "replace"
     gate_lr: float = 1e-3
     gate_holdout: float = 0.0
     full_gates: bool = False
+    paths: Literal["own", "one"] = "own"
     share_branches: bool = False
     save_supernet: bool = False
     pool: Pool = field(default_factory=Pool)
 
     def check_gtn(self) -> None:
         """Raise UserError for values outside their range."""
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature}: must be above 0")
-        if self.alpha < 0 or (self.alpha_phi is not None and self.alpha_phi > 0):
-            raise UserError(f"--alpha {self.alpha} must be at least 0, --alpha_phi {self.alpha_phi} at most 0")
-        if min(self.teacher_weight, self.branch_weight) < 0:
-            raise UserError(
-                f"--teacher_weight {self.teacher_weight} and --branch_weight {self.branch_weight}: must be at least 0"
-            )
-        if self.freeze_teacher_epochs < 0:
-            raise UserError(f"--freeze_teacher_epochs {self.freeze_teacher_epochs}: must be at least 0")
+        self.check_branches()
+        if self.alpha_phi is not None and self.alpha_phi > 0:
+            raise UserError(f"--alpha_phi {self.alpha_phi}: must be at most 0")
         if self.gate_every < 0 or self.gate_every == 1:
             raise UserError(f"--gate_every {self.gate_every}: must be 2 or more, or 0 for fixed gates")
         if not 0 <= self.gate_holdout < 1 or (self.gate_holdout and not self.gate_every):
@@ -102,17 +86,20 @@ class GTN(Grafted):
         super().__init__()
         self.teacher = teacher
         self.options = options
+        cut(teacher, options.teacher_cut)
         num_classes = teacher.fc.out_features
         shapes = block_shapes(teacher, image_size)
         self.places = branch_places(options.branches, len(teacher.blocks))
         self.branches = graft(shapes, options.pool, num_classes, image_size, options.share_branches, self.places)
-        layers = [layer for branch in self.branches for layer in branch.supernet.layers]
+        branches = self.branches[:1] if options.paths == "one" else self.branches  # the first has the most layers
+        layers = [layer for branch in branches for layer in branch.supernet.layers]
         self.gates = Gates([len(layer.names) for layer in layers], options.full_gates)
         self._gate_draws: list[Draw] | None = None  # of the gate step under way
         alpha_phi = -options.alpha if options.alpha_phi is None else options.alpha_phi
         self.term_weights = {"teacher_ce": options.teacher_weight, "branch_ce": options.branch_weight}
         self.term_weights |= {"branch_kl": options.alpha}
         self.term_weights |= {"gate_ce": 1.0, "gate_kl": alpha_phi}
+        self.extra_steps = options.gate_steps == "add" or options.gate_holdout > 0
         norms = (nn.modules.batchnorm._BatchNorm,)
         self._norms = tuple(module for module in self.modules() if isinstance(module, norms))
 
@@ -132,9 +119,7 @@ class GTN(Grafted):
 
     def _weight_terms(self, images: Tensor, labels: Tensor, draws: list[Draw]) -> dict[str, Tensor]:
         features, logits = run_blocks(self.teacher, images)
-        # The teacher is not detached: every branch's loss reaches it, through its features and the KL.
-        branch_ce, branch_kl = self._compare(self._run_branches(features, draws), logits, labels)
-        return {"teacher_ce": cross_entropy(logits, labels), "branch_ce": branch_ce, "branch_kl": branch_kl}
+        return self.joint_terms(self._run_branches(features, draws), logits, labels)
 
     def _gate_terms(self, images: Tensor, labels: Tensor, draws: list[Draw]) -> dict[str, Tensor]:
         with frozen_statistics(self._norms):
@@ -144,17 +129,17 @@ class GTN(Grafted):
         return {"gate_ce": gate_ce, "gate_kl": gate_kl}
 
     def _run_branches(self, features: list[Tensor], draws: list[Draw]) -> Tensor:
-        logits, rest = [], draws
-        for branch, place in zip(self.branches, self.places, strict=True):
-            layers = len(branch.supernet.layers)
-            logits.append(branch(features[place - 1], rest[:layers]))
-            rest = rest[layers:]
-        return torch.stack(logits)
+        """Logits [K, N, C]."""
+        rows = self._by_branch(draws)
+        at = [features[place - 1] for place in self.places]
+        return torch.stack([branch(x, row) for branch, x, row in zip(self.branches, at, rows, strict=True)])
 
-    def _compare(self, branches: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        options = self.options
-        ce, kl = kd_loss(branches, teacher, labels, temperature=options.temperature, direction=options.kl_direction)
-        return ce.mean(), kl.mean()
+    def _by_branch(self, rows: Sequence) -> list[Sequence]:
+        """What there is of each gated layer, parted by branch; of one path each branch has the end."""
+        sizes = [len(branch.supernet.layers) for branch in self.branches]
+        if self.options.paths == "one":
+            return [rows[len(rows) - size :] for size in sizes]
+        return [rows[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
     def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
         """Logits of the teacher and of every branch, the latter on a path drawn by the gates.
@@ -192,38 +177,66 @@ class GTN(Grafted):
 
     def record(self) -> dict:
         """Gate probabilities and normalised entropies by branch and layer ("L2" is the pool's second layer)."""
-        probabilities = iter(self.gates.probabilities().tolist())
-        entropies = iter(self.gates.normalised_entropy())
+        probabilities = self._by_branch(self.gates.probabilities().tolist())
+        entropies = self._by_branch(self.gates.normalised_entropy())
         gates, entropy = {}, {}
-        for index, branch in zip(self.places, self.branches, strict=True):
-            layers = branch.supernet.layers
+        for i, index in enumerate(self.places):
+            layers = self.branches[i].supernet.layers
             first = len(self.options.pool.widths) - len(layers) + 1
             gates[f"branch{index}"], entropy[f"branch{index}"] = {}, {}
-            for place, layer in enumerate(layers, start=first):
-                named = zip(layer.names, next(probabilities), strict=False)
-                gates[f"branch{index}"][f"L{place}"] = {name: round(p, 5) for name, p in named}
-                entropy[f"branch{index}"][f"L{place}"] = round(next(entropies), 5)
+            for place, layer in enumerate(layers):
+                named = zip(layer.names, probabilities[i][place], strict=False)
+                gates[f"branch{index}"][f"L{first + place}"] = {name: round(p, 5) for name, p in named}
+                entropy[f"branch{index}"][f"L{first + place}"] = round(entropies[i][place], 5)
         return {"gates": gates, "gate_entropy": entropy}
 
-    def warnings(self, history: list[dict]) -> list[str]:
-        """The method's known ways to fail: collapsed gates, and a KL that does not fall."""
-        found = []
-        for branch, layers in history[-1]["gate_entropy"].items():
+    def warnings(self, history: list[dict]) -> dict[str, str]:
+        """The method's known ways to fail: collapsed gates, a KL that does not fall, a teacher that is held back."""
+        found = super().warnings(history)
+        for branch, layers in history[-1].get("gate_entropy", {}).items():
             for layer, entropy in layers.items():
                 if entropy < COLLAPSED:
                     chances = history[-1]["gates"][branch][layer]
-                    found.append(
+                    found[f"collapsed {branch} {layer}"] = (
                         f"the gate of {branch} {layer} has collapsed onto '{max(chances, key=chances.get)}' "
                         f"(normalised entropy {entropy:.2f}): the teacher no longer meets the rest of the pool "
                         "there. Lower --gate_lr, or raise --gate_every."
                     )
         kl = [row["losses"]["branch_kl"] for row in history]
         if len(kl) >= 5 and kl[-1] > STILL_HIGH * max(kl):
-            found.append(
+            found["kl"] = (
                 f"the branches' KL to the teacher is not falling ({kl[-1]:.3f} nats, its peak was {max(kl):.3f}): "
-                "teacher and students do not come together. Raise --alpha, or train longer."
+                "teacher and branches do not come together. Train longer, or help the branches: --share_branches, a "
+                "narrower --pool, a trained teacher to start from (--weights RUN --freeze_teacher_epochs E)."
             )
         return found
+
+    def advice(self, image_size: int) -> list[str]:
+        """What the branches cost and, by the measurements of docs/results.md, whether they are likely to help."""
+        options, probe = self.options, self.teacher.fc.weight.new_zeros(1, 3, image_size, image_size)
+        teacher, branches = macs(self.teacher, probe)[0], self.branch_macs(image_size)
+        weights = count_parameters(self.branches)
+        lines = [
+            f"branches: {weights / 1e6:,.1f} million parameters, {branches / 1e6:,.1f} million multiply-accumulates an "
+            f"image (mean path), {branches / teacher:.1f} times the teacher's {teacher / 1e6:,.1f}"
+        ]
+        pull = options.alpha * options.teacher_kl_share
+        if branches < SMALL_BRANCHES * teacher and pull >= 1 and not options.freeze_teacher_epochs:
+            lines.append(
+                f"warning: with branches this small a pull of {pull:g} (alpha times teacher_kl_share) has cost the "
+                "teacher accuracy wherever it was measured (docs/results.md). --teacher_kl_share 0.1, or a trained "
+                "teacher to start from (--weights RUN --freeze_teacher_epochs E), keeps it."
+            )
+        return lines
+
+    def branch_macs(self, image_size: int) -> float:
+        """Multiply-accumulates of one image in all branches together, averaged over the gates' paths."""
+        shapes = block_shapes(self.teacher, image_size)
+        rows = self._by_branch(self.gates.probabilities().tolist())
+        return sum(
+            branch.macs(shapes[place - 1], chances)
+            for branch, place, chances in zip(self.branches, self.places, rows, strict=True)
+        )
 
 
 @contextmanager

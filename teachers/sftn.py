@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from common import UserError
-from kernels import cross_entropy, kd_loss
 from models import create_model
 from models.branches import feature_transform
-from models.network import Network, block_shapes, run_blocks
+from models.network import Network, block_shapes, cut, run_blocks
 from teachers.grafted import Grafted, branch_places
 
 
@@ -28,6 +27,7 @@ class SFTN(Grafted):
         if options.student is None:
             raise UserError("--student: --method sftn needs the student that the teacher is for")
         self.teacher, self.options = teacher, options
+        cut(teacher, options.teacher_cut)
         num_classes = teacher.fc.out_features
         self.places = branch_places(options.branches, len(teacher.blocks))
         self.branches = nn.ModuleList()
@@ -50,11 +50,7 @@ class SFTN(Grafted):
         self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None, views: Tensor | None = None
     ) -> dict[str, Tensor]:
         branches, logits = self._run(images)
-        options = self.options
-        ce, kl = kd_loss(
-            torch.stack(branches), logits, labels, temperature=options.temperature, direction=options.kl_direction
-        )
-        return {"teacher_ce": cross_entropy(logits, labels), "branch_ce": ce.mean(), "branch_kl": kl.mean()}
+        return self.joint_terms(torch.stack(branches), logits, labels)
 
     def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
         branches, logits = self._run(images)

@@ -14,11 +14,12 @@ from benchmarks import methods as methods_benchmark
 from benchmarks import parts as parts_benchmark
 from benchmarks import training as training_benchmark
 from benchmarks.compare import as_markdown, tabulate
-from benchmarks.steps import Options, PlainJoint, Setting, count_macs, measure
+from benchmarks.steps import Options, PlainJoint, Setting, measure
 from common import derive_seed
 from engine.data import load_images
 from losses import METHODS
 from models import ModelInfo, create_model, save_pretrained
+from models.network import macs
 from models.pool import Pool
 from teachers.gtn import GTN
 
@@ -36,12 +37,10 @@ def test_plain_joint_step_computes_the_even_step_of_the_same_path():
 
 
 def test_macs_of_the_papers_pool_and_of_resnet32():
-    setting = Setting("paper", "resnet32", Pool(), 32, 1, 100)
     objective = GTN(create_model("resnet32", 100), Options(), 32)
     torch.nn.init.zeros_(objective.gates.phi)  # every candidate alike
-    teacher, branches = count_macs(objective, setting)
-    assert round(teacher / 1e6, 1) == 69.1  # the zoo's published count
-    assert branches == pytest.approx(expected_branch_macs(), rel=1e-9)
+    assert round(macs(objective.teacher, torch.zeros(1, 3, 32, 32))[0] / 1e6, 1) == 69.1  # the zoo's published count
+    assert objective.branch_macs(32) == pytest.approx(expected_branch_macs(), rel=1e-9)
 
 
 def expected_branch_macs() -> float:

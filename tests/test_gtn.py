@@ -215,13 +215,13 @@ def history(objective: GTN, kl: list[float]) -> list[dict]:
 
 def test_warnings_name_what_went_wrong_and_nothing_else():
     objective = make()
-    assert objective.warnings(history(objective, [0.1, 0.5, 0.4, 0.3, 0.2])) == []
-    (rising,) = objective.warnings(history(objective, [0.1, 0.2, 0.3, 0.4, 0.5]))
+    assert objective.warnings(history(objective, [0.1, 0.5, 0.4, 0.3, 0.2])) == {}
+    (rising,) = objective.warnings(history(objective, [0.1, 0.2, 0.3, 0.4, 0.5])).values()
     assert "not falling" in rising
     with torch.no_grad():
         objective.gates.phi[0, 1] += 20
     objective.gates._on_host = None
-    (collapsed,) = objective.warnings(history(objective, [0.5, 0.1]))
+    (collapsed,) = objective.warnings(history(objective, [0.5, 0.1])).values()
     assert "branch1 L2" in collapsed and "'res5x2'" in collapsed
 
 
@@ -469,7 +469,7 @@ def test_every_collapsed_gate_is_named_and_no_other():
         objective.gates.phi[8, 0] += 20  # branch 3, L6
         objective.gates.phi[3, 0] += 2  # branch 1, L5: leaning, not collapsed
     objective.gates._on_host = None
-    found = objective.warnings(history(objective, [0.5, 0.1]))
+    found = list(objective.warnings(history(objective, [0.5, 0.1])).values())
     assert len(found) == 2
     assert "branch1 L3" in found[0] and "'identity'" in found[0]
     assert "branch3 L6" in found[1] and "'res3x2'" in found[1]

@@ -206,7 +206,7 @@ def test_a_run_with_everything_that_makes_it_fast_resumes_with_the_same_bits(tmp
     class StopError(Exception):
         pass
 
-    def stop(epoch: int) -> None:
+    def stop(epoch: int, row: dict) -> None:
         raise StopError
 
     def fast(folder, **options) -> Loop:

@@ -14,20 +14,23 @@ from models import create_model
 from models.network import run_blocks
 from models.pool import Pool
 from teachers import TEACHERS
+from teachers.grafted import BranchOptions
 from teachers.gtn import GTN, GTNOptions
 from teachers.mse import squared_error
 from teachers.sftn import SFTN
 from train_teacher import TeacherConfig
 
 
-class Options:
-    alpha, teacher_weight, branch_weight, temperature, kl_direction = 3.0, 1.0, 1.0, 1.0, "reverse"
-    freeze_teacher_epochs, branches = 0, ()
-    student, pool = "resnet8", Pool(stem=4, widths=[4, 4, 8, 8, 8, 8], strides=[1, 1, 2, 1, 2, 1], head=8)
+@dataclass
+class Options(BranchOptions):
+    student: str | None = "resnet8"
+    pool: Pool = field(
+        default_factory=lambda: Pool(stem=4, widths=[4, 4, 8, 8, 8, 8], strides=[1, 1, 2, 1, 2, 1], head=8)
+    )
 
 
 def options(**changes) -> Options:
-    return type("Changed", (Options,), changes)()
+    return Options(**changes)
 
 
 def sftn(teacher: str = "resnet14", size: int = 16, **changes) -> SFTN:

@@ -43,6 +43,8 @@ class Pool:
         layers: what each layer may be, where that differs from layer to layer; empty: `candidates` in all.
         partition: reconfigurable layers in each of the blocks; empty: about equal blocks.
         shortcut: layers that keep their shape compute x + candidate(x), so that zero skips the layer.
+        identity: with such a shortcut, `identity` is x + x (added, as the other candidates are) or x (plain). Plain is
+            what zero does there, so that zero takes its place.
         sampling: what pool:SEED is uniform over: the choices of every layer, or the sizes of whole networks.
     """
 
@@ -56,6 +58,7 @@ class Pool:
     layers: list[list[str]] = field(default_factory=list)
     partition: list[int] = field(default_factory=list)
     shortcut: bool = True
+    identity: Literal["added", "plain"] = "added"
     sampling: Literal["choices", "sizes"] = "choices"
 
     def check(self) -> None:
@@ -74,6 +77,7 @@ class Pool:
         if self.partition and (sum(self.partition) != layers or len(self.partition) < 2 or min(self.partition) < 0):
             raise UserError(f"pool.partition {self.partition} must have 2 or more parts that sum to {layers}")
         check_name("pool.sampling", self.sampling, ["choices", "sizes"])
+        check_name("pool.identity", self.identity, ["added", "plain"])
         self._check_candidates("candidates", self.candidates)
         if not any(name != "zero" for name in self.candidates):
             raise UserError("pool.candidates must hold something besides 'zero'")
@@ -105,6 +109,8 @@ class Pool:
         """The candidates of one layer; `zero` only where a shortcut keeps the signal alive."""
         alive = self.shortcut and self.keeps_shape(layer)
         names = self.layers[layer] if self.layers else self.candidates
+        if alive and self.identity == "plain":
+            names = dict.fromkeys("zero" if name == "identity" else name for name in names)
         return [name for name in names if name != "zero" or alive]
 
     def blocks(self) -> list[int]:
