@@ -1,6 +1,6 @@
 """Teachers besides GTN: SFTN's loss, cut and gradients; the posterior that MSE approaches; schedules."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -131,7 +131,7 @@ class GTNWithSeed(GTNOptions):
 @pytest.mark.parametrize("method", ["sftn", "gtn"])
 def test_a_frozen_teacher_stays_as_it_is_while_branches_warm_up(method):
     torch.manual_seed(0)
-    pool = Options.pool
+    pool = options().pool
     made = {
         "sftn": lambda teacher: SFTN(teacher, options(freeze_teacher_epochs=2), 16),
         "gtn": lambda teacher: GTN(teacher, GTNWithSeed(pool=pool, freeze_teacher_epochs=2), 16),
