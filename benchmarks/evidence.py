@@ -1,0 +1,317 @@
+"""Which teacher is good for students: teachers of several kinds, students they have not seen, seeds, intervals.
+
+python -m benchmarks.evidence benchmarks/plans/tin100.yaml --data tin100=parquet:data/tin100-*.parquet --dry_run
+python -m benchmarks.evidence benchmarks/plans/tin100.yaml --data tin100=parquet:data/tin100-*.parquet
+python -m benchmarks.evidence benchmarks/plans/tin100.yaml --report
+
+A plan names teachers, students, seeds and what both scripts are given. Every run is one call of train_teacher.py or
+distill.py and leaves one JSON file under benchmarks/results/evidence/PLAN/: what was asked, what came out, how alike
+student and teacher are, on which device and at which commit. Runs that have one are skipped, an interrupted run goes
+on from its checkpoint, and --minutes stops in time and continues at the next call. --report computes the tables from
+the JSON files alone.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+
+from common import write_atomically
+from engine.config import RunConfig
+from engine.data import load_images
+from engine.pipeline import Pipeline
+from models import load_pretrained
+from reports import metrics
+from reports.statistics import paired_difference, student_interval
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/evidence"
+KEPT = ("method", "model", "parameters", "seed", "top1", "top5", "best", "epochs", "seconds", "images_per_second")
+KEPT += ("peak_memory_bytes", "warnings", "device", "versions", "git_commit")
+ALONE = "alone"
+
+
+@dataclass
+class Run:
+    """One call of a script. `teacher` is the run whose folder it reads, `student` what is distilled into."""
+
+    name: str
+    script: str
+    options: dict
+    source: str
+    seed: int
+    student: str | None = None
+    teacher: str | None = None
+
+
+@dataclass
+class Plan:
+    """What a plan file says; every mapping holds options of the scripts.
+
+    common: of both scripts. teacher, distill: of all teachers, of all students. teachers: by name, what is a teacher's
+    own; `for_each_student: true` trains one a student, `weights: NAME` starts from another teacher of the seed, and
+    `distill:` holds options of its students. alone: of students without a teacher; `alone: null` leaves them out.
+    """
+
+    name: str
+    common: dict
+    teacher: dict
+    teachers: dict[str, dict]
+    students: list[str]
+    seeds: list[int]
+    distill: dict = field(default_factory=dict)
+    alone: dict | None = field(default_factory=dict)
+    note: str = ""
+
+    def runs(self) -> Iterator[Run]:
+        """All runs, seed by seed, teachers before their students."""
+        for seed in self.seeds:
+            for name, options in self.teachers.items():
+                own = self.teacher | {k: v for k, v in options.items() if k not in ("for_each_student", "distill")}
+                each = options.get("for_each_student", False)
+                for student in self.students if each else [None]:
+                    extra = {"student": student} if each else {}
+                    start = own.get("weights")
+                    weights = {"weights": f"seed{seed}-{start}"} if start else {}
+                    run = f"seed{seed}-{name}" + (f"-{plain(student)}" if each else "")
+                    yield Run(run, "train_teacher.py", self.common | own | extra | weights, name, seed, student, None)
+            for student in self.students:
+                if self.alone is not None:
+                    options = self.common | self.distill | {"method": "none"} | self.alone | {"student": student}
+                    name = f"seed{seed}-{plain(student)}-{ALONE}"
+                    yield Run(name, "distill.py", options, ALONE, seed, student)
+                for name, teacher in self.teachers.items():
+                    folder = f"seed{seed}-{name}" + (f"-{plain(student)}" if teacher.get("for_each_student") else "")
+                    options = self.common | self.distill | teacher.get("distill", {}) | {"student": student}
+                    run = f"seed{seed}-{plain(student)}-{name}"
+                    yield Run(run, "distill.py", options, name, seed, student, folder)
+
+
+def plain(name: str) -> str:
+    return Path(name).stem.replace(":", "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument(
+        "--data", nargs="*", default=[], help="NAME=DATASET: what --dataset is where the plan says NAME"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="where the runs' folders are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON files are kept")
+    parser.add_argument("--only", nargs="*", default=[], help="runs whose names hold one of these words")
+    parser.add_argument("--minutes", type=float, help="stop after this long; the next call goes on")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, what is done and what is left")
+    parser.add_argument("--report", action="store_true", help="print the table of what is done, and write it")
+    options = parser.parse_args()
+    plan = Plan(name=options.plan.stem, **yaml.safe_load(options.plan.read_text()))
+    data = dict(each.split("=", 1) for each in options.data)
+    results = options.results / plan.name
+    if options.report:
+        print(report(plan, results))
+        return
+    runs = [run for run in plan.runs() if not options.only or any(word in run.name for word in options.only)]
+    left = [run for run in runs if not (results / f"{run.name}.json").is_file()]
+    print(f"{plan.name}: {len(runs)} runs, {len(runs) - len(left)} done, {len(left)} left")
+    if options.dry_run:
+        for run in left:
+            print(shlex.join(command(run, options.work / plan.name, data)))
+        return
+    deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+    every = {run.name: run for run in plan.runs()}
+    for run in left:
+        for needed in filter(None, (run.options.get("weights"), run.teacher)):
+            train(every[needed], options.work / plan.name, data, deadline)  # if its folder is on this machine no more
+        folder = train(run, options.work / plan.name, data, deadline)
+        record = describe(run, folder, options.work / plan.name, data)
+        write_atomically(results / f"{run.name}.json", json.dumps(record, indent=1) + "\n")
+        print(f"{run.name}: {record['top1']:.2f}% in {record['seconds']:.0f} s", flush=True)
+
+
+def command(run: Run, work: Path, data: dict[str, str]) -> list[str]:
+    options = run.options | {"dataset": data.get(run.options["dataset"], run.options["dataset"]), "seed": run.seed}
+    if run.teacher:
+        options["teacher"] = str(work / run.teacher)
+    if "weights" in options:
+        options["weights"] = str(work / options["weights"])
+    words = [sys.executable, str(ROOT / run.script), "--output_dir", str(work / run.name)]
+    return [*words, *flags(options)]
+
+
+def flags(options: dict, prefix: str = "--") -> list[str]:
+    words = []
+    for name, value in options.items():
+        if isinstance(value, dict):
+            words += flags(value, f"{prefix}{name}.")
+        elif value is not None:
+            words += [f"{prefix}{name}", *(map(str, value) if isinstance(value, list) else [_word(value)])]
+    return words
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def train(run: Run, work: Path, data: dict[str, str], deadline: float) -> Path:
+    """The finished folder of a run, which is trained, or gone on with, if need be. Exits at the deadline."""
+    folder = work / run.name
+    if (folder / "summary.json").is_file():
+        return folder
+    words = command(run, work, data)
+    if (folder / "config.yaml").is_file():
+        words += ["--resume_from_checkpoint", "latest"]
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / f"{run.name}.log", "a") as log:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
+        try:
+            code = process.wait(None if deadline == float("inf") else max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            sys.exit(f"stopped in {run.name}, as --minutes asks; the same command goes on")
+    if code:
+        tail = (work / f"{run.name}.log").read_text().splitlines()[-1:]
+        sys.exit(f"{shlex.join(words)}\nfailed with exit code {code}: {' '.join(tail)}")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # it is finished: only its model is needed
+    return folder
+
+
+def describe(run: Run, folder: Path, work: Path, data: dict[str, str]) -> dict:
+    """What is kept of a finished run."""
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = rows[-1]
+    record = {"run": run.name, "source": run.source, "student": run.student, "script": run.script}
+    record |= {"options": run.options, **{name: summary[name] for name in KEPT}}
+    record |= {"losses": last["losses"], "accuracy": last["accuracy"]}
+    record |= {"curve": [round(next(iter(row["accuracy"].values())), 2) for row in rows if row["accuracy"]]}
+    if "val_accuracy" in last:
+        record["val_accuracy"] = last["val_accuracy"]
+    if "gate_entropy" in last:
+        entropies = [value for layers in last["gate_entropy"].values() for value in layers.values()]
+        record["gate_entropy"] = {"mean": statistics.mean(entropies), "min": min(entropies)}
+    teacher = work / run.teacher if run.teacher else None
+    return record | {"test": on_test_images(folder, teacher, data)}
+
+
+@torch.no_grad()
+def on_test_images(folder: Path, teacher: Path | None, data: dict[str, str]) -> dict[str, float]:
+    """Confidence, entropy and likelihood of a model on the test split and, with its teacher, how alike they are."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    options = RunConfig(**{name: config[name] for name in RunConfig.__dataclass_fields__ if name in config})
+    images = load_images(config["dataset"], config["image_size"], progress=False, options=options)
+    models = [load_pretrained(each) for each in (folder, teacher) if each]
+    images.mean, images.std = models[0].info.mean, models[0].info.std
+    pipeline = Pipeline(images, options, torch.device("cpu"))
+    seen: list[list[tuple]] = [[] for _ in models]
+    labels = []
+    for batch, answers in pipeline.evaluation(images.test, 500, None):
+        labels.append(answers)
+        for model, outputs in zip(models, seen, strict=True):
+            logits, _, embedding = model(batch, features=True)
+            outputs.append((logits, embedding))
+    (logits, embedding), *others = [[torch.cat(each) for each in zip(*outputs, strict=True)] for outputs in seen]
+    found = {
+        "confidence": metrics.confidence(logits),
+        "entropy": metrics.entropy(logits),
+        "nll": metrics.cross_entropy(logits, torch.cat(labels)),
+    }
+    for teacher_logits, teacher_embedding in others:
+        found["kl"] = metrics.kl_divergence(teacher_logits, logits)
+        found["kl_reverse"] = metrics.kl_divergence(logits, teacher_logits)
+        found["agreement"] = metrics.agreement(logits, teacher_logits)
+        found["cka"] = metrics.linear_cka(embedding, teacher_embedding)
+    return found
+
+
+def report(plan: Plan, results: Path) -> str:
+    """The plan's tables as Markdown, from its JSON files; also written beside them."""
+    records = [json.loads(path.read_text()) for path in sorted(results.glob("seed*.json"))]
+    students = [each for each in records if each["script"] == "distill.py"]
+    teachers = [each for each in records if each["script"] == "train_teacher.py"]
+    sources = [*([ALONE] if plan.alone is not None else []), *plan.teachers]
+    top1 = {
+        source: {(r["student"], r["seed"]): r["top1"] for r in students if r["source"] == source} for source in sources
+    }
+    lines = [f"## {plan.name}", "", plan.note.strip(), ""] if plan.note else [f"## {plan.name}", ""]
+    lines += [f"{len(records)} of {len(list(plan.runs()))} runs are done.", ""]
+    lines += table("top-1 of students, %", plan.students, sources, top1)
+    lines += ["", "| students' top-1, paired over students and seeds | difference | 95% interval | pairs | verdict |"]
+    lines += ["| --- | ---: | ---: | ---: | --- |"]
+    differences = {}
+    first = next(iter(plan.teachers))
+    for one, other in [(s, first) for s in sources if s != first] + [("gtn", "sftn")]:
+        if set(top1.get(one, {})) & set(top1.get(other, {})):
+            found = paired_difference(top1[one], top1[other], {key: key[1] for key in top1[one]})
+            differences[f"{one} - {other}"] = found.as_dict()
+            interval = "{:+.2f} to {:+.2f}".format(*found.interval) if found.interval else ""
+            lines += [f"| {one} - {other} | {found.mean:+.2f} | {interval} | {found.pairs} | {found.verdict()} |"]
+    lines += ["", "| teacher | top-1, % | training cross-entropy | confidence | entropy | seconds, all students |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for name in plan.teachers:
+        mine = [each for each in teachers if each["source"] == name]
+        if mine:
+            ce = [r["losses"].get("teacher_ce", r["losses"].get("ce", float("nan"))) for r in mine]
+            seconds = sum(r["seconds"] for r in mine) / len({r["seed"] for r in mine})
+            cells = [spread([r["top1"] for r in mine]), f"{statistics.mean(ce):.2f}"]
+            cells += [f"{statistics.mean(r['test'][key] for r in mine):.3f}" for key in ("confidence", "entropy")]
+            lines += [f"| {name} | {' | '.join(cells)} | {seconds:.0f} |"]
+    lines += [
+        "",
+        "| student to its teacher | KL, nats | agreement, % | CKA | student's own NLL |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name in plan.teachers:
+        mine = [each for each in students if each["source"] == name]
+        if mine:
+            keys = (("kl", 3), ("agreement", 1), ("cka", 3), ("nll", 3))
+            lines += [
+                f"| {name} | "
+                + " | ".join(f"{statistics.mean(r['test'][k] for r in mine):.{d}f}" for k, d in keys)
+                + " |"
+            ]
+    text = "\n".join(lines) + "\n"
+    write_atomically(results / "table.md", text)
+    write_atomically(results / "differences.json", json.dumps(differences, indent=1) + "\n")
+    return text
+
+
+def table(title: str, rows: list[str], columns: list[str], values: dict[str, dict[tuple, float]]) -> list[str]:
+    """Mean and deviation over seeds by student and source, and the mean of all with its interval."""
+    lines = [f"| {title} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    for row in rows:
+        cells = [spread([v for (student, _), v in values[c].items() if student == row]) for c in columns]
+        lines += [f"| {row} | " + " | ".join(cells) + " |"]
+    means = []
+    for column in columns:
+        every = list(values[column].values())
+        interval = student_interval(every)
+        means.append(
+            f"{statistics.mean(every):.2f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
+            if every
+            else ""
+        )
+    return [*lines, "| mean | " + " | ".join(means) + " |"]
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    main()

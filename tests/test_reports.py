@@ -1,0 +1,66 @@
+"""Metrics and statistics of reports/, against closed forms."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import ttest_rel
+
+from reports import metrics
+from reports.statistics import paired_difference, student_interval
+
+
+def test_kl_confidence_and_entropy_of_two_classes():
+    p, q = torch.tensor([[math.log(3.0), 0.0]]), torch.tensor([[0.0, 0.0]])  # (3/4, 1/4) and (1/2, 1/2)
+    assert metrics.kl_divergence(p, q) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+    assert metrics.kl_divergence(q, p) == pytest.approx(-0.5 * math.log(1.5) - 0.5 * math.log(0.5), rel=1e-6)
+    assert metrics.confidence(p) == pytest.approx(0.75) and metrics.confidence(q) == pytest.approx(0.5)
+    assert metrics.entropy(q) == pytest.approx(math.log(2))
+    assert metrics.cross_entropy(p, torch.tensor([1])) == pytest.approx(math.log(4), rel=1e-6)
+
+
+def test_agreement_is_about_the_most_likely_class():
+    one = torch.tensor([[2.0, 1.0], [0.0, 1.0], [5.0, 0.0], [0.0, 0.1]])
+    other = torch.tensor([[9.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.0, 7.0]])
+    assert metrics.agreement(one, other) == 75.0
+
+
+def test_cka_ignores_rotation_scale_and_shift_and_sees_independence():
+    torch.manual_seed(0)
+    x = torch.randn(2000, 6, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    assert metrics.linear_cka(x, 3 * x @ rotation + 7) == pytest.approx(1, abs=1e-9)
+    assert metrics.linear_cka(x, torch.randn(2000, 6)) < 0.02
+    # Two one-dimensional embeddings: the squared correlation.
+    a, b = x[:, :1], x[:, :1] + x[:, 1:2]
+    correlation = torch.corrcoef(torch.cat([a, b], 1).T)[0, 1]
+    assert metrics.linear_cka(a, b) == pytest.approx(float(correlation) ** 2, rel=1e-9)
+
+
+def test_the_interval_is_students():
+    values, baseline = [3.0, 4.5, 2.0, 5.0], [2.0, 3.0, 2.5, 3.0]
+    keys = [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    found = paired_difference(
+        dict(zip(keys, values, strict=True)), dict(zip(keys, baseline, strict=True)), {key: key[1] for key in keys}
+    )
+    expected = ttest_rel(values, baseline).confidence_interval(0.95)
+    assert found.mean == pytest.approx(1.0) and found.pairs == 4 and found.groups == 2
+    assert found.interval == pytest.approx((expected.low, expected.high))
+    # Groups' means are 1.25 and 0.75: resampled, they lie between these.
+    assert found.bootstrap == pytest.approx((0.75, 1.25))
+    assert found.verdict() == "not distinguishable with this many runs"
+
+
+@pytest.mark.parametrize(("shift", "verdict"), [(5.0, "better"), (-5.0, "worse"), (0.0, "not distinguishable")])
+def test_the_verdict_follows_the_intervals(shift, verdict):
+    baseline = {(student, seed): 10.0 + seed + student for student in range(4) for seed in range(3)}
+    values = {key: value + shift + 0.1 * (-1) ** key[1] * (key[0] - 1.5) for key, value in baseline.items()}
+    assert paired_difference(values, baseline, {key: key[1] for key in values}).verdict().startswith(verdict)
+
+
+def test_one_seed_gives_no_verdict_and_no_pairs_an_error():
+    one = {("a", 0): 1.0, ("b", 0): 2.0}
+    assert paired_difference(one, dict.fromkeys(one, 0.0), dict.fromkeys(one, 0)).verdict().startswith("too few")
+    assert student_interval([1.0]) is None
+    with pytest.raises(ValueError, match="no runs in common"):
+        paired_difference(one, {}, {})
