@@ -13,26 +13,24 @@ from shlex import quote
 
 import torch
 
-import kernels
 from common import UserError
+from data.datasets import ImageSet, Split, StreamSplit, hold_out
+from data.pipeline import augmentation_of
 from engine.config import RunConfig, parse
-from engine.data import ImageSet, StreamSplit, hold_out, load_images
-from engine.finish import finish_run
-from engine.loader import DeviceLoader
-from engine.loop import Loop
-from engine.processes import run_script, start_accelerator
-from engine.tracking import RunFolder, Screen, default_folder
-from losses import describe_methods, find_methods
-from losses.distillation import Distillation, build_methods
-from losses.logits import KD
+from engine.distributed import run_script
+from engine.objective import Objective
+from engine.run import Run
 from losses.method import Method
-from losses.objective import Objective
-from losses.peers import Peers
+from losses.registry import describe_methods, find_methods
 from models import ModelInfo, create_model, describe_models, find_spec, is_model, load_pretrained, save_pretrained
 from models.compiled import compile_regions
 from models.network import Network, count_parameters
 from models.pool import Pool
 from models.weights import initial_weights, load_weights
+from objectives.distillation import Distillation, build_methods
+from objectives.peers import Peers
+
+LISTINGS = {"models": describe_models, "methods": describe_methods}
 
 
 @dataclass
@@ -93,7 +91,49 @@ class DistillConfig(RunConfig):
 
 
 def main() -> None:
-    config = parse(DistillConfig, __doc__, {"models": describe_models, "methods": describe_methods})
+    config = parse(DistillConfig, __doc__, LISTINGS)
+    methods = check_methods(config)
+    teachers = load_teachers(config, needed=any(method.needs_teacher for method in methods))
+    known = [teacher.info for teacher in teachers if isinstance(teacher, Network)]
+    config.dataset = config.dataset or (known[0].dataset if known else "digits")
+    run = Run(config, config.method, config.student)
+    data = run.load_data(image_size(config, known))
+    teachers = [run.first(build_teacher, each, data, config) if isinstance(each, str) else each for each in teachers]
+    data, val = hold_out(fit_to_teachers(data, teachers), config.val_fraction, "validation")
+    data = replace(data, val=val)
+    pools = [Pool(**teacher.info.pool) for teacher in teachers if teacher.info.pool]
+    pool = config.pool or next(iter(pools), Pool())
+    torch.manual_seed(config.seed)
+    student = create_model(config.student, data.num_classes, pool, "--student", data.image_size)
+    initial = run.first(initial_weights, student, config.pretrained, config.weights)
+    others = (config.peers or [config.student]) if methods[0].peers else []
+    peers = [create_model(name, data.num_classes, pool, "--peers", data.image_size) for name in others]
+    if config.compile:
+        for network in (student, *peers, *teachers):
+            compile_regions(network)
+    if peers:
+        objective = Peers([student, *peers], config.method, 1.0 if config.kd_weight is None else config.kd_weight)
+    else:
+        objective = distillation(config, methods, student, teachers, data)
+    loop = run.loop(objective, data)
+    parameters = count_parameters(student)
+    what = f"student {config.student} ({parameters:,} parameters), {describe_source(config, teachers, others)},"
+    loss = f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in objective.term_weights.items())}"
+    lines = [loss, initial and f"initial weights: {initial}", cache_logits(config, objective, data)]
+    run.introduce(what, data, lines)
+    loop.run()
+    spec = find_spec(config.student, pool)
+    info = ModelInfo(config.student, data.name, data.num_classes, data.image_size, data.mean, data.std, spec)
+    if run.is_main:
+        info = save_pretrained(objective.trained_model(), info, run.folder.path)
+    described = {"method": config.method, "model": config.student, "parameters": parameters, "sha256": info.sha256}
+    described |= {"loss": objective.term_weights, "teachers": describe_teachers(config, teachers)}
+    following = run.folder.path / "model.json" if spec else config.student
+    run.finish(loop, described, [], next_command(config, following, data.image_size))
+
+
+def check_methods(config: DistillConfig) -> list[type[Method]]:
+    """The classes of --method. Raises UserError for options that do not go with them."""
     methods = find_methods(config.method)
     if config.peers and not methods[0].peers:
         raise UserError(f"--peers {' '.join(config.peers)}: are for --method dml and kdcl")
@@ -101,136 +141,56 @@ def main() -> None:
         raise UserError(f"--method_weights: {len(config.method_weights)} for the {len(methods)} of --method")
     if methods[0].needs_validation and not config.val_fraction:
         raise UserError(f"--method {config.method}: weighs its peers on a validation split; give --val_fraction 0.1")
-    teachers = load_teachers(config, needed=any(method.needs_teacher for method in methods))
-    known = [teacher.info for teacher in teachers if isinstance(teacher, Network)]
-    config.dataset = config.dataset or (known[0].dataset if known else "digits")
-    config.output_dir = config.output_dir or default_folder(config.method, config.student, config.dataset)
-    folder = RunFolder(config.output_dir, config.overwrite, config.resume_from_checkpoint is not None)
-    trackers = config.report_to if config.with_tracking else None
-    accelerator = start_accelerator(config.mixed_precision, trackers, config.output_dir)
-    screen = Screen(accelerator.is_main_process)
-    try:
-        implementation = kernels.use(config.kernels, accelerator.device)
-    except ValueError as error:
-        raise UserError(f"--kernels {config.kernels}: {error}") from None
-
-    with accelerator.main_process_first():
-        size = image_size(config, known)
-        data = load_images(config.dataset, size, accelerator.is_main_process, config, accelerator.device)
-        teachers = [build_teacher(each, data, config) if isinstance(each, str) else each for each in teachers]
-    data = hold_out(fit_to_teachers(data, teachers), config.val_fraction, "val")
-    pools = [Pool(**teacher.info.pool) for teacher in teachers if teacher.info.pool]
-    pool = config.pool or next(iter(pools), Pool())
-    torch.manual_seed(config.seed)
-    student = create_model(config.student, data.num_classes, pool, "--student", data.image_size)
-    with accelerator.main_process_first():
-        initial = initial_weights(student, config.pretrained, config.weights)
-    others = (config.peers or [config.student]) if methods[0].peers else []
-    peers = [create_model(name, data.num_classes, pool, "--peers", data.image_size) for name in others]
-    if config.compile:
-        for network in (student, *peers, *teachers):
-            compile_regions(network)
-    if peers:
-        weight = 1.0 if config.kd_weight is None else config.kd_weight
-        objective = Peers([student, *peers], config.method, weight)
-    else:
-        anchors = read_anchors(config.teacher) if any(method.anchors for method in methods) else []
-        config.lr_restarts = config.lr_restarts or len(anchors) or None
-        objective = distillation(config, methods, student, teachers, anchors, data)
-
-    loop = Loop(objective, data, config, accelerator, folder, screen)
-    cached = ask_in_advance(config, objective, loop, data.num_classes)
-    sources = [f"{teacher.info.name} in {place}" for teacher, place in zip(teachers, config.teacher, strict=True)]
-    source = f"{config.method} from {' and '.join(sources)}" if teachers else "trained alone"
-    if peers:
-        source = f"{config.method} with {' and '.join(others)}"
-    parameters = count_parameters(student)
-    screen.say(
-        f"student {config.student} ({parameters:,} parameters), {source}, on {data.name}: {len(data.train):,} training "
-        f"and {len(data.test):,} test images of {data.image_size}x{data.image_size}, {data.num_classes} classes; "
-        f"seed {config.seed}, {accelerator.num_processes} process(es) on {accelerator.device.type}, "
-        f"kernels: {implementation}"
-    )
-    screen.say(data.described)
-    screen.say(f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in objective.term_weights.items())}")
-    if initial:
-        screen.say(f"initial weights: {initial}")
-    if cached:
-        screen.say(cached)
-    loop.run()
-
-    spec = find_spec(config.student, pool)
-    info = ModelInfo(config.student, data.name, data.num_classes, data.image_size, data.mean, data.std, spec)
-    if accelerator.is_main_process:
-        info = save_pretrained(objective.product(), info, folder.path)
-    described = {"method": config.method, "model": config.student, "parameters": parameters, "sha256": info.sha256}
-    described |= {"kernels": implementation, "loss": objective.term_weights}
-    described["teachers"] = [
-        {"path": source, "model": teacher.info.name, "sha256": teacher.info.sha256}
-        for teacher, source in zip(teachers, config.teacher, strict=True)
-    ]
-    finish_run(
-        loop,
-        described=described,
-        warnings=[],
-        next_command=next_command(config, folder.path / "model.json" if spec else config.student, data.image_size),
-    )
+    return methods
 
 
 def distillation(
-    config: DistillConfig,
-    methods: list[type[Method]],
-    student: Network,
-    teachers: list[Network],
-    anchors: list[dict[str, torch.Tensor]],
-    data: ImageSet,
+    config: DistillConfig, methods: list[type[Method]], student: Network, teachers: list[Network], data: ImageSet
 ) -> Distillation:
-    """The run's objective, with the methods' weights: their papers' unless the user says otherwise."""
+    """The objective of a run between a student and its teachers."""
+    anchors = read_anchors(config.teacher) if any(method.anchors for method in methods) else []
+    config.lr_restarts = config.lr_restarts or len(anchors) or None
     images = None if isinstance(data.train, StreamSplit) else len(data.train)
-    names = (config.student, teachers[0].info.name) if teachers else (config.student, "")
-    built = build_methods(methods, student, teachers, data.image_size, data.num_classes, images, config, names)
+    names = (config.student, teachers[0].info.name if teachers else "")
+    built, weights = build_methods(methods, student, teachers, data.image_size, data.num_classes, images, config, names)
     for method in built:
         if images is not None:
             method.know_labels(data.train.labels)
-    weights = config.method_weights or [method.weight for method in built]
-    # Joined methods share one cross-entropy of weight 1, and plain KD beside others has weight 1.
-    joined = len(built) > 1
-    ce_weight = built[0].ce_weight if built and not joined else 1.0
-    kd_weight = sum(
-        weight * (1.0 if joined and isinstance(method, KD) else method.kd_weight)
-        for method, weight in zip(built, weights, strict=True)
-    )
     return Distillation(
-        student,
-        teachers,
-        built,
-        weights,
-        ce_weight=ce_weight if config.ce_weight is None else config.ce_weight,
-        kd_weight=kd_weight if config.kd_weight is None else config.kd_weight,
-        temperature=config.temperature,
-        warmup_epochs=config.warmup_epochs,
-        anchors=anchors,
-        options=config,
+        student, teachers, built, weights, warmup_epochs=config.warmup_epochs, anchors=anchors, options=config
     )
 
 
-def ask_in_advance(config: DistillConfig, objective: Objective, loop: Loop, num_classes: int) -> str:
-    """Have the teachers asked before training, if that is possible and wanted; what the user should know of it."""
-    views = loop.train.augmentation.views if isinstance(loop.train, DeviceLoader) else None
-    wanted, images = config.cache_teacher, len(loop.train.split)
-    if wanted is None:
-        wanted = views is not None and 2 * views <= config.last_epoch and 4 * images * views * num_classes <= 2**30
-    if not wanted:
-        return ""
-    try:
-        if not isinstance(objective, Distillation):
-            raise ValueError("there is no teacher")
-        objective.ask_in_advance(views)
-    except ValueError as error:
-        if config.cache_teacher:
-            raise UserError(f"--cache_teacher: {error}") from None
-        return ""
-    return f"teacher: asked once, before training, about {images:,} images x {views} crops and mirrors"
+def cache_logits(config: DistillConfig, objective: Objective, data: ImageSet) -> str | None:
+    """Have the teachers' logits cached, if that is possible and wanted; what the user should know of it."""
+    views = augmentation_of(data, config).views if isinstance(data.train, Split) else None
+    reason = objective.cannot_cache(views) if isinstance(objective, Distillation) else "there is no teacher"
+    if config.cache_teacher and reason:
+        raise UserError(f"--cache_teacher: {reason}")
+    images = len(data.train)
+    if config.cache_teacher is None and not reason:
+        halved = 2 * views <= config.last_epoch and 4 * images * views * data.num_classes <= 2**30
+        reason = None if halved else "it would not halve the teacher's work"
+    if config.cache_teacher is False or reason:
+        return None
+    objective.cache_logits = True
+    return f"teacher logits: cached before training, of {images:,} images x {views} crops and mirrors"
+
+
+def describe_source(config: DistillConfig, teachers: list[Network], peers: list[str]) -> str:
+    """What the student learns from, in words."""
+    if peers:
+        return f"{config.method} with {' and '.join(peers)}"
+    sources = [f"{teacher.info.name} in {place}" for teacher, place in zip(teachers, config.teacher, strict=True)]
+    return f"{config.method} from {' and '.join(sources)}" if teachers else "trained alone"
+
+
+def describe_teachers(config: DistillConfig, teachers: list[Network]) -> list[dict]:
+    """For summary.json: where the teachers are, and which files they were."""
+    return [
+        {"path": source, "model": teacher.info.name, "sha256": teacher.info.sha256}
+        for teacher, source in zip(teachers, config.teacher, strict=True)
+    ]
 
 
 def next_command(config: DistillConfig, student: str | Path, size: int) -> str:
@@ -277,9 +237,9 @@ def build_teacher(name: str, data: ImageSet, config: DistillConfig) -> Network:
     """A teacher by name, with published weights or those of a file, for these images and classes."""
     teacher = create_model(name, data.num_classes, config.pool, "--teacher", data.image_size)
     own, argument = config.teacher_weights, "--teacher_weights"
-    said = load_weights(teacher, own or "pretrained", argument if own else f"--teacher {name}")
-    if "classifier fresh" in said:
-        raise UserError(f"--teacher {name}: cannot teach {data.num_classes} classes: {said}")
+    loaded = load_weights(teacher, own or "pretrained", argument if own else f"--teacher {name}")
+    if loaded.fresh_classifier:
+        raise UserError(f"--teacher {name}: cannot teach {data.num_classes} classes: {loaded}")
     teacher.info = ModelInfo(name, data.name, data.num_classes, data.image_size, data.mean, data.std)
     return teacher.eval()
 

@@ -17,22 +17,22 @@ from shlex import quote
 import safetensors.torch
 import torch
 
-import kernels
 from common import UserError, check_name, write_atomically
+from data.datasets import AnySplit, ImageSet, hold_out
 from engine.checkpoint import state_tensors
 from engine.config import RunConfig, parse
-from engine.data import ImageSet, hold_out, load_images
-from engine.finish import finish_run
-from engine.loop import Loop
-from engine.processes import run_script, start_accelerator
-from engine.tracking import RunFolder, Screen, default_folder
+from engine.distributed import run_script
+from engine.objective import Objective
+from engine.run import Run
 from models import ModelInfo, create_model, describe_models, find_spec, load_pretrained, save_pretrained
 from models.compiled import compile_regions
 from models.network import count_parameters
 from models.pool import pool_of
 from models.weights import initial_weights
-from teachers import TEACHERS
-from teachers.gtn import GTNOptions
+from objectives.gtn import GTNOptions
+from objectives.registry import TEACHERS
+
+LISTINGS = {"models": describe_models, "methods": [f"{name}: {row.paper}" for name, row in TEACHERS.items()]}
 
 
 @dataclass
@@ -66,6 +66,8 @@ class TeacherConfig(GTNOptions, RunConfig):
             step, self.epochs = int(match[1]), int(match[2])
             self.lr_schedule, self.lr_milestones = "multistep", list(range(step, self.epochs, step))
         super().check()
+        check_name("--method", self.method, TEACHERS)
+        self.check_gtn()
         if not 0 <= self.anchors <= self.last_epoch:
             raise UserError(f"--anchors {self.anchors}: must be between 0 and the {self.last_epoch} epochs")
         if self.freeze_teacher_epochs and self.method not in ("sftn", "gtn"):
@@ -81,102 +83,82 @@ class TeacherConfig(GTNOptions, RunConfig):
 
 
 def main() -> None:
-    listings = {"models": describe_models, "methods": [f"{name}: {row.paper}" for name, row in TEACHERS.items()]}
-    config = parse(TeacherConfig, __doc__, listings)
-    check_name("--method", config.method, TEACHERS)
-    config.check_gtn()
-    students: dict[str, dict] = {}
-    if config.pool_students:
-        students = {name: spec_of(name, config) for name in config.pool_students}
-        if len({spec_path(Path(), name) for name in config.pool_students}) < len(config.pool_students):
-            raise UserError(f"--pool_students {' '.join(config.pool_students)}: two have the same name")
-        # From here on the pool says it all: in config.yaml, pool:SEED would be a student of the smaller pool.
-        config.pool, config.pool_students = pool_of(students), []
+    config = parse(TeacherConfig, __doc__, LISTINGS)
+    students = pool_students(config)
     source = source_run(config)
-    config.model = config.model or (source.name if source else "resnet20")
-    config.dataset = config.dataset or (source.dataset if source else "digits")
-    config.image_size = config.image_size or (source.image_size if source else None)
-    reference = Reference(config.vanilla_run, "--vanilla_run") if config.vanilla_run else None
-    config.output_dir = config.output_dir or default_folder(config.method, config.model, config.dataset)
-    folder = RunFolder(config.output_dir, config.overwrite, config.resume_from_checkpoint is not None)
-    trackers = config.report_to if config.with_tracking else None
-    accelerator = start_accelerator(config.mixed_precision, trackers, config.output_dir)
-    screen = Screen(accelerator.is_main_process)
-    try:
-        implementation = kernels.use(config.kernels, accelerator.device)
-    except ValueError as error:
-        raise UserError(f"--kernels {config.kernels}: {error}") from None
-
-    with accelerator.main_process_first():
-        data = load_images(config.dataset, config.image_size, accelerator.is_main_process, config, accelerator.device)
-    if source and source.dataset == config.dataset:  # as its weights know the images, whatever part is trained on
-        data = replace(data, mean=source.mean, std=source.std)
-    data = hold_out(data, config.val_fraction, "val")
-    data = hold_out(data, config.gate_holdout if config.method == "gtn" else 0.0, "gates")
+    reference = Reference(config.vanilla_run) if config.vanilla_run else None
+    run = Run(config, config.method, config.model)
+    data, gate_split = load_data(run, source)
     torch.manual_seed(config.seed)
     teacher = create_model(config.model, data.num_classes, config.pool, "--model", data.image_size)
-    with accelerator.main_process_first():
-        initial = initial_weights(teacher, config.pretrained, config.weights)
-    objective = TEACHERS[config.method].objective(teacher, config, data.image_size)
+    initial = run.first(initial_weights, teacher, config.pretrained, config.weights)
+    objective = TEACHERS[config.method].build(teacher, config, data.image_size, gate_split)
     if config.compile:
         compile_regions(objective)
+    pool = asdict(config.pool) if config.method == "gtn" else None
+    info = ModelInfo(config.model, data.name, data.num_classes, data.image_size, data.mean, data.std, pool=pool)
 
     def after_epoch(epoch: int, row: dict) -> None:
         """Anchor i of K is the model after epoch i E / K; a teacher that falls behind the vanilla one is named."""
         if epoch in [-(-i * config.last_epoch // config.anchors) for i in range(1, config.anchors + 1)]:
-            info = describe(config, data, pool=None)
-            save_pretrained(objective.product(), info, folder.path / "anchors" / f"{epoch:04d}")
+            save_pretrained(objective.trained_model(), info, run.folder.path / "anchors" / f"{epoch:04d}")
         if reference and (behind := reference.behind(row["accuracy"]["teacher"], epoch / config.epochs)):
-            screen.say(f"warning: {behind}")
+            run.console.print(f"warning: {behind}")
 
-    loop = Loop(objective, data, config, accelerator, folder, screen, after_epoch)
+    loop = run.loop(objective, data, after_epoch=after_epoch)
     parameters = count_parameters(teacher)
-    screen.say(
-        f"{config.method} teacher {config.model} ({parameters:,} parameters) on {data.name}: {len(data.train):,} "
-        f"training and {len(data.test):,} test images of {data.image_size}x{data.image_size}, {data.num_classes} "
-        f"classes; seed {config.seed}, {accelerator.num_processes} process(es) on {accelerator.device.type}, "
-        f"kernels: {implementation}"
-    )
-    screen.say(data.described)
-    if initial:
-        screen.say(f"initial weights: {initial}")
-    for line in objective.advice(data.image_size):
-        screen.say(line)
+    what = f"{config.method} teacher {config.model} ({parameters:,} parameters)"
+    run.introduce(what, data, [initial and f"initial weights: {initial}", *objective.advice(data.image_size)])
     progress = loop.run()
-
-    pool = asdict(config.pool) if config.method == "gtn" else None
-    info = describe(config, data, pool)
     warnings = list(objective.warnings(progress.history).values())
-    if reference and (top1 := progress.history[-1]["accuracy"]["teacher"]) < reference.top1:
-        warnings.append(
-            f"the teacher reaches {top1:.2f}%, the vanilla teacher of {config.vanilla_run} {reference.top1:.2f}%"
-        )
-    if accelerator.is_main_process:
-        info = save_pretrained(objective.product(), info, folder.path)
-        if config.method == "gtn" and config.save_supernet:
-            save_supernet(objective, folder.path / "supernet.safetensors")
-        for name, spec in students.items():  # pool:SEED of the smaller pool is another network
-            write_atomically(spec_path(folder.path, name), json.dumps(spec, indent=1) + "\n")
-    suggested = config.student or ("pool:7" if pool else "resnet8")
+    warnings += reference.verdict(progress.history) if reference else []
+    described = {"method": config.method, "model": config.model, "parameters": parameters}
+    if run.is_main:
+        described["sha256"] = save(objective, info, config, students, run.folder.path).sha256
+    run.finish(loop, described, warnings, next_command(config, students, run.folder.path))
+
+
+def load_data(run: Run, source: ModelInfo | None) -> tuple[ImageSet, AnySplit | None]:
+    """The images, normalised as the run of --weights had them, and those held out for gates."""
+    config = run.config
+    data = run.load_data(config.image_size)
+    if source and source.dataset == config.dataset:
+        data = replace(data, mean=source.mean, std=source.std)
+    data, val = hold_out(data, config.val_fraction, "validation")
+    data, gate_split = hold_out(data, config.gate_holdout if config.method == "gtn" else 0.0, "the gates")
+    return replace(data, val=val), gate_split
+
+
+def pool_students(config: TeacherConfig) -> dict[str, dict]:
+    """Specs of --pool_students by name; the pool becomes theirs."""
+    students = {name: spec_of(name, config) for name in config.pool_students}
+    if len({spec_path(Path(), name) for name in students}) < len(config.pool_students):
+        raise UserError(f"--pool_students {' '.join(config.pool_students)}: two have the same name")
     if students:
-        suggested = str(spec_path(folder.path, next(iter(students))))
-    finish_run(
-        loop,
-        described={
-            "method": config.method,
-            "model": config.model,
-            "parameters": parameters,
-            "sha256": info.sha256,
-            "kernels": implementation,
-        },
-        warnings=warnings,
-        next_command=f"python distill.py --teacher {quote(str(folder.path))} --student {quote(suggested)} --method kd "
-        f"--epochs {config.last_epoch} --output_dir {quote(f'{folder.path}-student')}",
+        # From here on the pool says it all: in config.yaml, pool:SEED would be a student of the smaller pool.
+        config.pool, config.pool_students = pool_of(students), []
+    return students
+
+
+def save(objective: Objective, info: ModelInfo, config: TeacherConfig, students: dict[str, dict], folder: Path):
+    """Write the teacher and, as asked, its supernet and its pool's named students."""
+    info = save_pretrained(objective.trained_model(), info, folder)
+    if config.method == "gtn" and config.save_supernet:
+        save_supernet(objective, folder / "supernet.safetensors")
+    for name, spec in students.items():  # pool:SEED of the smaller pool is another network
+        write_atomically(spec_path(folder, name), json.dumps(spec, indent=1) + "\n")
+    return info
+
+
+def next_command(config: TeacherConfig, students: dict[str, dict], folder: Path) -> str:
+    """The command that distils a student of this teacher."""
+    student = config.student or ("pool:7" if config.method == "gtn" else "resnet8")
+    if students:
+        student = str(spec_path(folder, next(iter(students))))
+    return (
+        f"python distill.py --teacher {quote(str(folder))} --student {quote(student)} --method kd "
+        f"--epochs {config.last_epoch} --output_dir {quote(f'{folder}-student')}"
     )
-
-
-def describe(config: TeacherConfig, data: ImageSet, pool: dict | None) -> ModelInfo:
-    return ModelInfo(config.model, data.name, data.num_classes, data.image_size, data.mean, data.std, pool=pool)
 
 
 def spec_of(name: str, config: TeacherConfig) -> dict:
@@ -190,40 +172,50 @@ def spec_path(folder: Path, name: str) -> Path:
 
 
 def source_run(config: TeacherConfig) -> ModelInfo | None:
-    """What the run folder of --weights says of its model; None where there is no such folder."""
-    if config.weights is None or not Path(config.weights).is_dir():
-        return None
-    try:
-        return load_pretrained(config.weights).info
-    except UserError as error:
-        raise UserError(f"--weights {config.weights}: {error}") from None
+    """What the run folder of --weights says of its model, which fills in what the options leave open."""
+    source = None
+    if config.weights is not None and Path(config.weights).is_dir():
+        try:
+            source = load_pretrained(config.weights).info
+        except UserError as error:
+            raise UserError(f"--weights {config.weights}: {error}") from None
+    config.model = config.model or (source.name if source else "resnet20")
+    config.dataset = config.dataset or (source.dataset if source else "digits")
+    config.image_size = config.image_size or (source.image_size if source else None)
+    return source
 
 
 class Reference:
-    """The finished run of a vanilla teacher. Raises UserError, naming `argument`, where there is none."""
+    """The finished run of a vanilla teacher, --vanilla_run. Raises UserError where there is none."""
 
     MARGIN = 3.0  # points that a teacher may be behind at the same part of its schedule
 
-    def __init__(self, run: str, argument: str):
-        self.run, self.said = run, False
+    def __init__(self, run: str):
+        self.run, self.warned = run, False
         try:
             self.top1 = float(json.loads((Path(run) / "summary.json").read_text())["top1"])
             rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
             self.curve = [float(row["accuracy"]["teacher"]) for row in rows]
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{argument} {run}: holds no finished run of a teacher") from None
+            raise UserError(f"--vanilla_run {run}: holds no finished run of a teacher") from None
 
     def behind(self, top1: float, done: float) -> str | None:
-        """Said once, from a quarter of the schedule on: that `top1` is below the curve after the share `done`."""
+        """A warning, once, from a quarter of the schedule on: that `top1` is below the curve after the share `done`."""
         then = self.curve[max(0, min(len(self.curve), round(done * len(self.curve))) - 1)]
-        if self.said or done < 0.25 or top1 > then - self.MARGIN:
+        if self.warned or done < 0.25 or top1 > then - self.MARGIN:
             return None
-        self.said = True
+        self.warned = True
         return (
             f"the teacher is at {top1:.2f}%, the one of {self.run} was at {then:.2f}% after the same part of its "
             "epochs. Lower --teacher_kl_share or --alpha, or start from that teacher (--weights RUN "
             "--freeze_teacher_epochs E)."
         )
+
+    def verdict(self, history: list[dict]) -> list[str]:
+        """A warning where the teacher ended below the vanilla one."""
+        top1 = history[-1]["accuracy"]["teacher"]
+        found = f"the teacher reaches {top1:.2f}%, the vanilla teacher of {self.run} {self.top1:.2f}%"
+        return [found] if top1 < self.top1 else []
 
 
 def save_supernet(objective, path: Path) -> None:

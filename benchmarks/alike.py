@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from common import write_atomically
-from engine.tracking import machine
+from engine.run_folder import machine
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {

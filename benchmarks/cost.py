@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 from benchmarks.steps import SETTINGS, Options, Setting, clock, gtn_step
 from common import write_atomically
-from engine.processes import keep_freed_memory
-from engine.tracking import machine, peak_memory_bytes
-from losses.objective import Objective
+from engine.distributed import keep_freed_memory
+from engine.objective import Objective
+from engine.run_folder import machine, peak_memory_bytes
 from models import create_model
 from models.network import count_parameters
-from teachers.gtn import GTN
-from teachers.sftn import SFTN
-from teachers.vanilla import Vanilla
+from objectives.gtn import GTN
+from objectives.sftn import SFTN
+from objectives.vanilla import Vanilla
 
 
 @dataclass

@@ -29,9 +29,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from common import write_atomically
-from engine.data import DataOptions, ImageSet, Split, load_images
-from engine.pipeline import Pipeline
-from engine.tracking import machine
+from data.datasets import DataOptions, ImageSet, Split, load_images
+from data.pipeline import Pipeline
+from engine.run_folder import machine
 from models import create_model
 
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]

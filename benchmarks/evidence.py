@@ -29,9 +29,9 @@ import torch
 import yaml
 
 from common import write_atomically
+from data.datasets import load_images
+from data.pipeline import Pipeline
 from engine.config import RunConfig
-from engine.data import load_images
-from engine.pipeline import Pipeline
 from models import load_pretrained
 from reports import metrics
 from reports.statistics import paired_difference, student_interval

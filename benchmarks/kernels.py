@@ -25,8 +25,8 @@ from torch import Tensor
 
 import kernels
 from common import write_atomically
-from engine.tracking import machine
-from teachers.gates import Gates
+from engine.run_folder import machine
+from objectives.gates import Gates
 
 TEMPERATURE = 4.0
 SIZES, CLASSES, STUDENTS = (64, 128, 256, 1024, 8192), (10, 100, 200, 1000, 32000), (1, 3)

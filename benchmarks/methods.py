@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from benchmarks.steps import clock
 from common import write_atomically
-from engine.processes import keep_freed_memory
-from engine.tracking import machine
-from losses import METHODS
-from losses.distillation import Distillation, build_methods
+from engine.distributed import keep_freed_memory
+from engine.run_folder import machine
+from losses.registry import METHODS
 from models import create_model
 from models.network import Network
+from objectives.distillation import Distillation, build_methods
 
 SIDE, CLASSES, IMAGES = 32, 100, 50_000
 TARGETS = {"sskd": None, "hsakd": None, "crd": 1.8}  # of all others 1.5; four rotations cost what they cost
@@ -51,8 +51,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)  # as the loop does
     rows = measure(options.teacher, options.student, options.batch_size, options.rounds, device)
-    setting = {"teacher": options.teacher, "student": options.student, "batch_size": options.batch_size}
-    report = {"command": "python -m benchmarks.methods", **machine(), **setting, "rounds": options.rounds, "rows": rows}
+    context = {"teacher": options.teacher, "student": options.student, "batch_size": options.batch_size}
+    report = {"command": "python -m benchmarks.methods", **machine(), **context, "rounds": options.rounds, "rows": rows}
     write_atomically(Path(options.output), json.dumps(report, indent=1) + "\n")
     print(f"{options.teacher} -> {options.student}, batch {options.batch_size}, on {report['device']}")
     for row in rows:

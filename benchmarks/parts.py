@@ -24,18 +24,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.data import random_set
 from benchmarks.methods import make_objective
 from benchmarks.steps import clock
+from data.datasets import ImageSet
 from engine.config import RunConfig
-from engine.data import ImageSet
+from engine.console import Console
+from engine.distributed import keep_freed_memory, start_accelerator
 from engine.loop import Loop, _Totals
-from engine.processes import keep_freed_memory, start_accelerator
-from engine.tracking import RunFolder, Screen, peak_memory_bytes
-from losses import METHODS
-from losses.distillation import Distillation
-from losses.objective import Objective
+from engine.objective import Objective
+from engine.run_folder import RunFolder, peak_memory_bytes
+from losses.registry import METHODS
 from models import create_model
 from models.pool import Pool
-from teachers import TEACHERS
-from teachers.gtn import GTNOptions
+from objectives.distillation import Distillation
+from objectives.gtn import GTNOptions
+from objectives.registry import TEACHERS
 
 OBJECTIVES = ("vanilla", "sftn", "gtn", "kd", "at", "crd")
 PARTS = ("data", "teacher", "student", "loss", "backward", "optimiser", "gates", "rest")
@@ -84,7 +85,7 @@ def make_loop(name: str, teacher_name: str, config: Config, data: ImageSet) -> L
         objective = TEACHERS[name].objective(teacher, config, SIDE)
     else:
         objective = make_objective(name, teacher, (config.student, teacher_name), data.train.labels, config)
-    return Loop(objective, data, config, accelerator, RunFolder(config.output_dir), Screen(False))
+    return Loop(objective, data, config, accelerator, RunFolder(config.output_dir), Console(False))
 
 
 def measure(loop: Loop, steps: int) -> dict:

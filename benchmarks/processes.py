@@ -24,11 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.steps import SETTINGS, Options, Setting, clock
 from common import write_atomically
+from engine.distributed import keep_freed_memory
 from engine.gradients import GradientAverager
-from engine.processes import keep_freed_memory
-from engine.tracking import machine
+from engine.run_folder import machine
 from models import ModelInfo, create_model, save_pretrained
-from teachers.gtn import GTN
+from objectives.gtn import GTN
 
 ROOT = Path(__file__).parents[1]
 STEPS = {"digits": 20, "cifar100": 5}

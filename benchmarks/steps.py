@@ -20,13 +20,13 @@ import yaml
 from torch import nn
 
 from common import derive_seed, write_atomically
-from engine.processes import keep_freed_memory
-from engine.tracking import machine
+from engine.distributed import keep_freed_memory
+from engine.run_folder import machine
 from kernels import cross_entropy, kd_loss
 from models import create_model
 from models.network import macs, run_blocks
 from models.pool import Pool
-from teachers.gtn import GTN, GTNOptions
+from objectives.gtn import GTN, GTNOptions
 
 
 @dataclass
@@ -149,7 +149,7 @@ def gtn_step(objective: GTN, images, labels):
         phase = objective.phase(iteration)
         terms = objective(images, labels, iteration)
         loss = sum(objective.term_weights[name] * term for name, term in terms.items())
-        loss.backward(inputs=objective.leaves(phase))
+        loss.backward(inputs=objective.grad_inputs(phase))
         objective.before_update(phase, lambda gradient: gradient)
         optimizers[phase].step()
         optimizers[phase].zero_grad()

@@ -32,9 +32,9 @@ from benchmarks.baselines import LR, plain_script, torchdistill_script
 from benchmarks.data import PillowDataset, random_set
 from benchmarks.steps import clock
 from common import write_atomically
-from engine.data import load_images
+from data.datasets import load_images
 from engine.loop import _Totals
-from engine.tracking import machine
+from engine.run_folder import machine
 from models import ModelInfo, create_model, save_pretrained
 
 ROOT, SIDE = Path(__file__).parents[1], 32

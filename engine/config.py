@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 from common import UserError
-from engine.data import DataOptions
+from data.datasets import DataOptions
 
 Config = TypeVar("Config", bound="RunConfig")
 Listing = list[str] | Callable[[], Iterable[str]]

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-BUCKET = 25 * 2**20  # bytes sent at once, as DistributedDataParallel has it
+BUCKET_BYTES = 25 * 2**20  # bytes sent at once, as DistributedDataParallel has it
 
 
 class GradientAverager:
@@ -17,7 +17,7 @@ class GradientAverager:
     the same order in all of them. A weight without a gradient keeps none.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], bucket: int = BUCKET):
+    def __init__(self, parameters: Iterable[nn.Parameter], bucket: int = BUCKET_BYTES):
         self.bucket, self.world = bucket, dist.get_world_size()
         self.armed = False  # whether the backward pass is a step's last
         self.waiting: list[nn.Parameter] = []

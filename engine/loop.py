@@ -1,4 +1,4 @@
-"""The training loop. It knows objectives (losses/objective.py), not methods."""
+"""The training loop. It knows objectives (engine/objective.py), not methods."""
 
 import math
 import time
@@ -8,32 +8,25 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from common import UserError, derive_seed
+from data.batch import Batch
+from data.datasets import AnySplit, ImageSet
+from data.pipeline import Pipeline
 from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint, state_tensors
 from engine.config import NOT_COMPUTED, RunConfig
-from engine.data import AnySplit, ImageSet
+from engine.console import Console
+from engine.cuda_graph import CudaGraphCapture, StepGraph, Terms, check_capturable
+from engine.distributed import Interrupted, RunError, StopSignals, keep_freed_memory
+from engine.evaluate import evaluate
 from engine.gradients import GradientAverager
-from engine.graphs import CudaRecorder, StepGraph, Terms, check_recordable
-from engine.loader import Batch
-from engine.pipeline import Pipeline
-from engine.processes import Interrupted, RunError, StopSignals, keep_freed_memory
-from engine.tracking import RunFolder, Screen
+from engine.objective import Objective, Phase, weighted_sum
+from engine.run_folder import RunFolder
+from engine.schedule import learning_rate
 
 READ_EVERY = 20  # iterations between two looks at the losses: each look waits for the device
 EVALUATION_BATCH = 500
-
-
-def learning_rate(config: RunConfig, epoch: int) -> float:
-    """The learning rate in epoch `epoch`, counted from 0."""
-    length = -(-config.epochs // (config.lr_restarts or 1))  # of one run through the schedule
-    epoch %= length
-    if config.lr_schedule == "multistep":
-        return config.peak_lr * config.lr_gamma ** sum(epoch >= milestone for milestone in config.lr_milestones)
-    if config.lr_schedule == "cosine":
-        return config.peak_lr * (1 + math.cos(math.pi * epoch / length)) / 2
-    return config.peak_lr
 
 
 class Loop:
@@ -46,19 +39,19 @@ class Loop:
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         data: ImageSet,
         config: RunConfig,
         accelerator: Accelerator,
         folder: RunFolder,
-        screen: Screen,
+        console: Console,
         after_epoch: Callable[[int, dict], None] = lambda epoch, row: None,
     ):
-        self.config, self.accelerator, self.folder, self.screen = config, accelerator, folder, screen
+        self.config, self.accelerator, self.folder, self.console = config, accelerator, folder, console
         self.after_epoch = after_epoch
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.warmup = objective.warmup_epochs  # epochs before the first of config.epochs
-        self.objective = objective.to(accelerator.device, memory_format=torch.channels_last)
+        self.objective: Objective = objective.to(accelerator.device, memory_format=torch.channels_last)
         # DDP averages weight gradients over processes, except where they come and go.
         sparse = objective.sparse_gradients
         self.network = accelerator.prepare_model(self.objective, evaluation_mode=sparse)
@@ -70,13 +63,13 @@ class Loop:
             weight_decay=config.weight_decay,
             nesterov=config.nesterov,
         )
-        self.optimizers = {"weights": weights} | objective.extra_optimizers()
+        self.optimizers = {"weights": weights} | {phase.name: phase.optimizer for phase in objective.phases}
         self.steppers = {name: accelerator.prepare_optimizer(each) for name, each in self.optimizers.items()}
         self.scalers = {"scaler": accelerator.scaler} if accelerator.scaler else {}
         self.graph = None
         if config.cuda_graph:
-            check_recordable(accelerator, objective.recordable)
-            self.graph = StepGraph(self._update, CudaRecorder())
+            check_capturable(accelerator, objective.capturable)
+            self.graph = StepGraph(self._update, CudaGraphCapture())
         self._load_data(data)
         self.progress = Progress()
         self.signs: dict[str, int] = {}  # of failure, and for how many epochs they have been there
@@ -96,9 +89,11 @@ class Loop:
             )
         self.pipeline = Pipeline(data, config, self.accelerator.device, self.rank, self.world)
         self.train = self.pipeline.training(data.train, config.batch_size, self.objective.copies)
-        self.gates = None
-        if data.gates:
-            self.gates = self.pipeline.training(data.gates, min(config.batch_size, len(data.gates)))
+        self.own_images = {
+            phase.name: self.pipeline.training(phase.split, min(config.batch_size, len(phase.split)))
+            for phase in self.objective.phases
+            if phase.split is not None
+        }
         self.test, self.val = data.test, data.val
 
     def run(self) -> Progress:
@@ -117,8 +112,9 @@ class Loop:
         if self.config.with_tracking:
             self.accelerator.init_trackers("tensorboard")
         keep_freed_memory(self.accelerator.device)
-        if self.objective.in_advance is not None:
-            self._ask_in_advance()
+        start = time.perf_counter()
+        self.objective.before_training(self.train, self.accelerator, self.console)
+        self.progress.seconds += time.perf_counter() - start
         with StopSignals() as signals:
             while self.progress.epoch < self.warmup + self.config.last_epoch:
                 self._epoch(signals)
@@ -131,7 +127,7 @@ class Loop:
             return
         path = self.folder.last if wanted == "latest" else Path(wanted)
         if wanted == "latest" and not path.is_file():
-            self.screen.say(f"no checkpoint in {self.folder.path} yet: starting from the beginning")
+            self.console.print(f"no checkpoint in {self.folder.path} yet: starting from the beginning")
             return
         self.progress = load_checkpoint(
             path, self.objective, self.optimizers, self.scalers, self.config.as_dict(), NOT_COMPUTED
@@ -139,24 +135,7 @@ class Loop:
         if not self.accelerator.is_main_process:
             self.progress.partial = {}  # sums over all processes: counted once
         where = f"{self._name(self.progress.epoch)}, batch {self.progress.batch + 1}"
-        self.screen.say(f"resuming from {path} at {where}")
-
-    @torch.no_grad()
-    def _ask_in_advance(self) -> None:
-        """Fill `Objective.known`; every process asks about its share of the images."""
-        start, views, table = time.perf_counter(), self.train.augmentation.views, None
-        with self.screen.bar(views, 0, "teacher in advance") as bar:
-            for view in range(views):
-                for rows, images in self.train.view(view, EVALUATION_BATCH):
-                    with self.accelerator.autocast(), self._eager_unless(False):
-                        answers = self.objective.in_advance(images)
-                    if table is None:
-                        table = answers.new_zeros(len(self.train.split), views, answers.shape[1])
-                    table[rows, view] = answers
-                bar.update()
-        # Each process has zeros for the others' images. Not every backend sums in half precision.
-        self.objective.known = self.accelerator.reduce(table.float(), "sum").to(table.dtype)
-        self.progress.seconds += time.perf_counter() - start
+        self.console.print(f"resuming from {path} at {where}")
 
     def _name(self, epoch: int) -> str:
         if epoch < self.warmup:
@@ -170,15 +149,17 @@ class Loop:
         if epoch >= 0:
             for group in self.optimizers["weights"].param_groups:
                 group["lr"] = learning_rate(self.config, epoch)
-        lr = self.optimizers[self.objective.phase(progress.iteration) if epoch < 0 else "weights"].param_groups[0]["lr"]
+        phase = self.objective.phase(progress.iteration) if epoch < 0 else None
+        lr = self.optimizers[phase.name if phase else "weights"].param_groups[0]["lr"]
         totals, stop = _Totals(progress.partial), 0
         start = time.perf_counter()
         self.objective.train()
-        with self.screen.bar(len(self.train), progress.batch, self._name(progress.epoch)) as bar:
+        with self.console.bar(len(self.train), progress.batch, self._name(progress.epoch)) as bar:
             for batch in self.train.epoch(progress.epoch, progress.batch):
-                while self.objective.extra_steps and self.objective.phase(progress.iteration) != "weights":
+                while (phase := self.objective.phase(progress.iteration)) and phase.additional:
                     number = progress.iteration - progress.epoch * len(self.train) - progress.batch
-                    self._step(self.gates.one(number) if self.gates else batch, totals)
+                    own = self.own_images.get(phase.name)
+                    self._step(own.one(number) if own else batch, totals)
                 self._step(batch, totals)
                 progress.batch += 1
                 bar.update()
@@ -200,43 +181,40 @@ class Loop:
         phase = objective.phase(iteration)
         steady = len(batch.labels) * self.world == self.config.batch_size
         with self._eager_unless(steady):
-            if self.graph is not None and steady and phase == "weights":
-                said = self.graph(batch, self.progress.epoch)
+            if self.graph is not None and steady and phase is None:
+                losses = self.graph(batch, self.progress.epoch)
             else:
-                said = self._update(batch)
-        for terms, images in said:
+                losses = self._update(batch, phase)
+        for terms, images in losses:
             totals.add(iteration, terms, images)
         self.progress.iteration += 1
 
-    def _update(self, batch: Batch) -> Terms:
+    def _update(self, batch: Batch, phase: Phase | None = None) -> Terms:
         """A step: forward and backward passes of all parts of the batch, and the optimiser's."""
-        objective, phase = self.objective, self.objective.phase(self.progress.iteration)
-        # Another phase than the weights' averages what it needs by itself.
-        network = self.network if phase == "weights" else objective
-        *before, last = batch.parts(self.config.gradient_accumulation_steps, self.world)
-        said = []
-        for part in before:
-            with self.accelerator.no_sync(network):
-                said.append(self._backward(network, part, phase))
-        averager = self.averager if phase == "weights" else None
-        if averager:
-            averager.armed = True
-        said.append(self._backward(network, last, phase))
+        # Gradients of the weights are averaged over processes by DDP or by the averager, with the last part's.
+        network, averager = (self.network, self.averager) if phase is None else (self.objective, None)
+        parts, losses = batch.parts(self.config.gradient_accumulation_steps, self.world), []
+        for number, part in enumerate(parts, start=1):
+            last = number == len(parts)
+            if averager:
+                averager.armed = last
+            with nullcontext() if last else self.accelerator.no_sync(network):
+                terms = network(part, self.progress.iteration)
+                loss = weighted_sum(self.objective, terms) * part.loss_scale
+                self.accelerator.backward(loss, inputs=phase.grad_inputs() if phase else None)
+            losses.append(({name: term.detach() for name, term in terms.items()}, len(part.labels)))
         if averager:
             averager.finish()
-        objective.before_update(phase, self._average)
-        self.steppers[phase].step()
-        self.steppers[phase].zero_grad()
-        objective.after_update(phase)
-        return said
-
-    def _backward(self, network: nn.Module, batch: Batch, phase: str) -> tuple[dict[str, Tensor], int]:
-        """Add the gradient of a batch, or of a part of one, to what there is."""
-        iteration, objective = self.progress.iteration, self.objective
-        terms = network(batch.images, batch.labels, iteration, batch.rows, batch.views)
-        loss = sum(objective.term_weights[name] * term for name, term in terms.items())
-        self.accelerator.backward(loss * batch.share, inputs=objective.leaves(phase))
-        return {name: term.detach() for name, term in terms.items()}, len(batch.labels)
+        if phase is not None:
+            phase.before_update(self._average)
+        stepper = self.steppers[phase.name if phase else "weights"]
+        stepper.step()
+        stepper.zero_grad()
+        if phase is not None:
+            phase.after_update()
+        else:
+            self.objective.after_step()
+        return losses
 
     def _average(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "mean")
@@ -303,7 +281,7 @@ class Loop:
             if better:
                 copy_checkpoint(self.folder.last, self.folder.best)
             self.folder.write_history(progress.history)
-        self.screen.row(row, self._name(progress.epoch - 1).removeprefix("epoch "))
+        self.console.row(row, self._name(progress.epoch - 1).removeprefix("epoch "))
         self._track(row)
         if self.accelerator.is_main_process and progress.epoch > self.warmup:
             self.after_epoch(progress.epoch - self.warmup, row)
@@ -315,7 +293,7 @@ class Loop:
         self.signs = {name: self.signs.get(name, 0) + 1 for name in signs}
         for name, text in signs.items():
             if self.signs[name] == 3:
-                self.screen.say(f"warning: {text}")
+                self.console.print(f"warning: {text}")
 
     def _judge(self, row: dict) -> bool:
         """Add accuracies to an epoch's row; whether it is the best so far."""
@@ -337,33 +315,17 @@ class Loop:
             values |= {name: row[name] for name in ("lr", "images_per_second")}
             self.accelerator.log(values, step=self.progress.epoch)
 
-    @torch.no_grad()
     def _evaluate(self, split: AnySplit) -> tuple[dict[str, float], dict[str, float]]:
         """Top-1 and top-5 in percent, by network name, over all images of `split` exactly once."""
-        self.objective.eval()
-        correct: dict[str, Tensor] = {}
-        seen = 0
-        batches = self.pipeline.evaluation(split, EVALUATION_BATCH, self.train)
-        for number, (images, labels) in enumerate(batches):
+        objective, epoch = self.objective.eval(), self.progress.epoch
+
+        def predict(images: Tensor, number: int) -> dict[str, Tensor]:
             with self.accelerator.autocast(), self._eager_unless(False):
-                answers = self.objective.predict(images, derive_seed(self.progress.epoch, number))
-            if split is self.val:
-                self.objective.look_at_validation(answers, labels)
-            for name, logits in answers.items():
-                ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-                counts = torch.stack([ranked[:, 0].sum(), ranked.sum()])
-                correct[name] = correct.get(name, 0) + counts
-            seen += len(labels)
-        if split is self.val:
-            self.objective.end_validation(self._average)
-        names = list(correct)
-        sums = torch.stack([*correct.values(), torch.full_like(correct[names[0]], seen)]).double()
-        *sums, (met, _) = self.accelerator.reduce(sums, "sum").cpu()
-        if met != len(split):  # only a stream can be mistaken about its length
-            raise UserError(f"--streaming: {len(split)} images were promised for evaluation, {met:.0f} came")
-        percent = (100 * torch.stack(sums) / len(split)).tolist()
-        tops = [{name: top[k] for name, top in zip(names, percent, strict=True)} for k in (0, 1)]
-        return tops[0], tops[1]
+                return objective.predict(images, derive_seed(epoch, number))
+
+        observe = {"observe": objective.observe_validation} if split is self.val else {}
+        batches = self.pipeline.evaluation(split, EVALUATION_BATCH, self.train)
+        return evaluate(predict, batches, len(split), lambda counts: self.accelerator.reduce(counts, "sum"), **observe)
 
     @torch.no_grad()
     def _check_finite(self) -> None:

@@ -1,11 +1,15 @@
-"""Methods on logits: KD, DKD and SCKD, and the student trained alone."""
+"""Methods on logits: cross-entropy alone, KD, RCO, DKD and SCKD."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data.batch import Batch
 from kernels import cross_entropy, decoupled_kd_loss, kd_loss
-from losses.method import Batch, Method, Setting, Views
+from losses.method import Method, MethodContext, Outputs
 
 # beta by (teacher, student), as in the paper's Tables 6 and 7.
 DKD_BETAS = {
@@ -22,26 +26,50 @@ DKD_BETA = 8.0  # of all other pairs
 DKD_RAMP = 20  # epochs
 
 
-class LabelsOnly(Method):
-    """Cross-entropy with the labels: the student trained alone, the baseline of every method."""
+class CrossEntropy(Method):
+    """CE(q, y): the student trained alone, the baseline of every method, and what stands beside most of them."""
 
     paper = "no distillation: the student trained alone"
     usual = ""
+    terms: Mapping[str, float] = MappingProxyType({"ce": 1.0})
     needs_teacher = False
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        return {"ce": cross_entropy(student.logits, batch.labels)}
 
 
 class KD(Method):
-    """(1 - alpha) CE(q, y) + alpha T^2 KL(p_T || q_T) (Hinton et al., 2015).
-
-    Both are terms of every run's sum (losses/distillation.py), computed at once; this method weighs them.
-    """
+    """(1 - alpha) CE(q, y) + alpha T^2 KL(p_T || q_T), p_T and q_T the softmax of teacher's and student's logits over T
+    (Hinton et al., 2015, section 2). Both are computed in one pass over the logits."""
 
     paper = "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network (2015)"
     usual = "0.9 KD, 0.1 labels"
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
-        self.ce_weight, self.kd_weight = 1.0 - setting.options.alpha, setting.options.alpha
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
+        self.temperature = context.options.temperature
+        self.ce_weight, self.kd_weight = 1.0 - context.options.alpha, context.options.alpha
+        self.weigh(self.ce_weight, self.kd_weight)
+
+    def weigh(self, ce_weight: float, kd_weight: float) -> "KD":
+        """L = ce_weight CE + kd_weight T^2 KL, as beside other methods."""
+        self.terms = {"ce": ce_weight, "kl": kd_weight * self.temperature**2}
+        return self
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        ce, kl = kd_loss(student.logits, teacher.logits, batch.labels, temperature=self.temperature)
+        return {"ce": ce[0], "kl": kl[0]}
+
+
+def with_labels(methods: Sequence[Method], context: MethodContext, ce_weight: float, kd_weight: float) -> list[Method]:
+    """`methods` with the cross-entropy that all of them share: first KD, if it has a weight, else the labels alone."""
+    others = [method for method in methods if not isinstance(method, (KD, CrossEntropy))]
+    own = next((method for method in methods if isinstance(method, KD)), None)
+    if kd_weight:
+        return [(own or KD(context)).weigh(ce_weight, kd_weight), *others]
+    base = CrossEntropy(context)
+    base.terms = {"ce": ce_weight}
+    return [base, *others]
 
 
 class RCO(KD):
@@ -62,16 +90,16 @@ class DKD(Method):
     paper = "Zhao et al.: Decoupled Knowledge Distillation (2022)"
     usual = "1 target, others by pair (8)"
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
-        options = setting.options
-        pair = (setting.teacher_name, setting.student_name)
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
+        options = context.options
+        pair = (context.teacher_name, context.student_name)
         beta = DKD_BETAS.get(pair, DKD_BETA) if options.dkd_beta is None else options.dkd_beta
         self.temperature = options.temperature
         square = self.temperature**2
         self.terms = {"dkd_target": options.dkd_alpha * square, "dkd_others": beta * square}
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         _, target, others = decoupled_kd_loss(
             student.logits, teacher.logits, batch.labels, temperature=self.temperature
         )
@@ -91,13 +119,13 @@ class SCKD(Method):
     paper = "Zhu, Wang: Student Customized Knowledge Distillation (2021)"
     usual = "1"
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
-        self.temperature = setting.options.temperature
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
+        self.temperature = context.options.temperature
         self.terms = {"sckd": self.temperature**2}
-        self._last = tuple(setting.student.blocks[-1].parameters())  # no parameters of the method's own
+        self._last = tuple(context.student.blocks[-1].parameters())  # no parameters of the method's own
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         _, kl = kd_loss(student.logits, teacher.logits, batch.labels, temperature=self.temperature)
         if not kl.requires_grad:
             return {"sckd": kl[0]}

@@ -1,4 +1,4 @@
-"""What a distillation method is: a module between what a student and what its teacher say of a batch."""
+"""What a distillation method is: a module between a student's and its teacher's outputs for a batch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,10 +8,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from data.batch import Batch
+
 
 @dataclass
-class Views:
-    """What a network says of a batch of N images.
+class Outputs:
+    """A network's outputs for a batch of N images.
 
     logits [N, C]; maps: its feature maps, one a stage, the stem's first, each [N, C_l, H_l, W_l]; preact: the
     same before their last ReLU; embedding [N, D]. Only what a method has asked for (`Method.features`).
@@ -22,41 +24,28 @@ class Views:
     preact: list[Tensor] = field(default_factory=list)
     embedding: Tensor | None = None
 
-    def first(self, count: int) -> "Views":
+    def first(self, count: int) -> "Outputs":
         """Those of the first `count` images."""
         if count == len(self.logits):
             return self
         embedding = None if self.embedding is None else self.embedding[:count]
         maps, preact = ([each[:count] for each in part] for part in (self.maps, self.preact))
-        return Views(self.logits[:count], maps, preact, embedding)
+        return Outputs(self.logits[:count], maps, preact, embedding)
 
 
 @dataclass
-class Batch:
-    """What a method may know of a batch besides views.
-
-    labels int64 [N]; rows int64 [N]: which images of the training split (None where that has no numbers);
-    epoch: from 0, in the warm-up the warm-up's own count.
-    """
-
-    labels: Tensor
-    rows: Tensor | None = None
-    epoch: int = 0
-
-
-@dataclass
-class Setting:
+class MethodContext:
     """What a method is made for.
 
-    student, teacher: the networks. student_views, teacher_views: what they say, in eval mode, of two random
-    images, for the shapes. student_name, teacher_name: as in the zoo. images: how many the training split
+    student, teacher: the networks. student_outputs, teacher_outputs: theirs, in eval mode, for two random images, for
+    the shapes. student_name, teacher_name: as in the zoo. images: how many the training split
     has, None for a stream. options: temperature and what else the user may set (losses.Options).
     """
 
     student: nn.Module
     teacher: nn.Module
-    student_views: Views
-    teacher_views: Views
+    student_outputs: Outputs
+    teacher_outputs: Outputs
     num_classes: int
     images: int | None
     options: object
@@ -65,7 +54,7 @@ class Setting:
 
 
 class Method(nn.Module):
-    """A distillation loss. A subclass is built from a `Setting` and overrides `forward`.
+    """A distillation loss. A subclass is built from a `MethodContext` and overrides `forward`.
 
     Its parameters train with the student, are checkpointed, and are not part of the saved student. What
     overflows or cancels in half precision belongs in a function under `full_precision`.
@@ -109,20 +98,20 @@ class Method(nn.Module):
         if cls.warmup_epochs and (cls.warmup is Method.warmup or not cls.warmup_terms):
             raise TypeError(f"{cls.__name__}: a method with warmup_epochs needs warmup() and warmup_terms")
 
-    def __init__(self, setting: Setting):
+    def __init__(self, context: MethodContext):
         super().__init__()
 
     def know_labels(self, labels: Tensor) -> None:
         """Told once, before training: the labels int64 [n] of the training split, where it has numbers."""
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
-        """The terms, scalars, by their names in `terms`. The teacher's views have no gradient."""
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """The terms, scalars, by their names in `terms`. The teacher's outputs have no gradient."""
         return {}
 
     def after_step(self) -> None:
         """Told after every update of the student."""
 
-    def warmup(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def warmup(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The terms that the warm-up minimises, scalars, by their names in `warmup_terms`."""
         return {}
 

@@ -1,83 +1,23 @@
-"""Peers that teach each other while they train, without any teacher: DML and KDCL."""
-
-from collections.abc import Sequence
+"""Losses of peers, networks that train together without a teacher: DML's mutual loss and KDCL's ensembles."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels import kd_loss
-from losses.logits import LabelsOnly
-from losses.objective import Average, Objective
+from losses.logits import CrossEntropy
 
 STEPS = 30  # of the search for the best combination
 
 
-class Peers(Objective):
-    """L = sum_k [CE(q_k, y) + kl_weight T^2 KL_k] over K networks of equal rights; the first is the product.
-
-    DML (Zhang et al., eq. 5 and its form for more networks): KL_k is the mean over the other peers j of
-    KL(p_j || p_k), at T = 1, each p_j taken as it is.
-    KDCL (Guo et al., section 3): the peers see differently augmented copies of the batch, and KL_k is
-    KL(p_e || p_k) to an ensemble e of all logits (section 3.2): those of the peer with the lowest
-    cross-entropy on the batch, the convex combination with the lowest, the least of each logit over the target's,
-    or (general) the combination whose error on the validation split was the least after the epoch before.
-
-    Args:
-        students: the networks, at least two.
-        method: dml, kdcl, kdcl_linear, kdcl_minlogit or kdcl_general.
-        kl_weight, temperature: as above; DML has T = 1.
-    """
-
-    def __init__(self, students: Sequence[nn.Module], method: str, kl_weight: float = 1.0, temperature: float = 2.0):
-        super().__init__()
-        self.peers, self.method = nn.ModuleList(students), method
-        self.temperature = 1.0 if method == "dml" else temperature
-        self.term_weights = {"ce": 1.0, "kl": kl_weight * self.temperature**2}
-        self.copies = 1 if method == "dml" else len(students)
-        self.general, count = method == "kdcl_general", len(students)
-        self.register_buffer("shares", torch.full((count,), 1 / count, dtype=torch.float64) if self.general else None)
-        self.register_buffer("errors", torch.zeros(count, count, dtype=torch.float64) if self.general else None)
-
-    def forward(
-        self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None, views: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """`images` [copies x N, ...]: a copy of the batch for each peer, or one for all."""
-        seen = images.chunk(len(self.peers)) if self.copies > 1 else [images] * len(self.peers)
-        logits = torch.stack([peer(each) for peer, each in zip(self.peers, seen, strict=True)])
-        if self.method == "dml":
-            ce, kl = mutual(logits, labels)
-        else:
-            said = logits.detach()
-            teacher = shared_logits(said, self.shares) if self.general else ENSEMBLES[self.method](said, labels)
-            ce, kl = kd_loss(logits, teacher, labels, temperature=self.temperature)
-        return {"ce": ce.sum(), "kl": kl.sum()}
-
-    def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
-        first, *others = self.peers
-        return {"student": first(images)} | {f"peer{i}": peer(images) for i, peer in enumerate(others, start=2)}
-
-    def product(self) -> nn.Module:
-        return self.peers[0]
-
-    def look_at_validation(self, answers: dict[str, Tensor], labels: Tensor) -> None:
-        if self.general:
-            self.errors += error_products(torch.stack(list(answers.values())), labels)
-
-    def end_validation(self, average: Average) -> None:
-        if self.general:
-            self.shares.copy_(least_error_shares(average(self.errors)))
-            self.errors.zero_()
-
-
-class DML(LabelsOnly):
+class DML(CrossEntropy):
     """The row of `Peers` for mutual learning."""
 
     paper = "Zhang et al.: Deep Mutual Learning (2018)"
     usual, peers = "1", True
 
 
-class KDCL(LabelsOnly):
+class KDCL(CrossEntropy):
     """The row of `Peers` for the ensemble that is the best peer."""
 
     paper = "Guo et al.: Online Knowledge Distillation via Collaborative Learning (2020)"

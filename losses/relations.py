@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.method import Batch, Method, Views, full_precision
+from data.batch import Batch
+from losses.method import Method, Outputs, full_precision
 
 TINY = 1e-12
 
@@ -23,7 +24,7 @@ class SP(Method):
     usual = "3000"
     student_features = teacher_features = "maps"
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"sp": similarity_preserving(student.maps[-1], teacher.maps[-1])}
 
 
@@ -52,7 +53,7 @@ class CC(Method):
     usual = "0.02"
     student_features = teacher_features = "embedding"
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"cc": correlation_congruence(student.embedding, teacher.embedding)}
 
 
@@ -80,7 +81,7 @@ class RKD(Method):
     usual = "25 distance, 50 angle"
     student_features = teacher_features = "embedding"
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         student, teacher = student.embedding, teacher.embedding
         return {"rkd_distance": distances_loss(student, teacher), "rkd_angle": angles_loss(student, teacher)}
 
@@ -118,7 +119,7 @@ class PKT(Method):
     usual = "30000"
     student_features = teacher_features = "embedding"
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"pkt": probabilistic_transfer(student.embedding, teacher.embedding)}
 
 

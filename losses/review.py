@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.batch import Batch
 from losses.adapters import Resize, pair_stages
-from losses.method import Batch, Method, Setting, Views, full_precision
+from losses.method import Method, MethodContext, Outputs, full_precision
 
 WEIGHTS = {("resnet32x4", "resnet8x4"): 5.0}  # (teacher, student)
 RAMP = 20  # epochs
@@ -24,23 +25,23 @@ class ReviewKD(Method):
     student_features, teacher_features = "maps", "preact"
     WIDEST = 512
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
-        self.weight = WEIGHTS.get((setting.teacher_name, setting.student_name), self.weight)
-        self.pairs = pair_stages(setting.student_views.maps, setting.teacher_views.preact)
-        ours, theirs = (self._levels(views) for views in (setting.student_views, setting.teacher_views))
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
+        self.weight = WEIGHTS.get((context.teacher_name, context.student_name), self.weight)
+        self.pairs = pair_stages(context.student_outputs.maps, context.teacher_outputs.preact)
+        ours, theirs = (self._levels(views) for views in (context.student_outputs, context.teacher_outputs))
         middle = min(self.WIDEST, ours[0].shape[1])
         self.fusions = nn.ModuleList(
             Fusion(own.shape[1], middle, target.shape[1], own.shape[-1], target.shape[-1], first=level == 0)
             for level, (own, target) in enumerate(zip(ours, theirs, strict=True))
         )
 
-    def _levels(self, views: Views) -> list[Tensor]:
+    def _levels(self, views: Outputs) -> list[Tensor]:
         side = 0 if views.maps else 1  # the student's are maps, the teacher's pre-activations
         stages = [(views.maps or views.preact)[pair[side]] for pair in reversed(self.pairs)]
         return [views.embedding[:, :, None, None], *stages]
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         total, handed = 0, None
         for fusion, own, target in zip(self.fusions, self._levels(student), self._levels(teacher), strict=True):
             fused, handed = fusion(own, handed, last=fusion is self.fusions[-1])

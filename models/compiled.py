@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from common import UserError
+from models.activation_checkpointing import ActivationCheckpointing
 from models.network import BeforeReLU, Network
-from models.recompute import Recompute
 from models.supernet import Supernet
 from models.timm_models import TimmNetwork
 
@@ -77,7 +77,7 @@ def _is_region(module: nn.Module) -> bool:
     if isinstance(module, (Supernet, nn.ModuleList, nn.ModuleDict)):
         return False
     # Checkpoints cannot be traced; a DenseNet's lists of layers hold them unregistered.
-    if any(isinstance(part, (Recompute, nn.ModuleList)) for part in module.modules()):
+    if any(isinstance(part, (ActivationCheckpointing, nn.ModuleList)) for part in module.modules()):
         return False
     return any(_is_layer(child) for child in module.children())
 

@@ -8,8 +8,8 @@ BC: 1x1 convolutions to 4 * growth before the 3x3, stem of 2 * growth, transitio
 import torch
 from torch import Tensor, nn
 
+from models.activation_checkpointing import checkpoint_if_deep
 from models.network import Network, global_average_pool, initialise
-from models.recompute import recompute_if_deep
 
 
 def norm_relu_conv(in_channels: int, out_channels: int, kernel: int) -> list[nn.Module]:
@@ -36,7 +36,7 @@ class DenseBlock(nn.ModuleList):
 
     def __init__(self, in_channels: int, growth: int, layers: int, bottleneck: bool, depth: int):
         super().__init__(DenseLayer(in_channels + i * growth, growth, bottleneck) for i in range(layers))
-        self.runners = tuple(recompute_if_deep(self, depth))
+        self.runners = tuple(checkpoint_if_deep(self, depth))
 
     def forward(self, x: Tensor) -> Tensor:
         maps = [x]

@@ -1,5 +1,6 @@
 """Initial weights: published ones, or those of a local file. Nothing that is read can execute code."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -13,8 +14,19 @@ from models.timm_models import TimmNetwork
 WRAPPERS = ("model", "state_dict")  # keys under which checkpoints keep the weights beside other things
 
 
-def load_weights(model: Network, source: str, argument: str = "--weights") -> str:
-    """Load weights into `model` and say in a line what was loaded.
+@dataclass
+class Loaded:
+    """What was loaded: `origin` in words, and why the classifier was not, if so."""
+
+    origin: str
+    fresh_classifier: str = ""
+
+    def __str__(self) -> str:
+        return self.origin + (f", classifier fresh: {self.fresh_classifier}" if self.fresh_classifier else "")
+
+
+def load_weights(model: Network, source: str, argument: str = "--weights") -> Loaded:
+    """Load weights into `model`.
 
     A classifier for another number of classes keeps its fresh weights; anything else has to fit.
 
@@ -37,10 +49,10 @@ def load_weights(model: Network, source: str, argument: str = "--weights") -> st
         tensors = {f"net.{name}": tensor for name, tensor in tensors.items()}
     tensors, fresh = _fit(model, tensors, where)
     model.load_state_dict(tensors)
-    return origin + fresh
+    return Loaded(origin, fresh)
 
 
-def initial_weights(model: Network, pretrained: bool, file: str | None) -> str | None:
+def initial_weights(model: Network, pretrained: bool, file: str | None) -> Loaded | None:
     """What --pretrained and --weights ask for; None when neither is given."""
     if pretrained:
         return load_weights(model, "pretrained", "--pretrained")
@@ -101,7 +113,7 @@ def _fit(model: Network, tensors: dict[str, Tensor], where: str) -> tuple[dict[s
         name not in tensors or tensors[name].shape[1:] == own[name].shape[1:] for name in head
     ):
         there = f"{classes.pop()}" if len(classes) == 1 else "none"
-        fresh = f", classifier fresh: {model.fc.weight.shape[0]} classes instead of {there}"
+        fresh = f"{model.fc.weight.shape[0]} classes instead of {there}"
         tensors = tensors | {name: own[name] for name in head}
     for name, tensor in own.items():
         if name not in tensors:

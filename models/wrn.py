@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from models.activation_checkpointing import checkpoint_if_deep
 from models.network import Network, global_average_pool, normal_by_fan_out
-from models.recompute import recompute_if_deep
 
 
 class PreActivationBlock(nn.Module):
@@ -77,8 +77,8 @@ class WideResNet(Network):
         nn.init.zeros_(self.fc.bias)
 
         block2, block3 = self.block2.layer[0], self.block3.layer[0]
-        one, two, three = (recompute_if_deep(stage.layer, depth) for stage in (self.block1, self.block2, self.block3))
-        after2, after3 = recompute_if_deep((AfterNorm(block2), AfterNorm(block3)), depth)
+        one, two, three = (checkpoint_if_deep(stage.layer, depth) for stage in (self.block1, self.block2, self.block3))
+        after2, after3 = checkpoint_if_deep((AfterNorm(block2), AfterNorm(block3)), depth)
         head = nn.Sequential(nn.ReLU(), global_average_pool())
         preact = (
             self.conv1,

@@ -41,7 +41,19 @@ RUNS = {
     "dml": ("distill.py", ["--method", "dml", "--dataset", "digits", "--peers", "resnet8", *STUDENT], 1),
     "rco": ("distill.py", ["--teacher", "{vanilla}", "--method", "rco", *STUDENT], 1),
 }
-# A run that stops in the middle and goes on: stopped after one of its epochs' checkpoints, like a killed process.
+# Runs that get a SIGTERM in iteration 12, in the middle of an epoch, and go on from their checkpoint.
+STOP = """
+import os, runpy, signal, sys
+from engine.loop import Loop
+step = Loop._step
+def stopping(loop, batch, totals):
+    if loop.progress.iteration == 12:
+        os.kill(os.getpid(), signal.SIGTERM)
+    step(loop, batch, totals)
+Loop._step = stopping
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 RESUMED = {"gtn-resumed": "gtn", "sskd-resumed": "sskd"}
 TIMING = ("seconds", "images_per_second")
 
@@ -72,28 +84,24 @@ def run_all(folder: Path) -> dict[str, dict]:
         found[name] = outcome(folder / name)
     for name, source in RESUMED.items():
         script, arguments, processes = RUNS[source]
-        call(folder, name, script, [*arguments, "--stop_after", "1"], processes)
-        checkpoint = folder / name / "checkpoints/last.safetensors"
-        unfinished = folder / f"{name}-on"
-        unfinished.mkdir()
-        resume = ["--resume_from_checkpoint", str(checkpoint)]
-        call(folder, unfinished.name, script, [*arguments, *resume], processes)
-        found[name] = outcome(unfinished)
+        call(folder, name, script, arguments, processes, stop=True)
+        call(folder, name, script, [*arguments, "--resume_from_checkpoint", "latest"], processes)
+        found[name] = outcome(folder / name)
         assert found[name] == found[source], f"{name}: resuming changed the result"
     return found
 
 
-def call(folder: Path, name: str, script: str, arguments: list[str], processes: int) -> None:
+def call(folder: Path, name: str, script: str, arguments: list[str], processes: int, stop: bool = False) -> None:
     words = [argument.format(**{each: folder / each for each in RUNS}) for argument in arguments]
     words += ["--output_dir", str(folder / name), "--seed", "3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = [sys.executable]
+    launcher = [sys.executable, *(["-c", STOP] if stop else [])]
     if processes > 1:
         environment["ACCELERATE_USE_CPU"] = "true"
         launcher += ["-m", "accelerate.commands.launch", "-q", "--multi_gpu", "--num_processes", str(processes)]
         launcher += ["--main_process_port", str(free_port())]
     done = subprocess.run([*launcher, script, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
+    if done.returncode != (143 if stop else 0):
         sys.exit(f"{name}: {script} {' '.join(words)}\n{done.stdout}\n{done.stderr}")
 
 

@@ -10,8 +10,8 @@ import signal
 import sys
 
 import distill
+from engine.distributed import Interrupted
 from engine.loop import Loop
-from engine.processes import Interrupted
 
 STEP = Loop._step
 

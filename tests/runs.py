@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from engine.processes import run_script
+from engine.distributed import run_script
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--model", "resnet8", "--image_size", "8", "--batch_size", "128", "--epochs", "1"]

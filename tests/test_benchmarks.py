@@ -16,12 +16,12 @@ from benchmarks import training as training_benchmark
 from benchmarks.compare import as_markdown, tabulate
 from benchmarks.steps import Options, PlainJoint, Setting, measure
 from common import derive_seed
-from engine.data import load_images
-from losses import METHODS
+from data.datasets import load_images
+from losses.registry import METHODS
 from models import ModelInfo, create_model, save_pretrained
 from models.network import macs
 from models.pool import Pool
-from teachers.gtn import GTN
+from objectives.gtn import GTN
 
 POOL = Pool(stem=4, widths=[4, 4, 8, 8, 8, 8], strides=[1, 1, 2, 1, 2, 1], head=8, candidates=["res3x2", "identity"])
 

@@ -12,8 +12,8 @@ from common import UserError
 from models import create_model
 from models.network import cut, run_blocks
 from models.pool import Pool, PoolNet
-from teachers.grafted import Grafted, scale_gradient, trust
-from teachers.gtn import GTN, GTNOptions
+from objectives.grafted import Grafted, scale_gradient, trust
+from objectives.gtn import GTN, GTNOptions
 
 POOL = {"stem": 4, "widths": [4, 4, 4, 8, 8, 8], "strides": [1, 1, 1, 2, 2, 1], "head": 8}
 POOL["candidates"] = ["res3x2", "res5x2", "identity", "zero"]

@@ -13,7 +13,7 @@ from common import UserError
 from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint
 from engine.config import RunConfig
 from engine.loop import learning_rate
-from engine.tracking import RunFolder
+from engine.run_folder import RunFolder
 from tests.runs import ROOT
 from tests.test_models import Payload
 

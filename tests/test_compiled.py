@@ -8,7 +8,7 @@ from models import create_model
 from models.compiled import compile_regions, regions
 from models.network import BeforeReLU
 from models.pool import Pool
-from teachers import TEACHERS
+from objectives.registry import TEACHERS
 from tests.runs import TINY, python, read_rows, succeeded
 from train_teacher import TeacherConfig
 
@@ -24,7 +24,9 @@ def gtn():
 def step(objective, iteration: int) -> dict:
     phase = objective.phase(iteration)
     terms = objective(IMAGES, LABELS, iteration)
-    sum(objective.term_weights[name] * term for name, term in terms.items()).backward(inputs=objective.leaves(phase))
+    sum(objective.term_weights[name] * term for name, term in terms.items()).backward(
+        inputs=objective.grad_inputs(phase)
+    )
     objective.before_update(phase, lambda gradient: gradient)
     objective.after_update(phase)
     return {name: term.item() for name, term in terms.items()}

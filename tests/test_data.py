@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from common import UserError
-from engine.data import hold_out, load_images
+from data.datasets import hold_out, load_images
 from tests.runs import ROOT, python
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -278,7 +278,7 @@ def test_image_cells_without_bytes_are_named(tmp_path):
 LITTLE_MEMORY = """
 import resource, sys
 from common import UserError
-from engine.data import load_images
+from data.datasets import load_images
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     load_images(sys.argv[1])

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from losses import METHODS
+from losses.registry import METHODS
 from models import create_model
 from tests.runs import TINY, _run, here, launch_two, python, read_json, read_rows, succeeded
 

@@ -8,7 +8,7 @@ import torch
 
 from kernels import gate_gradient, gated_mix
 from kernels.gates import _mix, _mix_backward
-from teachers.gates import Gates
+from objectives.gates import Gates
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -12,7 +12,7 @@ from common import UserError, derive_seed
 from models import create_model
 from models.network import run_blocks
 from models.pool import Pool
-from teachers.gtn import GTN, GTNOptions
+from objectives.gtn import GTN, GTNOptions
 
 POOL = {"stem": 4, "widths": [4, 4, 4, 8, 8, 8], "strides": [1, 1, 1, 2, 2, 1], "head": 8}
 POOL["candidates"] = ["res3x2", "res5x2", "identity", "zero"]
@@ -54,7 +54,7 @@ def step(objective: GTN, optimizers: dict, iteration: int) -> dict:
     phase = objective.phase(iteration)
     terms = objective(*batch(), iteration)
     loss = sum(objective.term_weights[name] * term for name, term in terms.items())
-    loss.backward(inputs=objective.leaves(phase))
+    loss.backward(inputs=objective.grad_inputs(phase))
     objective.before_update(phase, lambda gradient: gradient)
     optimizers[phase].step()
     optimizers[phase].zero_grad()
@@ -424,8 +424,8 @@ def test_predict_restores_the_mode_and_repeats_itself(size):
 
 def test_the_product_is_the_plain_teacher():
     objective = make()
-    assert objective.product() is objective.teacher
-    assert not any("branches" in name or "gates" in name for name in objective.product().state_dict())
+    assert objective.trained_model() is objective.teacher
+    assert not any("branches" in name or "gates" in name for name in objective.trained_model().state_dict())
     assert objective.gates.phi not in set(objective.weight_parameters())
     (adam,) = objective.extra_optimizers().values()
     (group,) = adam.param_groups

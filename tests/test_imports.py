@@ -143,7 +143,7 @@ def test_nothing_is_imported_by_a_name_that_is_only_known_when_it_runs(path):
     ("source", "expected"),
     [
         ("import losses.logits as x", {"losses"}),
-        ("from teachers import gtn", {"teachers"}),
+        ("from objectives.registry import gtn", {"teachers"}),
         ("def f():\n    from engine.loop import run", {"engine"}),
         ("if True:\n    import os, models", {"os", "models"}),
     ],

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from common import UserError
-from engine.data import Split
-from engine.loader import Augmentation, DeviceLoader, Normalise, augment, cut_out, evaluation_batches
+from data.datasets import Split
+from data.loader import Augmentation, DeviceLoader, Normalise, augment, cut_out, evaluation_batches
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 

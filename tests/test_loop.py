@@ -7,18 +7,19 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from common import UserError
+from data.datasets import load_images
+from data.loader import Batch
 from distill import DistillConfig, distillation
-from engine.data import load_images
-from engine.graphs import CudaRecorder, StepGraph
-from engine.loader import Batch
+from engine.console import Console
+from engine.cuda_graph import CudaRecorder, StepGraph
 from engine.loop import Loop, _Totals, learning_rate
-from engine.tracking import RunFolder, Screen
-from losses import METHODS, find_methods
-from losses.objective import Objective
+from engine.objective import Objective
+from engine.run_folder import RunFolder
+from losses.registry import METHODS, find_methods
 from models import ModelInfo, create_model
 from models.compiled import compile_regions
 from models.pool import Pool
-from teachers import TEACHERS
+from objectives.registry import TEACHERS
 from train_teacher import TeacherConfig
 
 POOL = Pool(stem=4, widths=[4, 4, 8, 8], strides=[1, 2, 2, 1], head=8, candidates=["res3x2", "identity"])
@@ -39,14 +40,14 @@ class Linear(Objective):
     def predict(self, images, seed):
         return {"network": self.network(images.flatten(1))}
 
-    def product(self):
+    def trained_model(self):
         return self.network
 
 
 def loop_of(objective, tmp_path, **options) -> Loop:
     config = TeacherConfig(**{"image_size": 8, "batch_size": 64, "epochs": 1} | options)
     accelerator = Accelerator()
-    return Loop(objective, load_images("digits", 8), config, accelerator, RunFolder(tmp_path / "run"), Screen(False))
+    return Loop(objective, load_images("digits", 8), config, accelerator, RunFolder(tmp_path / "run"), Console(False))
 
 
 def test_parts_hold_a_batch_once_weigh_as_much_and_are_as_many_in_every_process():
@@ -79,7 +80,7 @@ def test_a_gate_step_in_parts_draws_once_and_averages(tmp_path):
     for part in batch.parts(2):
         terms = objective(part.images, part.labels, 1)
         loss = sum(objective.term_weights[name] * term for name, term in terms.items())
-        loss.backward(inputs=objective.leaves("gates"))
+        loss.backward(inputs=objective.grad_inputs("gates"))
         halves.append(objective.gates.leaf().grad)
         objective.after_update("gates")
     found = []

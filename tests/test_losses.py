@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from losses import METHODS
-from losses.distillation import Distillation
-from losses.objective import Objective
+from engine.objective import Objective
+from losses.registry import METHODS
 from models import create_model
-from teachers import TEACHERS
+from objectives.distillation import Distillation
+from objectives.registry import TEACHERS
 
 
 def networks():
@@ -128,7 +128,7 @@ def test_the_objectives_terms_are_the_loss_of_both_networks_logits():
     assert objective.term_weights == pytest.approx({"ce": 0.7, "kl": 1.2})
     answers = objective.predict(images, 0)
     assert answers.keys() == {"student"} and torch.equal(answers["student"], student(images))
-    assert objective.product() is student
+    assert objective.trained_model() is student
 
 
 def test_a_teacher_in_training_mode_is_frozen_before_it_is_asked():
@@ -168,4 +168,4 @@ def test_a_vanilla_teacher_is_trained_with_cross_entropy():
     terms = objective(images, labels, 1)
     assert terms.keys() == objective.term_weights.keys() and objective.phase(1) == "weights"
     assert terms["ce"].item() == pytest.approx(F.cross_entropy(teacher(images), labels).item(), rel=1e-5)
-    assert objective.product() is teacher
+    assert objective.trained_model() is teacher

@@ -9,11 +9,9 @@ import torch
 from torch import nn
 
 from common import UserError
-from losses import METHODS, find_methods
 from losses.adapters import pair_stages, regressor
-from losses.contrast import contrast, similarity_ratios
-from losses.distillation import Distillation, build_methods
-from losses.hints import (
+from losses.contrastive import contrast, similarity_ratios
+from losses.features import (
     activation_boundaries,
     attention_transfer,
     factor_transfer,
@@ -24,7 +22,8 @@ from losses.hints import (
     neuron_selectivity,
     partial_distance,
 )
-from losses.method import Batch, Method, Views, full_precision
+from losses.method import Batch, Method, Outputs, full_precision
+from losses.registry import METHODS, find_methods
 from losses.relations import (
     angles_loss,
     correlation_congruence,
@@ -33,8 +32,9 @@ from losses.relations import (
     similarity_preserving,
 )
 from losses.review import Fusion, hierarchical_context
-from losses.rotations import cosines, rotate, selected_divergence
+from losses.self_supervised import cosines, rotate, selected_divergence
 from models import create_model
+from objectives.distillation import Distillation, build_methods
 
 F64 = torch.float64
 
@@ -505,7 +505,7 @@ def run_step(made: Distillation, epoch: int, images, labels, rows) -> dict[str, 
     made.zero_grad()
     terms = made(images, labels, 0, rows)
     loss = sum(made.term_weights[name] * term for name, term in terms.items())
-    loss.backward(inputs=made.leaves(made.phase(0)))
+    loss.backward(inputs=made.grad_inputs(made.phase(0)))
     return terms
 
 
@@ -527,13 +527,13 @@ def test_any_teacher_with_any_student(name, student, teacher):
         terms = run_step(made, epoch, *batch(size=size))
         assert all(term.isfinite() for term in terms.values()) and set(terms) <= set(made.term_weights)
         assert epoch < 0 or set(terms) >= {"ce", *made.methods[0].terms}
-        wanted = made.leaves(made.phase(0)) or [p for p in made.weight_parameters() if p.requires_grad]
+        wanted = made.grad_inputs(made.phase(0)) or [p for p in made.weight_parameters() if p.requires_grad]
         assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in wanted)
         others = {id(p) for p in made.parameters()} - {id(p) for p in wanted}
         assert all(p.grad is None or not p.grad.any() for p in made.parameters() if id(p) in others)
     assert not frozen.training and all(torch.equal(value, before[key]) for key, value in frozen.state_dict().items())
     assert all(parameter.grad is None for parameter in frozen.parameters())
-    assert set(made.product().state_dict()) == set(create_model(student, 5, image_size=size).state_dict())
+    assert set(made.trained_model().state_dict()) == set(create_model(student, 5, image_size=size).state_dict())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -699,8 +699,8 @@ def test_sckd_looks_at_the_gradients_of_the_last_block():
     made = objective("sckd")
     method = made.methods[0]
     images, labels, _ = batch()
-    views = Views(made.student(images))
-    target = Views(made.frozen[0](images))
+    views = Outputs(made.student(images))
+    target = Outputs(made.frozen[0](images))
     value = method(views, target, Batch(labels))["sckd"]
     ce = torch.nn.functional.cross_entropy(made.student(images), labels)
     p = (target.logits / 4).softmax(1)

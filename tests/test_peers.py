@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from engine.data import load_images
-from engine.loader import Augmentation, DeviceLoader, Normalise
-from losses.peers import (
+from data.datasets import load_images
+from data.loader import Augmentation, DeviceLoader, Normalise
+from models import create_model
+from objectives.peers import (
     ENSEMBLES,
     Peers,
     best_combination,
@@ -19,7 +20,6 @@ from losses.peers import (
     mutual,
     shared_logits,
 )
-from models import create_model
 from tests.runs import TINY, here, launch_two, python, read_json, read_rows, succeeded
 
 F64 = torch.float64

@@ -15,12 +15,12 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from common import UserError
+from data.datasets import DataOptions, load_images
+from data.loader import Augmentation
+from data.pipeline import Pipeline
+from data.stream import StreamLoader
+from data.workers import WorkerLoader, transform
 from engine.config import RunConfig
-from engine.data import DataOptions, load_images
-from engine.loader import Augmentation
-from engine.pipeline import Pipeline
-from engine.stream import StreamLoader
-from engine.workers import WorkerLoader, transform
 from tests.runs import ROOT, _run, free_port, succeeded
 
 CPU = torch.device("cpu")
@@ -194,7 +194,7 @@ def test_options_that_do_not_go_together_are_refused(files, tmp_path, changes, s
 
 
 def test_a_set_that_does_not_fit_says_so(files, tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.data.free_memory", lambda device: 10_000)
+    monkeypatch.setattr("data.datasets.free_memory", lambda device: 10_000)
     data = load_images(files, 12, False, options(tmp_path))
     assert "workers" in data.described and "do not fit" in data.described
     with pytest.raises(UserError, match="--image_size"):
@@ -237,8 +237,8 @@ def test_a_stream_holds_every_image_once_an_epoch_in_another_order(files, tmp_pa
 STREAMS = """
 import sys, torch, torch.distributed as dist
 from engine.config import RunConfig
-from engine.data import load_images
-from engine.pipeline import Pipeline
+from data.datasets import load_images
+from data.pipeline import Pipeline
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 config = RunConfig(streaming=True, crop_padding=0, flip=False, data_workers=1, cache_dir=sys.argv[2])
@@ -315,7 +315,7 @@ def test_a_named_set_from_a_local_copy(files, tmp_path, kind):
 def test_imagenet200_is_200_of_the_1000_classes_numbered_anew(tmp_path):
     import datasets
 
-    from engine.sources import IMAGENET200, TableSource
+    from data.sources import IMAGENET200, TableSource
 
     assert len(set(IMAGENET200)) == 200 and list(IMAGENET200) == sorted(IMAGENET200)
     labels = [0, 1, 25, 2, 988, 25, 999]  # goldfish, salamander, acorn: 0, 1 and 199 of Tiny-ImageNet

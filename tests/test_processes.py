@@ -13,7 +13,7 @@ from tests.runs import ROOT
 
 PAGES = """
 import resource, sys, torch
-from engine.processes import keep_freed_memory
+from engine.distributed import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory(torch.device("cpu"))
 for turn in range(4):

@@ -12,7 +12,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from distill import DistillConfig
 from engine.config import parse
-from losses import describe_methods
+from losses.registry import describe_methods
 from train_teacher import TeacherConfig
 
 ROOT = Path(__file__).parents[1]

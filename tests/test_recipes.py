@@ -5,10 +5,10 @@ import torch
 
 from distill import DistillConfig
 from engine.config import parse
-from losses import find_methods
+from losses.registry import find_methods
 from models import create_model
+from objectives.registry import TEACHERS
 from recipes.tables import HERE, as_text, recipes
-from teachers import TEACHERS
 from train_teacher import TeacherConfig
 
 FILES = {str(path.relative_to(HERE))[:-5]: path for path in HERE.rglob("*.yaml")}

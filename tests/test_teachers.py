@@ -13,11 +13,11 @@ from engine.loop import learning_rate
 from models import create_model
 from models.network import run_blocks
 from models.pool import Pool
-from teachers import TEACHERS
-from teachers.grafted import BranchOptions
-from teachers.gtn import GTN, GTNOptions
-from teachers.mse import squared_error
-from teachers.sftn import SFTN
+from objectives.grafted import BranchOptions
+from objectives.gtn import GTN, GTNOptions
+from objectives.mse import squared_error
+from objectives.registry import TEACHERS
+from objectives.sftn import SFTN
 from train_teacher import TeacherConfig
 
 
@@ -119,7 +119,7 @@ def test_branches_have_weights_of_their_own():
     assert not torch.equal(one[-1][-1].weight, two[-1][-1].weight)
     objective = sftn()
     owned = [id(parameter) for parameter in objective.parameters()]
-    assert len(owned) == len(set(owned)) and objective.product() is objective.teacher
+    assert len(owned) == len(set(owned)) and objective.trained_model() is objective.teacher
     assert list(objective.predict(batch()[0], 0)) == ["teacher", "branch1", "branch2", "branch3"]
 
 

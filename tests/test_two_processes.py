@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from engine.data import load_images
-from engine.loader import Normalise
+from data.datasets import load_images
+from data.loader import Normalise
 from models import load_pretrained
 from tests.runs import TINY, TINY_GTN, TINY_POOL, launch_two, python, read_json, read_rows, succeeded
 

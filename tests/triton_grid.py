@@ -20,8 +20,8 @@ from kernels import kd as kd_module
 from kernels.gates import _mix, _mix_backward
 from models import create_model
 from models.pool import Pool
-from teachers.gates import Gates
-from teachers.gtn import GTN, GTNOptions
+from objectives.gates import Gates
+from objectives.gtn import GTN, GTNOptions
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -469,8 +469,8 @@ def test_a_training_step_has_the_same_losses_and_gradients_with_either_implement
             terms = objective(images, labels, iteration)
             loss = sum(objective.term_weights[name] * term for name, term in terms.items())
             phase = objective.phase(iteration)
-            loss.backward(inputs=objective.leaves(phase))
-            wanted = objective.leaves(phase) or [p for p in objective.parameters() if p.grad is not None]
+            loss.backward(inputs=objective.grad_inputs(phase))
+            wanted = objective.grad_inputs(phase) or [p for p in objective.parameters() if p.grad is not None]
             results.append(({name: term.item() for name, term in terms.items()}, [p.grad.clone() for p in wanted]))
             objective.after_update(phase)
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)

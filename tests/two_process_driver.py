@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from data.datasets import load_images
 from engine.config import parse
-from engine.data import load_images
+from engine.console import Console
+from engine.distributed import run_script, start_accelerator
 from engine.loop import Loop
-from engine.processes import run_script, start_accelerator
-from engine.tracking import RunFolder, Screen
+from engine.run_folder import RunFolder
 from models import create_model
-from teachers.gtn import GTN
+from objectives.gtn import GTN
 from train_teacher import TeacherConfig
 
 
@@ -40,7 +41,7 @@ def main() -> None:
 
     objective.gates.draw = recording(objective.gates.draw)
     objective.gates.draw_gate_step = recording(objective.gates.draw_gate_step)
-    loop = Loop(objective, data, config, accelerator, RunFolder(config.output_dir), Screen(False))
+    loop = Loop(objective, data, config, accelerator, RunFolder(config.output_dir), Console(False))
     epoch_of, step = loop.train.epoch, loop._step
 
     def remember(epoch, start=0):

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from common import UserError, derive_seed
-from losses.objective import Average
+from data.batch import Batch
+from data.datasets import AnySplit
+from engine.objective import Phase
 from models.branches import graft
 from models.network import Network, block_shapes, count_parameters, cut, macs, run_blocks
 from models.pool import Pool
 from models.supernet import Draw
-from teachers.gates import Gates
-from teachers.grafted import BranchOptions, Grafted, branch_places
+from objectives.gates import Gates
+from objectives.grafted import BranchOptions, Grafted, branch_points
 
 COLLAPSED = 0.1  # normalised entropy under which a gate is said to have collapsed
 SMALL_BRANCHES = 3.0  # times the teacher's multiply-accumulates: the largest ratio measured
@@ -74,23 +76,23 @@ class GTNOptions(BranchOptions):
 class GTN(Grafted):
     """Trains `teacher` together with supernet branches, and in turn the gates that sample their paths.
 
-    Even iterations (phase "weights") minimise CE(q_T, y) + mean_i [CE(q_i, y) + alpha KL] over the teacher
-    and the drawn candidates; odd ones (phase "gates") minimise mean_i [CE(q_i, y) + alpha_phi KL] over phi
+    Even iterations minimise CE(q_T, y) + mean_i [CE(q_i, y) + alpha KL] over the teacher
+    and the drawn candidates; odd ones, of the phase "gates", minimise mean_i [CE(q_i, y) + alpha_phi KL] over phi
     alone, with alpha_phi < 0: candidates whose outputs are far from the teacher's keep being visited.
     """
 
     sparse_gradients = True
-    recordable = False
+    capturable = False  # paths change from step to step
 
-    def __init__(self, teacher: Network, options, image_size: int):
+    def __init__(self, teacher: Network, options: GTNOptions, image_size: int, gate_split: AnySplit | None = None):
         super().__init__()
         self.teacher = teacher
         self.options = options
         cut(teacher, options.teacher_cut)
         num_classes = teacher.fc.out_features
         shapes = block_shapes(teacher, image_size)
-        self.places = branch_places(options.branches, len(teacher.blocks))
-        self.branches = graft(shapes, options.pool, num_classes, image_size, options.share_branches, self.places)
+        self.branch_points = branch_points(options.branches, len(teacher.blocks))
+        self.branches = graft(shapes, options.pool, num_classes, image_size, options.share_branches, self.branch_points)
         branches = self.branches[:1] if options.paths == "one" else self.branches  # the first has the most layers
         layers = [layer for branch in branches for layer in branch.supernet.layers]
         self.gates = Gates([len(layer.names) for layer in layers], options.full_gates)
@@ -99,23 +101,21 @@ class GTN(Grafted):
         self.term_weights = {"teacher_ce": options.teacher_weight, "branch_ce": options.branch_weight}
         self.term_weights |= {"branch_kl": options.alpha}
         self.term_weights |= {"gate_ce": 1.0, "gate_kl": alpha_phi}
-        self.extra_steps = options.gate_steps == "add" or options.gate_holdout > 0
+        self.phases = (self._gate_phase(gate_split),)
         norms = (nn.modules.batchnorm._BatchNorm,)
         self._norms = tuple(module for module in self.modules() if isinstance(module, norms))
 
-    def phase(self, iteration: int) -> str:
+    def phase(self, iteration: int) -> Phase | None:
         every = self.options.gate_every
-        return "gates" if every and iteration % every == every - 1 else "weights"
+        return self.phases[0] if every and iteration % every == every - 1 else None
 
-    def forward(
-        self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None, views: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(derive_seed(self.options.seed, "paths", iteration))
-        if self.phase(iteration) == "gates":
+        if self.phase(iteration) is not None:
             if self._gate_draws is None:  # a batch in several parts is one step
-                self._gate_draws = self.gates.draw_gate_step(generator, images)
-            return self._gate_terms(images, labels, self._gate_draws)
-        return self._weight_terms(images, labels, self.gates.draw(generator))
+                self._gate_draws = self.gates.draw_gate_step(generator, batch.images)
+            return self._gate_terms(batch.images, batch.labels, self._gate_draws)
+        return self._weight_terms(batch.images, batch.labels, self.gates.draw(generator))
 
     def _weight_terms(self, images: Tensor, labels: Tensor, draws: list[Draw]) -> dict[str, Tensor]:
         features, logits = run_blocks(self.teacher, images)
@@ -131,7 +131,7 @@ class GTN(Grafted):
     def _run_branches(self, features: list[Tensor], draws: list[Draw]) -> Tensor:
         """Logits [K, N, C]."""
         rows = self._by_branch(draws)
-        at = [features[place - 1] for place in self.places]
+        at = [features[place - 1] for place in self.branch_points]
         return torch.stack([branch(x, row) for branch, x, row in zip(self.branches, at, rows, strict=True)])
 
     def _by_branch(self, rows: Sequence) -> list[Sequence]:
@@ -153,34 +153,34 @@ class GTN(Grafted):
         with frozen_statistics(self._norms):
             branches = self._run_branches(features, self.gates.draw(generator))
         self.branches.train(self.training)
-        return {"teacher": logits} | {f"branch{i}": each for i, each in zip(self.places, branches, strict=True)}
+        return {"teacher": logits} | {f"branch{i}": each for i, each in zip(self.branch_points, branches, strict=True)}
 
     def weight_parameters(self) -> list[nn.Parameter]:
         return [*self.teacher.parameters(), *self.branches.parameters()]
 
-    def extra_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+    def _gate_phase(self, split: AnySplit | None) -> Phase:
         # beta1 = 0, as in ProxylessNAS: a candidate that is not drawn must not move.
         adam = torch.optim.Adam([self.gates.phi], lr=self.options.gate_lr, betas=(0.0, 0.999), weight_decay=0.0)
-        return {"gates": adam}
+        return Phase(
+            "gates",
+            adam,
+            grad_inputs=lambda: [self.gates.leaf()],
+            before_update=self.gates.set_gradient,
+            after_update=self._end_gate_step,
+            additional=self.options.gate_steps == "add" or split is not None,
+            split=split,
+        )
 
-    def leaves(self, phase: str) -> list[Tensor] | None:
-        return [self.gates.leaf()] if phase == "gates" else None
-
-    def before_update(self, phase: str, average: Average) -> None:
-        if phase == "gates":
-            self.gates.set_gradient(average)
-
-    def after_update(self, phase: str) -> None:
-        if phase == "gates":
-            self.gates.finish_update()
-            self._gate_draws = None
+    def _end_gate_step(self) -> None:
+        self.gates.finish_update()
+        self._gate_draws = None
 
     def record(self) -> dict:
         """Gate probabilities and normalised entropies by branch and layer ("L2" is the pool's second layer)."""
         probabilities = self._by_branch(self.gates.probabilities().tolist())
         entropies = self._by_branch(self.gates.normalised_entropy())
         gates, entropy = {}, {}
-        for i, index in enumerate(self.places):
+        for i, index in enumerate(self.branch_points):
             layers = self.branches[i].supernet.layers
             first = len(self.options.pool.widths) - len(layers) + 1
             gates[f"branch{index}"], entropy[f"branch{index}"] = {}, {}
@@ -235,7 +235,7 @@ class GTN(Grafted):
         rows = self._by_branch(self.gates.probabilities().tolist())
         return sum(
             branch.macs(shapes[place - 1], chances)
-            for branch, place, chances in zip(self.branches, self.places, rows, strict=True)
+            for branch, place, chances in zip(self.branches, self.branch_points, rows, strict=True)
         )
 
 

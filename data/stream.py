@@ -17,11 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common import UserError, derive_seed
-from engine.data import StreamSplit
-from engine.loader import Augmentation, Batch, Loader, Normalise
-from engine.pictures import from_cell
-from engine.sources import Row, Stream
-from engine.workers import transform
+from data.augment import Augmentation, Normalise
+from data.batch import Batch
+from data.datasets import StreamSplit
+from data.decode import from_cell
+from data.loader import Loader
+from data.sources import Row, Stream
+from data.workers import transform
 
 SHUFFLE_WINDOW = 4096  # encoded images in memory, of which a random one comes next
 AHEAD = 4  # batches that are being decoded while one is trained on

@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError, check_name
-from engine.pictures import from_cell, read_rgb
-from engine.sources import (
+from data.decode import from_cell, read_rgb
+from data.sources import (
     HUB,
     ParquetSource,
     Row,
@@ -81,13 +81,13 @@ class DataOptions:
 class Split:
     """Images in memory, and their labels int64 [N].
 
-    `pixels` uint8 [M, 3, H, W], stored channels_last; the split is its rows `rows`, all of them if None. So
+    `pixels` uint8 [M, 3, H, W], stored channels_last; the split is its rows `indices`, all of them if None. So
     parts of a set share the set's memory.
     """
 
     pixels: Tensor
     labels: Tensor
-    rows: Tensor | None = None
+    indices: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,25 +95,25 @@ class Split:
     @property
     def images(self) -> Tensor:
         """uint8 [N, 3, H, W]; a copy where the split is a part."""
-        return self.pixels if self.rows is None else self.pixels[self.rows]
+        return self.pixels if self.indices is None else self.pixels[self.indices]
 
     def take(self, indices: Tensor) -> "Split":
-        return Split(self.pixels, self.labels[indices], indices if self.rows is None else self.rows[indices])
+        return Split(self.pixels, self.labels[indices], indices if self.indices is None else self.indices[indices])
 
 
 @dataclass
 class StoredSplit:
-    """Images on disk, decoded whenever they are needed: rows `rows` int64 [N] of `source`, labels int64 [N]."""
+    """Images on disk, decoded whenever they are needed: rows `indices` int64 [N] of `source`, labels int64 [N]."""
 
     source: Source
     labels: Tensor
-    rows: Tensor
+    indices: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: Tensor) -> "StoredSplit":
-        return StoredSplit(self.source, self.labels[indices], self.rows[indices])
+        return StoredSplit(self.source, self.labels[indices], self.indices[indices])
 
 
 @dataclass
@@ -131,7 +131,7 @@ AnySplit = Split | StoredSplit | StreamSplit
 
 @dataclass
 class ImageSet:
-    """A data set ready for training: `val` and `gates` are parts kept apart from `train`, or None.
+    """A data set ready for training: `val` is a part kept apart from `train`, or None.
 
     `mean` and `std` normalise RGB values in [0, 1]; `flip` says whether mirrored images keep their class;
     `augment` is crop or resized_crop; `described` says where the images are and why.
@@ -148,7 +148,6 @@ class ImageSet:
     augment: str = "crop"
     described: str = ""
     val: AnySplit | None = None
-    gates: AnySplit | None = None
 
 
 def load_images(
@@ -218,14 +217,18 @@ def load_images(
     return ImageSet(name, num_classes, size, train, test, mean, std, flip, augment, described)
 
 
-def hold_out(data: ImageSet, fraction: float, part: str) -> ImageSet:
-    """`data` with a fixed, stratified fraction of its training split moved to `part` ("val" or "gates")."""
+def hold_out(data: ImageSet, fraction: float, purpose: str) -> tuple[ImageSet, AnySplit | None]:
+    """(`data` without a fixed, stratified fraction of its training split, that part); None of it for a fraction of 0.
+
+    Raises:
+        UserError: a stream, or classes with too few images; `purpose` says what the part was wanted for.
+    """
     if not fraction:
-        return data
+        return data, None
     if isinstance(data.train, StreamSplit):
-        raise UserError(f"--streaming: nothing can be held out of a stream for {part}; load the set without it")
-    train, held = _divide(data.train, fraction, f"the part for {part}")
-    return replace(data, train=train, **{part: held})
+        raise UserError(f"--streaming: nothing can be held out of a stream for {purpose}; load the set without it")
+    train, held = _divide(data.train, fraction, f"the part for {purpose}")
+    return replace(data, train=train), held
 
 
 def free_memory(device: torch.device | None) -> int:
@@ -386,13 +389,13 @@ def _normalisation(train: AnySplit, size: int, photographs: bool) -> tuple[list[
         return IMAGENET_MEAN, IMAGENET_STD
     if isinstance(train, StoredSplit):
         some = torch.linspace(0, len(train) - 1, min(len(train), STATISTICS_FROM)).long()
-        rows = [train.source.row(row) for row in train.rows[some].tolist()]
+        rows = [train.source.row(index) for index in train.indices[some].tolist()]
         pixels = np.stack([np.asarray(read_rgb(row.open, row.where, size)) for row in rows])
         train = Split(torch.from_numpy(pixels).permute(0, 3, 1, 2), train.labels[some])
     # Exact sums over integers: the same on every machine. A chunk at a time: counting takes wider numbers.
     counts = torch.zeros(3, 256, dtype=torch.float64)
-    rows = torch.arange(len(train)) if train.rows is None else train.rows
-    for chunk in rows.split(max(1, CHUNK // train.pixels[0].numel())):
+    indices = torch.arange(len(train)) if train.indices is None else train.indices
+    for chunk in indices.split(max(1, CHUNK // train.pixels[0].numel())):
         images = train.pixels.permute(0, 2, 3, 1)[chunk].flatten(0, 2)
         counts += torch.stack([torch.bincount(images[:, c].int(), minlength=256) for c in range(3)])
     values = torch.arange(256, dtype=torch.float64) / 255

@@ -31,7 +31,7 @@ def spare_statistics(norms: Iterable[nn.Module]) -> Iterator[None]:
             setattr(norm, name, buffer)
 
 
-class Recompute(nn.Module):
+class ActivationCheckpointing(nn.Module):
     """Runs `module`, registered elsewhere, and in training keeps its inputs alone for the backward pass.
 
     There the module runs a second time; its BatchNorms count that batch once. The module holds at least one
@@ -56,6 +56,6 @@ class Recompute(nn.Module):
         )
 
 
-def recompute_if_deep(layers: Iterable[nn.Module], depth: int) -> list[nn.Module]:
+def checkpoint_if_deep(layers: Iterable[nn.Module], depth: int) -> list[nn.Module]:
     """`layers`, each of them recomputed in the backward pass when the network is `DEEP`."""
-    return [Recompute(layer) for layer in layers] if depth >= DEEP else list(layers)
+    return [ActivationCheckpointing(layer) for layer in layers] if depth >= DEEP else list(layers)

@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 
 from common import UserError
-from engine.data import AnySplit, ImageSet, Split, StoredSplit
-from engine.loader import Augmentation, DeviceLoader, Loader, Normalise, evaluation_batches
-from engine.stream import StreamLoader, stream_evaluation_batches
-from engine.workers import WorkerLoader, worker_evaluation_batches
+from data.augment import Augmentation, Normalise
+from data.datasets import AnySplit, ImageSet, Split, StoredSplit
+from data.loader import DeviceLoader, Loader, evaluation_batches
+from data.stream import StreamLoader, stream_evaluation_batches
+from data.workers import WorkerLoader, worker_evaluation_batches
+
+
+def augmentation_of(data: ImageSet, config) -> Augmentation:
+    """How a run varies its training images; `config` holds its options (engine.config.RunConfig)."""
+    padding = data.image_size // 8 if config.crop_padding is None else config.crop_padding
+    flip = data.flip if config.flip is None else config.flip
+    return Augmentation(data.image_size, data.augment, padding, flip, min(config.cutout, data.image_size))
 
 
 class Pipeline:
@@ -25,10 +33,7 @@ class Pipeline:
     """
 
     def __init__(self, data: ImageSet, config, device: torch.device, rank: int = 0, world: int = 1):
-        padding = data.image_size // 8 if config.crop_padding is None else config.crop_padding
-        flip = data.flip if config.flip is None else config.flip
-        cutout = min(config.cutout, data.image_size)
-        self.augmentation = Augmentation(data.image_size, data.augment, padding, flip, cutout)
+        self.augmentation = augmentation_of(data, config)
         self.normalise = Normalise(data.mean, data.std, device)
         self.device, self.seed, self.where = device, config.seed, {"rank": rank, "world": world}
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -58,5 +63,5 @@ class Pipeline:
         if not isinstance(split, Split):
             return split
         pixels = self._moved.setdefault(id(split.pixels), split.pixels.to(self.device))
-        rows = None if split.rows is None else split.rows.to(self.device)
-        return replace(split, pixels=pixels, labels=split.labels.to(self.device), rows=rows)
+        indices = None if split.indices is None else split.indices.to(self.device)
+        return replace(split, pixels=pixels, labels=split.labels.to(self.device), indices=indices)

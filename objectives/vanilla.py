@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from data.batch import Batch
+from engine.objective import Objective
 from kernels import cross_entropy
-from losses.objective import Objective
 from models.network import Network
 
 
@@ -15,13 +16,11 @@ class Vanilla(Objective):
         self.teacher = teacher
         self.term_weights = {"ce": 1.0}
 
-    def forward(
-        self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None, views: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        return {"ce": cross_entropy(self.teacher(images), labels)}
+    def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        return {"ce": cross_entropy(self.teacher(batch.images), batch.labels)}
 
     def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
         return {"teacher": self.teacher(images)}
 
-    def product(self) -> Network:
+    def trained_model(self) -> Network:
         return self.teacher

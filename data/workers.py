@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common import UserError, derive_seed
-from engine.data import StoredSplit
-from engine.loader import Augmentation, Batch, Loader, Normalise, Plan, evaluation_parts
-from engine.pictures import read_rgb
+from data.augment import Augmentation, Normalise, Plan
+from data.batch import Batch
+from data.datasets import StoredSplit
+from data.decode import read_rgb
+from data.loader import Loader, evaluation_parts
 
 CENTRE = 0.875  # of a photograph's shorter side is looked at in evaluation: 224 of 256
 
@@ -70,7 +72,7 @@ class _Images(Dataset):
         return pixels, self.split.labels[plan.order], plan.holes
 
     def _image(self, index: int, offset: list[int], flip: bool) -> Tensor:
-        row = self.split.source.row(int(self.split.rows[index]))
+        row = self.split.source.row(int(self.split.indices[index]))
         seed = None if self.drawn is None else derive_seed(*self.drawn, "crop", index)
         return transform(row, self.augmentation, seed, offset, flip)
 

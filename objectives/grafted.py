@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from common import UserError
+from engine.objective import Objective
 from kernels import cross_entropy, kd_loss
-from losses.objective import Objective
 from models.network import Network
 
 CAPPED = 0.8  # share of the cross-entropy at which the branches' pull balances the labels'
@@ -68,7 +68,7 @@ class BranchOptions:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 0")
 
 
-def branch_places(wanted: Sequence[int], blocks: int) -> list[int]:
+def branch_points(wanted: Sequence[int], blocks: int) -> list[int]:
     """Behind which of the teacher's blocks, counted from 1, branches are grafted; none wanted: all but the last.
 
     Raises:
@@ -110,7 +110,7 @@ class Grafted(Objective):
             self.teacher.eval()
         return self
 
-    def product(self) -> Network:
+    def trained_model(self) -> Network:
         return self.teacher
 
     def joint_terms(self, branches: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:

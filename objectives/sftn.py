@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from common import UserError
+from data.batch import Batch
 from models import create_model
 from models.branches import feature_transform
 from models.network import Network, block_shapes, cut, run_blocks
-from teachers.grafted import Grafted, branch_places
+from objectives.grafted import Grafted, branch_points
 
 
 class SFTN(Grafted):
@@ -29,10 +30,10 @@ class SFTN(Grafted):
         self.teacher, self.options = teacher, options
         cut(teacher, options.teacher_cut)
         num_classes = teacher.fc.out_features
-        self.places = branch_places(options.branches, len(teacher.blocks))
+        self.branch_points = branch_points(options.branches, len(teacher.blocks))
         self.branches = nn.ModuleList()
         shapes = block_shapes(teacher, image_size)
-        for index in self.places:
+        for index in self.branch_points:
             student = create_model(options.student, num_classes, options.pool, "--student", image_size)
             if len(student.blocks) != len(teacher.blocks):
                 raise UserError(
@@ -46,17 +47,15 @@ class SFTN(Grafted):
             "branch_kl": options.alpha,
         }
 
-    def forward(
-        self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None, views: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        branches, logits = self._run(images)
-        return self.joint_terms(torch.stack(branches), logits, labels)
+    def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        branches, logits = self._run(batch.images)
+        return self.joint_terms(torch.stack(branches), logits, batch.labels)
 
     def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
         branches, logits = self._run(images)
-        return {"teacher": logits} | {f"branch{i}": each for i, each in zip(self.places, branches, strict=True)}
+        return {"teacher": logits} | {f"branch{i}": each for i, each in zip(self.branch_points, branches, strict=True)}
 
     def _run(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """The branches' logits, and the teacher's."""
         features, logits = run_blocks(self.teacher, images)
-        return [branch(features[i - 1]) for i, branch in zip(self.places, self.branches, strict=True)], logits
+        return [branch(features[i - 1]) for i, branch in zip(self.branch_points, self.branches, strict=True)], logits

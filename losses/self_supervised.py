@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import UserError
+from data.batch import Batch
 from kernels import cross_entropy, kd_loss
-from losses.method import Batch, Method, Setting, Views, full_precision
+from losses.method import Method, MethodContext, Outputs, full_precision
 
 
 def rotate(images: Tensor) -> Tensor:
@@ -37,16 +38,16 @@ class SSKD(Method):
     TEMPERATURE = 0.5  # of the cosines
     KEPT_CLASSES, KEPT_IMAGES = 1.0, 0.75  # shares of what the teacher gets wrong
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
         self.heads = nn.ModuleList(
-            projection(views.embedding.shape[1]) for views in (setting.student_views, setting.teacher_views)
+            projection(views.embedding.shape[1]) for views in (context.student_outputs, context.teacher_outputs)
         )
-        self.temperature = setting.options.temperature
+        self.temperature = context.options.temperature
         square = self.temperature**2
         self.terms = {"sskd_turned": 2.7 * square, "sskd_ss": 10.0 * self.TEMPERATURE**2}
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         n = len(batch.labels)
         labels = batch.labels.repeat(3)
         turned = selected_divergence(
@@ -59,7 +60,7 @@ class SSKD(Method):
         ss = selected_divergence(ours, theirs, own, self.TEMPERATURE, self.KEPT_IMAGES)
         return {"sskd_turned": turned, "sskd_ss": ss}
 
-    def warmup(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def warmup(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         n = len(batch.labels)
         own = torch.arange(n, device=batch.labels.device).repeat(3)
         return {"contrast": cross_entropy(cosines(self.heads[1](teacher.embedding), n), own)}
@@ -116,15 +117,15 @@ class HSAKD(Method):
     warmup_epochs, warmup_terms = 60, {"towers": 1.0}
     TEMPERATURE = 3.0
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
-        self.student_towers = Towers(setting.student, 4 * setting.num_classes)
-        self.teacher_towers = Towers(setting.teacher, 4 * setting.num_classes)
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
+        self.student_towers = Towers(context.student, 4 * context.num_classes)
+        self.teacher_towers = Towers(context.teacher, 4 * context.num_classes)
         if len(self.student_towers.towers) != len(self.teacher_towers.towers):
             raise UserError("--method hsakd: teacher and student must be cut into the same number of blocks")
         self.terms = {"hsakd_logits": self.TEMPERATURE**2, "hsakd_towers": self.TEMPERATURE**2}
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
             theirs = self.teacher_towers(teacher)
         ours = self.student_towers(student)
@@ -132,7 +133,7 @@ class HSAKD(Method):
         towers = sum(kd_loss(s, t, temperature=self.TEMPERATURE)[1][0] for s, t in zip(ours, theirs, strict=True))
         return {"hsakd_logits": logits, "hsakd_towers": towers}
 
-    def warmup(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def warmup(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         joint = torch.cat([4 * batch.labels + quarter for quarter in range(4)])
         return {"towers": sum(cross_entropy(logits, joint) for logits in self.teacher_towers(teacher))}
 
@@ -164,6 +165,6 @@ class Towers(nn.Module):
             self.towers.append(tower)
         self.last = nn.Linear(network.fc.in_features, classes)
 
-    def forward(self, views: Views) -> list[Tensor]:
+    def forward(self, views: Outputs) -> list[Tensor]:
         maps = views.maps[-len(self.towers) - 1 : -1]
         return [*(tower(x) for tower, x in zip(self.towers, maps, strict=True)), self.last(views.embedding)]

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import UserError
+from data.batch import Batch
 from losses.adapters import is_rectified, pair_stages, regressor, same_size
-from losses.method import Batch, Method, Setting, Views, full_precision
+from losses.method import Method, MethodContext, Outputs, full_precision
 
 
 class FitNets(Method):
@@ -25,15 +26,15 @@ class FitNets(Method):
     student_features = teacher_features = "maps"
     HINT = 2  # stages are counted from the stem's, 0
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
-        student, teacher = setting.student_views.maps, setting.teacher_views.maps
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
+        student, teacher = context.student_outputs.maps, context.teacher_outputs.maps
         pairs = pair_stages(student, teacher)
         self.pair = pairs[min(self.HINT, len(pairs)) - 1]
         guided, hint = student[self.pair[0]], teacher[self.pair[1]]
         self.regressor = regressor(guided, hint, is_rectified(hint))
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         guided = self.regressor(student.maps[self.pair[0]])
         return {"fitnets": mean_squares(guided, teacher.maps[self.pair[1]])}
 
@@ -48,11 +49,11 @@ class Stagewise(Method):
 
     student_features = teacher_features = "maps"
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
-        self.pairs = pair_stages(setting.student_views.maps, setting.teacher_views.maps)
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
+        self.pairs = pair_stages(context.student_outputs.maps, context.teacher_outputs.maps)
 
-    def matched(self, student: Views, teacher: Views) -> list[tuple[Tensor, Tensor]]:
+    def matched(self, student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
         return [(student.maps[s], teacher.maps[t]) for s, t in self.pairs]
 
 
@@ -67,7 +68,7 @@ class AT(Stagewise):
     weight, terms = 1000.0, {"at": 1.0}
     usual = "1000"
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"at": sum(attention_transfer(*pair) for pair in self.matched(student, teacher))}
 
 
@@ -91,7 +92,7 @@ class NST(Stagewise):
     weight, terms = 50.0, {"nst": 1.0}
     usual = "50"
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"nst": sum(neuron_selectivity(*pair) for pair in self.matched(student, teacher))}
 
 
@@ -118,17 +119,17 @@ class VID(Stagewise):
     usual = "1"
     START, SMALLEST = 5.0, 1e-5
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
         self.means, self.rhos = nn.ModuleList(), nn.ParameterList()
-        for student, teacher in self.matched(setting.student_views, setting.teacher_views):
+        for student, teacher in self.matched(context.student_outputs, context.teacher_outputs):
             channels, wanted = student.shape[1], teacher.shape[1]
             first, second, third = (nn.Conv2d(c, wanted, 1, bias=False) for c in (channels, wanted, wanted))
             self.means.append(nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third))
             rho = math.log(math.expm1(self.START - self.SMALLEST))
             self.rhos.append(nn.Parameter(torch.full((wanted,), rho)))
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         total = 0
         for mean, rho, (ours, theirs) in zip(self.means, self.rhos, self.matched(student, teacher), strict=True):
             ours, theirs = same_size(ours, theirs)
@@ -158,17 +159,17 @@ class AB(Method):
     warmup_epochs, warmup_student, warmup_terms = 30, True, {"ab": 1.0}
     MARGIN, SCALE = 1.0, 3e-3
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
-        ours, theirs = setting.student_views.preact, setting.teacher_views.preact
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
+        ours, theirs = context.student_outputs.preact, context.teacher_outputs.preact
         self.pairs = pair_stages(ours, theirs)
         self.connectors = nn.ModuleList(
             nn.Identity() if ours[s].shape == theirs[t].shape else regressor(ours[s], theirs[t], rectified=False)
             for s, t in self.pairs
         )
-        self._student = (setting.student,)  # no submodule
+        self._student = (context.student,)  # no submodule
 
-    def warmup(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def warmup(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         last, total = len(self.pairs) - 1, 0
         for stage, (connector, (s, t)) in enumerate(zip(self.connectors, self.pairs, strict=True)):
             hinges = activation_boundaries(connector(student.preact[s]), teacher.preact[t], self.MARGIN)
@@ -208,24 +209,24 @@ class FT(Method):
     warmup_epochs, warmup_terms = 30, {"paraphraser": 1.0}
     SHARE = 0.5
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
-        ours, theirs = setting.student_views.maps[-1], setting.teacher_views.maps[-1]
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
+        ours, theirs = context.student_outputs.maps[-1], context.teacher_outputs.maps[-1]
         channels = theirs.shape[1]
         factors = max(1, round(self.SHARE * channels))
         self.encoder = convolutions(channels, channels, factors, norm=False)
         self.decoder = convolutions(factors, factors, channels, norm=False, transposed=True)
         self.translator = convolutions(ours.shape[1], ours.shape[1], factors, norm=True)
         # The paper's rate for the paraphraser is below the usual one of ResNets.
-        self.slow = setting.student_name.startswith(("resnet", "wrn"))
+        self.slow = context.student_name.startswith(("resnet", "wrn"))
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
             theirs = self.encoder(teacher.maps[-1])
         ours, theirs = same_size(self.translator(student.maps[-1]), theirs)
         return {"ft": factor_transfer(ours, theirs)}
 
-    def warmup(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def warmup(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         maps = teacher.maps[-1]
         return {"paraphraser": mean_squares(self.decoder(self.encoder(maps)), maps)}
 
@@ -268,18 +269,18 @@ class OH(Method):
     usual = "0.001"
     student_features = teacher_features = "preact"
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
-        ours, theirs = setting.student_views.preact, setting.teacher_views.preact
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
+        ours, theirs = context.student_outputs.preact, context.teacher_outputs.preact
         self.pairs = pair_stages(ours, theirs)
         self.connectors = nn.ModuleList()
         for index, (s, t) in enumerate(self.pairs):
             convolution = nn.Conv2d(ours[s].shape[1], theirs[t].shape[1], 1, bias=False)
             nn.init.normal_(convolution.weight, 0.0, math.sqrt(2.0 / theirs[t].shape[1]))
             self.connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(theirs[t].shape[1])))
-            self.register_buffer(f"margin{index}", margins(last_norm(setting.teacher, t, theirs[t].shape[1])))
+            self.register_buffer(f"margin{index}", margins(last_norm(context.teacher, t, theirs[t].shape[1])))
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         last, total = len(self.pairs) - 1, 0
         for index, (connector, (s, t)) in enumerate(zip(self.connectors, self.pairs, strict=True)):
             ours, theirs = same_size(connector(student.preact[s]), teacher.preact[t])

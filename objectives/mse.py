@@ -7,8 +7,9 @@ Source: Hamidi et al., "How to Train the Teacher Model for Effective Knowledge D
 import torch
 from torch import Tensor
 
+from data.batch import Batch
 from models.network import Network
-from teachers.vanilla import Vanilla
+from objectives.vanilla import Vanilla
 
 
 class MSE(Vanilla):
@@ -18,10 +19,8 @@ class MSE(Vanilla):
         super().__init__(teacher, options, image_size)
         self.term_weights = {"mse": 1.0}
 
-    def forward(
-        self, images: Tensor, labels: Tensor, iteration: int, rows: Tensor | None = None, views: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        return {"mse": squared_error(self.teacher(images), labels)}
+    def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+        return {"mse": squared_error(self.teacher(batch.images), batch.labels)}
 
 
 def squared_error(logits: Tensor, labels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from common import UserError
-from engine.pictures import from_cell
+from data.decode import from_cell
 
 TEST_FILE = re.compile(r"(?<![a-z])(test|val|validation)(?![a-z])")
 TEST_SPLITS = ("test", "validation", "valid", "val")

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import UserError
-from losses.method import Batch, Method, Setting, Views, full_precision
+from data.batch import Batch
+from losses.method import Method, MethodContext, Outputs, full_precision
 
 
 class CRD(Method):
     """Noise-contrastive estimation on embeddings (Tian et al., eq. 17 to 19), 128 dimensions, temperature 0.07.
 
-    Each side has a linear layer to 128 dimensions and a bank of what it last said of every training image,
+    Each side has a linear layer to 128 dimensions and a bank of its latest embedding of every training image,
     M <- normalised (M + e) / 2. An image's student is matched with its teacher in the bank against K = 16,384
     teachers of images of other classes, and the other way round: with h = P / (P + K / n),
     -1/N sum_b [log h(own) + sum_k log(1 - h(k))], P = exp(<e, M> / 0.07) / Z. Z is n times the mean of the
@@ -30,18 +31,18 @@ class CRD(Method):
     student_features = teacher_features = "embedding"
     WIDTH, TEMPERATURE, NEGATIVES, MOMENTUM = 128, 0.07, 16384, 0.5
 
-    def __init__(self, setting: Setting):
-        super().__init__(setting)
-        if setting.images is None:
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
+        if context.images is None:
             raise UserError("--method crd: keeps a memory of every training image; it cannot use --streaming")
-        views = (setting.student_views, setting.teacher_views)
+        views = (context.student_outputs, context.teacher_outputs)
         # The most images a process has in a step; the last batch of an epoch may be larger than the others by a few.
-        self.share = setting.options.batch_size // _processes() + 3
-        self._said: list[tuple[Tensor, Tensor, Tensor]] = []  # rows and embeddings of the parts of the step under way
+        self.share = context.options.batch_size // _processes() + 3
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # indices and embeddings of the step's parts
         self.embed = nn.ModuleList(nn.Linear(each.embedding.shape[1], self.WIDTH) for each in views)
         bound = 1 / math.sqrt(self.WIDTH / 3)
         for name in ("student_bank", "teacher_bank"):
-            self.register_buffer(name, torch.empty(setting.images, self.WIDTH).uniform_(-bound, bound))
+            self.register_buffer(name, torch.empty(context.images, self.WIDTH).uniform_(-bound, bound))
         self.register_buffer("z", torch.zeros(2))  # of the two directions; 0: not known yet
         self.register_buffer("by_class", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("starts", torch.zeros(0, dtype=torch.int64), persistent=False)
@@ -63,9 +64,9 @@ class CRD(Method):
         numbers = (numbers * (images - (end - start))).long()  # places among the others
         return self.by_class[numbers + (numbers >= start) * (end - start)]
 
-    def forward(self, student: Views, teacher: Views, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         ours, theirs = self._embed(0, student.embedding), self._embed(1, teacher.embedding)
-        chosen = torch.cat([batch.rows[:, None], self.draw_negatives(batch.labels)], 1)
+        chosen = torch.cat([batch.indices[:, None], self.draw_negatives(batch.labels)], 1)
         ratios = [
             similarity_ratios(ours, self.teacher_bank, chosen, self.TEMPERATURE),
             similarity_ratios(theirs, self.student_bank, chosen, self.TEMPERATURE),
@@ -73,13 +74,13 @@ class CRD(Method):
         self._fix_constants(ratios)
         images = len(self.by_class)
         loss = sum(contrast(ratio, z, images) for ratio, z in zip(ratios, self.z, strict=True))
-        self._said.append((batch.rows, ours.detach(), theirs.detach()))
+        self._seen.append((batch.indices, ours.detach(), theirs.detach()))
         return {"crd": loss}
 
     def after_step(self) -> None:
         """The banks are part of the loss's graph until its gradients are there."""
-        self._remember(*(torch.cat(parts) for parts in zip(*self._said, strict=True)))
-        self._said.clear()
+        self._remember(*(torch.cat(parts) for parts in zip(*self._seen, strict=True)))
+        self._seen.clear()
 
     def _embed(self, side: int, embedding: Tensor) -> Tensor:
         return unit(self.embed[side](embedding))
@@ -94,12 +95,12 @@ class CRD(Method):
         self.z.copy_(torch.where(self.z == 0, means, self.z))
 
     @torch.no_grad()
-    def _remember(self, rows: Tensor, ours: Tensor, theirs: Tensor) -> None:
+    def _remember(self, indices: Tensor, ours: Tensor, theirs: Tensor) -> None:
         if _processes() > 1:
-            rows, ours, theirs = (_everyones(each, self.share) for each in (rows, ours, theirs))
-        for bank, said in ((self.student_bank, ours), (self.teacher_bank, theirs)):
-            mixed = F.normalize(self.MOMENTUM * bank[rows] + (1 - self.MOMENTUM) * said.to(bank.dtype), dim=1)
-            bank.index_copy_(0, rows, mixed)
+            indices, ours, theirs = (_everyones(each, self.share) for each in (indices, ours, theirs))
+        for bank, embedding in ((self.student_bank, ours), (self.teacher_bank, theirs)):
+            mixed = F.normalize(self.MOMENTUM * bank[indices] + (1 - self.MOMENTUM) * embedding.to(bank.dtype), dim=1)
+            bank.index_copy_(0, indices, mixed)
 
 
 @full_precision

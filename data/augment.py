@@ -1,0 +1,107 @@
+"""How training images are varied: what is drawn for each, and the tensor operations that do it."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied.
+
+    kind: "crop" (`padding` zeros around, a random crop of the image's own size) or "resized_crop" (a part of
+    random size and shape, resized: Szegedy et al., CVPR 2015, as torchvision has it). size: side of the result.
+    flip: mirror half of the images. cutout: side of a square set to the mean colour, centred anywhere on the
+    image (DeVries and Taylor, arXiv 1708.04552); 0: none.
+    """
+
+    size: int
+    kind: str = "crop"
+    padding: int = 0
+    flip: bool = True
+    cutout: int = 0
+
+    @property
+    def views(self) -> int | None:
+        """How many different images it makes of one; None: more than can be counted."""
+        return (2 * self.padding + 1) ** 2 * (1 + self.flip) if self.kind == "crop" and not self.cutout else None
+
+    def view(self, offsets: Tensor, flips: Tensor) -> Tensor | None:
+        """Numbers [N] int64 of the views with these crops [N, 2] and mirrors [N]."""
+        if self.views is None:
+            return None
+        places = offsets[:, 0] * (2 * self.padding + 1) + offsets[:, 1]
+        return places * 2 + flips if self.flip else places
+
+
+class Plan(NamedTuple):
+    """How every image of an epoch is met: what to do with row `order[i]` of the split stands in place i."""
+
+    order: Tensor  # [N] int64
+    offsets: Tensor  # [N, 2] int64, rows and columns, of the crop in the padded image
+    flips: Tensor  # [N] bool
+    holes: Tensor  # [N, 2] int64, rows and columns, centre of the cutout
+
+    def part(self, begin: int, end: int, rank: int, world: int) -> "Plan":
+        return Plan(*(each[begin:end][rank::world] for each in self))
+
+    def to(self, device: torch.device) -> "Plan":
+        return Plan(*(each.to(device) for each in self))
+
+
+class Normalise:
+    """uint8 [N, 3, H, W] -> float32 (x / 255 - mean) / std, channels_last."""
+
+    def __init__(self, mean, std, device: torch.device):
+        mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+        self.scale, self.shift = 1 / (255 * std), -mean / std
+
+    def __call__(self, images: Tensor) -> Tensor:
+        count, channels, height, width = images.shape
+        flat = images.permute(0, 2, 3, 1).reshape(count, -1)
+        # Whole images in a row: a loop over three channels would be too short to be fast on a CPU.
+        scale, shift = self.scale.repeat(height * width), self.shift.repeat(height * width)
+        wide = flat.float()
+        torch.addcmul(shift, wide, scale, out=wide)
+        return wide.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def select(pixels: Tensor, rows: Tensor) -> Tensor:
+    """`pixels[rows]` of channels_last [M, 3, H, W], copied as whole images."""
+    count, channels, height, width = pixels.shape
+    chosen = pixels.permute(0, 2, 3, 1).view(count, -1).index_select(0, rows)
+    return chosen.view(-1, height, width, channels).permute(0, 3, 1, 2)
+
+
+def augment(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
+    """Crop [N, C, H, W] images, padded with zeros, at `offsets` [N, 2] (rows, columns), and mirror `flips` [N].
+
+    The crop is a gather of whole rows of pixels: in channels_last memory those are W * C consecutive bytes.
+    """
+    count, channels, height, width = images.shape
+    images = images.permute(0, 2, 3, 1)
+    if padding:
+        tall, wide = height + 2 * padding, width + 2 * padding
+        canvas = images.new_zeros(count, tall, wide, channels)
+        canvas[:, padding:-padding, padding:-padding] = images
+        image = torch.arange(count, device=images.device)[:, None] * tall
+        line = image + offsets[:, :1] + torch.arange(height, device=images.device)
+        starts = (line * wide + offsets[:, 1:]) * channels
+        length = width * channels
+        lines = canvas.view(-1).as_strided((canvas.numel() - length + 1, length), (1, 1))
+        images = lines.index_select(0, starts.view(-1)).view(count, height, width, channels)
+    both = torch.cat([images, images.flip(2)]).view(2 * count, -1)  # select copies whole images, where() bytes
+    chosen = torch.arange(count, device=images.device) + flips * count
+    return both.index_select(0, chosen).view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def cut_out(images: Tensor, centres: Tensor, side: int) -> Tensor:
+    """Zero, the mean colour, in a square of `side` around `centres` [N, 2], clipped at the border."""
+    height, width = images.shape[2:]
+    first = centres - side // 2
+    rows = torch.arange(height, device=images.device) - first[:, :1]
+    columns = torch.arange(width, device=images.device) - first[:, 1:]
+    inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
+    return images.masked_fill(inside[:, None], 0.0)

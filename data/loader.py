@@ -1,0 +1,149 @@
+"""Batches of normalised, augmented images, as a function of seed and epoch.
+
+Which images make a batch and how each is augmented depends on (seed, epoch) alone, so a resumed run needs no
+sampler state, and every process can compute its share of a batch by itself. `DeviceLoader` is for sets that
+are in memory: a batch is a gather of rows of pixels on the device. Sets that are not are read by workers.py
+and stream.py, with the same plan.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from common import UserError, derive_seed
+from data.augment import Augmentation, Normalise, Plan, augment, cut_out, select
+from data.batch import Batch
+from data.datasets import Split
+
+
+class Loader(ABC):
+    """Training batches of a split; what its kinds share.
+
+    Args:
+        split: where the images are.
+        batch_size: images a step over all processes.
+        normalise: from uint8 to what networks take.
+        augmentation: of training images.
+        seed: of the run.
+        rank, world: this process and how many there are.
+        copies: how many times each batch's images are given, augmented anew, one behind the other.
+    """
+
+    def __init__(
+        self,
+        split,
+        batch_size: int,
+        normalise: Normalise,
+        augmentation: Augmentation,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        copies: int = 1,
+    ):
+        if batch_size > len(split):
+            raise UserError(f"--batch_size {batch_size}: the training split has {len(split)} images only")
+        if batch_size < 2 * world:
+            raise UserError(f"--batch_size {batch_size}: {world} processes need at least 2 images each")
+        self.split, self.batch_size, self.normalise, self.augmentation = split, batch_size, normalise, augmentation
+        self.seed, self.rank, self.world, self.copies = seed, rank, world, copies
+        # BatchNorm needs two images in every process: a rest smaller than that joins the batch before it.
+        full, rest = divmod(len(split), batch_size)
+        self.edges = [batch_size * i for i in range(full)] + ([batch_size * full] if rest >= 2 * world else [])
+        self.edges.append(len(split))
+        self._stream: tuple[int, Iterator[Batch] | None] = (-1, None)  # the number `one` gives next
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self.edges) - 1
+
+    @abstractmethod
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number `start` on; together they hold every image exactly once."""
+
+    def one(self, number: int) -> Batch:
+        """Batch `number` of an endless stream over epochs; the one after the last is at hand."""
+        expected, batches = self._stream
+        if number != expected or number % len(self) == 0:
+            batches = self.epoch(*divmod(number, len(self)))
+        self._stream = (number + 1, batches)
+        return next(batches)
+
+    def plan(self, epoch: int, copy: int = 0) -> Plan:
+        """The plan of an epoch, on the host, the same in every process; copies have the order in common."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "batches", epoch))
+        images, vary = len(self.split), self.augmentation
+        order = torch.randperm(images, generator=generator)
+        if copy:
+            generator.manual_seed(derive_seed(self.seed, "batches", epoch, "copy", copy))
+        offsets = torch.randint(0, 2 * vary.padding + 1, (images, 2), generator=generator)
+        flips = torch.rand(images, generator=generator) < (0.5 if vary.flip else 0.0)
+        holes = torch.randint(0, vary.size, (images, 2), generator=generator)
+        return Plan(order, offsets, flips, holes)
+
+    def finish(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        holes: Tensor,
+        number: int,
+        indices: Tensor | None = None,
+        views: Tensor | None = None,
+    ) -> Batch:
+        """The batch of these uint8 images [n, 3, H, W] on the device, cropped and mirrored already."""
+        images = self.normalise(images)
+        if self.augmentation.cutout:
+            images = cut_out(images, holes, self.augmentation.cutout)
+        loss_scale = len(labels) * self.world / (self.edges[number + 1] - self.edges[number])
+        return Batch(images, labels, loss_scale, indices, views)
+
+
+class DeviceLoader(Loader):
+    """Batches of a split whose pixels are on the device."""
+
+    split: Split
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        pixels, indices, padding = self.split.pixels, self.split.indices, self.augmentation.padding
+        plans = [self.plan(epoch, copy).to(pixels.device) for copy in range(self.copies)]
+        views = self.augmentation.view(plans[0].offsets, plans[0].flips) if self.copies == 1 else None
+        for number in range(start, len(self)):
+            edges = self.edges[number], self.edges[number + 1]
+            parts = [plan.part(*edges, self.rank, self.world) for plan in plans]
+            chosen = parts[0].order
+            originals = select(pixels, chosen if indices is None else indices[chosen])
+            copies = [augment(originals, part.offsets, part.flips, padding) for part in parts]
+            images = copies[0] if len(copies) == 1 else torch.cat(copies)
+            holes = parts[0].holes if len(parts) == 1 else torch.cat([part.holes for part in parts])
+            seen = None if views is None else views[slice(*edges)][self.rank :: self.world]
+            yield self.finish(images, self.split.labels[chosen], holes, number, chosen, seen)
+
+    def view(self, view: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(indices [n], images) of this process's share of the split, all as this one of `Augmentation.views`."""
+        device, padding = self.split.labels.device, self.augmentation.padding
+        place, flip = divmod(view, 2) if self.augmentation.flip else (view, 0)
+        offset = torch.tensor(divmod(place, 2 * padding + 1), device=device)
+        for part in evaluation_parts(len(self.split), batch_size, self.rank, self.world):
+            indices = torch.arange(len(self.split), device=device)[part]
+            chosen = indices if self.split.indices is None else self.split.indices[indices]
+            flips = torch.full((len(indices),), bool(flip), device=device)
+            varied = augment(select(self.split.pixels, chosen), offset.expand(len(indices), 2), flips, padding)
+            yield indices, self.normalise(varied)
+
+
+def evaluation_parts(count: int, batch_size: int, rank: int, world: int) -> Iterator[slice]:
+    """This process's share of `count` images: over all processes each once, in parts of about equal size."""
+    batches = -(-count // (batch_size * world))
+    for number in range(batches):
+        yield slice(rank + number * world, None, batches * world)
+
+
+def evaluation_batches(split: Split, normalise: Normalise, batch_size: int, rank: int, world: int) -> Iterator:
+    """(images, labels) of a split in memory, each image once over all processes."""
+    for part in evaluation_parts(len(split), batch_size, rank, world):
+        rows = torch.arange(len(split), device=split.labels.device)[part]
+        yield (
+            normalise(select(split.pixels, rows if split.indices is None else split.indices[rows])),
+            split.labels[part],
+        )

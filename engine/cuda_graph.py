@@ -1,0 +1,82 @@
+"""A training step as one CUDA graph: captured once an epoch, then replayed by a single launch.
+
+A step of a small network is hundreds of kernels of a few microseconds each, and the host needs longer to launch one
+than the device to run it. Captured are the kernels and where their data lies, not the Python that launched them: only
+a step that decides nothing on the host can be replayed.
+"""
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from common import UserError
+from data.batch import Batch
+
+Terms = list[tuple[dict[str, Tensor], int]]  # loss terms of a batch's parts, and the images of each
+
+
+def check_capturable(accelerator: Accelerator, capturable: bool) -> None:
+    """Raises UserError where a step, `capturable` by itself or not, cannot be a CUDA graph."""
+    reasons = {
+        "needs an NVIDIA GPU": accelerator.device.type != "cuda",
+        "is for one process": accelerator.num_processes > 1,
+        "cannot be combined with --mixed_precision fp16, whose scaler looks at the gradients": bool(accelerator.scaler),
+        "this method's steps differ from one to the next": not capturable,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UserError(f"--cuda_graph: {reason}")
+
+
+class StepGraph:
+    """`update` of batches of one shape, replayed where it can be.
+
+    The learning rate, and whatever else is fixed for an epoch, are captured as they are: each epoch takes its first
+    batch as it comes (momentum and algorithms are there after it), and captures its second.
+
+    Args:
+        update: a whole step, forward pass to optimiser.
+        capture: runs a function of the device and returns what runs it again, on the same memory. Running it the first
+            time need not compute anything.
+    """
+
+    def __init__(self, update: Callable[[Batch], Terms], capture: Callable[[Callable[[], None]], Callable[[], None]]):
+        self.update, self.capture = update, capture
+        self.key: tuple | None = None  # what the graph is, or will be, captured for
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self, batch: Batch, epoch: int) -> Terms:
+        key = (epoch, batch.images.shape, batch.loss_scale)
+        if key != self.key:
+            self.key, self.replay = key, None
+            return self.update(batch)
+        if self.replay is None:
+            self.static_batch = Batch(*(each.clone() if isinstance(each, Tensor) else each for each in batch))
+            self.replay = self.capture(self._run)
+        for static, new in zip(self.static_batch, batch, strict=True):
+            if isinstance(static, Tensor):
+                static.copy_(new, non_blocking=True)
+        self.replay()
+        # The next replay writes over the captured terms.
+        return [({name: term.clone() for name, term in terms.items()}, images) for terms, images in self.static_terms]
+
+    def _run(self) -> None:
+        self.static_terms = self.update(self.static_batch)
+
+
+class CudaGraphCapture:
+    """Captures CUDA graphs one after the other in the same memory."""
+
+    def __init__(self):
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        pool = None if self.graph is None else self.graph.pool()
+        # Loaders may have threads of their own that copy to the device meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            function()
+        self.graph = graph
+        return graph.replay

@@ -1,0 +1,94 @@
+"""Knowledge-distillation losses: one row in `METHODS` for each."""
+
+import importlib.util
+from pathlib import Path
+
+from common import UserError, check_name
+from losses.contrastive import CRD
+from losses.features import AB, AT, FT, NST, OH, VID, FitNets
+from losses.logits import DKD, KD, RCO, SCKD, CrossEntropy
+from losses.method import Method
+from losses.peers import DML, KDCL, KDCLGeneral, KDCLLinear, KDCLMinLogit
+from losses.relations import CC, PKT, RKD, SP
+from losses.review import ReviewKD
+from losses.self_supervised import HSAKD, SSKD
+
+METHODS: dict[str, type[Method]] = {
+    "kd": KD,
+    "none": CrossEntropy,
+    "fitnets": FitNets,
+    "at": AT,
+    "sp": SP,
+    "vid": VID,
+    "rkd": RKD,
+    "pkt": PKT,
+    "ab": AB,
+    "ft": FT,
+    "crd": CRD,
+    "sskd": SSKD,
+    "oh": OH,
+    "cc": CC,
+    "nst": NST,
+    "dkd": DKD,
+    "sckd": SCKD,
+    "reviewkd": ReviewKD,
+    "hsakd": HSAKD,
+    "rco": RCO,
+    "dml": DML,
+    "kdcl": KDCL,
+    "kdcl_linear": KDCLLinear,
+    "kdcl_minlogit": KDCLMinLogit,
+    "kdcl_general": KDCLGeneral,
+}
+
+
+def find_methods(names: str) -> list[type[Method]]:
+    """The classes of "NAME", "NAME+NAME" or "FILE.py:CLASS", which may be joined as well.
+
+    Raises:
+        UserError: an unknown name, one twice, `none` beside others, or a file without such a class.
+    """
+    parts = names.split("+")
+    found = [_own_method(part) if ".py:" in part else METHODS[check_name("--method", part, METHODS)] for part in parts]
+    if len(set(found)) < len(found) or (len(found) > 1 and not all(method.needs_teacher for method in found)):
+        raise UserError(f"--method {names}: joins different methods, and those without a teacher stand alone")
+    return found
+
+
+def _own_method(place: str) -> type[Method]:
+    """The class of the user's own file: it is executed, as any program is that one asks for by name."""
+    path, _, name = place.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--method {place}: there is no file '{path}'")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file does at its top level
+        raise UserError(f"--method {place}: cannot be imported ({type(error).__name__}: {error})") from None
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise UserError(f"--method {place}: defines no class {name} that extends losses.method.Method")
+    return found
+
+
+def needs_of(method: type[Method]) -> str:
+    """What a method works on, in words."""
+    if not method.needs_teacher:
+        return "peers' logits" if method.peers else "labels"
+    words = {"": "logits", "embedding": "embedding", "maps": "maps", "preact": "pre-activations"}
+    kinds = dict.fromkeys(words[each] for each in (method.student_features, method.teacher_features))
+    return ", ".join(kinds) + (", 4 rotations" if method.rotations else "")
+
+
+def describe_methods(markdown: bool = False) -> list[str]:
+    """The table of the methods, header first, its columns aligned; or as Markdown, for the README."""
+    rows = [("--method", "weight", "works on", "warm-up", "source")]
+    for name, method in METHODS.items():
+        warmup = f"{method.warmup_epochs} epochs" if method.warmup_epochs else ""
+        rows.append((name, method.usual, needs_of(method), warmup, method.paper))
+    if markdown:
+        rows = [rows[0], ("---",) * len(rows[0]), *((f"`{name}`", *rest) for name, *rest in rows[1:])]
+        return [f"| {' | '.join(row)} |" for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

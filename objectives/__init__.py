@@ -1,0 +1,1 @@
+"""What is trained: one file an objective, one row each in the registry."""
