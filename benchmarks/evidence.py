@@ -13,6 +13,7 @@ the JSON files alone.
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
@@ -33,14 +34,13 @@ from data.datasets import load_images
 from data.pipeline import Pipeline
 from engine.config import RunConfig
 from models import load_pretrained
-from reports import metrics
-from reports.statistics import paired_difference, student_interval
+from reports import comparison, metrics
+from reports.comparison import ALONE
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/evidence"
 KEPT = ("method", "model", "parameters", "seed", "top1", "top5", "best", "epochs", "seconds", "images_per_second")
 KEPT += ("peak_memory_bytes", "warnings", "device", "versions", "git_commit")
-ALONE = "alone"
 
 
 @dataclass
@@ -99,6 +99,17 @@ class Plan:
                     yield Run(run, "distill.py", options, name, seed, student, folder)
 
 
+@dataclass
+class Campaign:
+    """Where and how a plan's runs, by name, are made."""
+
+    runs: dict[str, Run]
+    work: Path
+    data: dict[str, str]
+    deadline: float  # by time.monotonic()
+    verbose: bool = False
+
+
 def plain(name: str) -> str:
     return Path(name).stem.replace(":", "")
 
@@ -112,11 +123,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"), help="where the runs' folders are kept")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON files are kept")
     parser.add_argument("--only", nargs="*", default=[], help="runs whose names hold one of these words")
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of the plan's")
     parser.add_argument("--minutes", type=float, help="stop after this long; the next call goes on")
+    parser.add_argument("--verbose", action="store_true", help="show every command and what it prints")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, what is done and what is left")
     parser.add_argument("--report", action="store_true", help="print the table of what is done, and write it")
     options = parser.parse_args()
     plan = Plan(name=options.plan.stem, **yaml.safe_load(options.plan.read_text()))
+    plan.seeds = options.seeds or plan.seeds
     data = dict(each.split("=", 1) for each in options.data)
     results = options.results / plan.name
     if options.report:
@@ -129,15 +143,25 @@ def main() -> None:
         for run in left:
             print(shlex.join(command(run, options.work / plan.name, data)))
         return
-    deadline = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+    deadline = time.monotonic() + 60 * options.minutes if options.minutes else math.inf
     every = {run.name: run for run in plan.runs()}
+    campaign = Campaign(every, options.work / plan.name, data, deadline, options.verbose)
     for run in left:
-        for needed in filter(None, (run.options.get("weights"), run.teacher)):
-            train(every[needed], options.work / plan.name, data, deadline)  # if its folder is on this machine no more
-        folder = train(run, options.work / plan.name, data, deadline)
-        record = describe(run, folder, options.work / plan.name, data)
+        record = describe(run, train(run, campaign), campaign)
         write_atomically(results / f"{run.name}.json", json.dumps(record, indent=1) + "\n")
         print(f"{run.name}: {record['top1']:.2f}% in {record['seconds']:.0f} s", flush=True)
+    print(f"\n{report(plan, results)}\nwritten: {results}/table.md, and a JSON file a run beside it")
+
+
+def report(plan: Plan, results: Path) -> str:
+    """The plan's tables as Markdown, from its JSON files; written beside them, too."""
+    records = [json.loads(path.read_text()) for path in sorted(results.glob("seed*.json"))]
+    if not records:
+        sys.exit(f"{results}: no run is done yet")
+    text = f"{plan.note.strip()}\n\n{len(records)} of {len(list(plan.runs()))} runs are done.\n\n".lstrip()
+    text += comparison.as_markdown(records, plan.students, list(plan.teachers))
+    write_atomically(results / "table.md", text)
+    return text
 
 
 def command(run: Run, work: Path, data: dict[str, str]) -> list[str]:
@@ -164,31 +188,37 @@ def _word(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def train(run: Run, work: Path, data: dict[str, str], deadline: float) -> Path:
+def train(run: Run, campaign: "Campaign") -> Path:
     """The finished folder of a run, which is trained, or gone on with, if need be. Exits at the deadline."""
-    folder = work / run.name
+    folder = campaign.work / run.name
     if (folder / "summary.json").is_file():
         return folder
-    words = command(run, work, data)
+    for needed in filter(None, (run.options.get("weights"), run.teacher)):
+        train(campaign.runs[needed], campaign)  # its folder may be on another machine
+    words = command(run, campaign.work, campaign.data)
     if (folder / "config.yaml").is_file():
         words += ["--resume_from_checkpoint", "latest"]
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / f"{run.name}.log", "a") as log:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
+    campaign.work.mkdir(parents=True, exist_ok=True)
+    left = campaign.deadline - time.monotonic()
+    with open(campaign.work / f"{run.name}.log", "a") as log:
+        if campaign.verbose:
+            print(f"\n$ {shlex.join(words)}", flush=True)
+        output = {} if campaign.verbose else {"stdout": log, "stderr": log}
+        process = subprocess.Popen(words, cwd=ROOT, **output)
         try:
-            code = process.wait(None if deadline == float("inf") else max(1.0, deadline - time.monotonic()))
+            code = process.wait(None if left == math.inf else max(1.0, left))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
             process.wait()
             sys.exit(f"stopped in {run.name}, as --minutes asks; the same command goes on")
     if code:
-        tail = (work / f"{run.name}.log").read_text().splitlines()[-1:]
+        tail = (campaign.work / f"{run.name}.log").read_text().splitlines()[-1:]
         sys.exit(f"{shlex.join(words)}\nfailed with exit code {code}: {' '.join(tail)}")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # it is finished: only its model is needed
     return folder
 
 
-def describe(run: Run, folder: Path, work: Path, data: dict[str, str]) -> dict:
+def describe(run: Run, folder: Path, campaign: "Campaign") -> dict:
     """What is kept of a finished run."""
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -202,12 +232,12 @@ def describe(run: Run, folder: Path, work: Path, data: dict[str, str]) -> dict:
     if "gate_entropy" in last:
         entropies = [value for layers in last["gate_entropy"].values() for value in layers.values()]
         record["gate_entropy"] = {"mean": statistics.mean(entropies), "min": min(entropies)}
-    teacher = work / run.teacher if run.teacher else None
-    return record | {"test": on_test_images(folder, teacher, data)}
+    teacher = campaign.work / run.teacher if run.teacher else None
+    return record | {"test": on_test_images(folder, teacher)}
 
 
 @torch.no_grad()
-def on_test_images(folder: Path, teacher: Path | None, data: dict[str, str]) -> dict[str, float]:
+def on_test_images(folder: Path, teacher: Path | None) -> dict[str, float]:
     """Confidence, entropy and likelihood of a model on the test split and, with its teacher, how alike they are."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     options = RunConfig(**{name: config[name] for name in RunConfig.__dataclass_fields__ if name in config})
@@ -234,82 +264,6 @@ def on_test_images(folder: Path, teacher: Path | None, data: dict[str, str]) -> 
         found["agreement"] = metrics.agreement(logits, teacher_logits)
         found["cka"] = metrics.linear_cka(embedding, teacher_embedding)
     return found
-
-
-def report(plan: Plan, results: Path) -> str:
-    """The plan's tables as Markdown, from its JSON files; also written beside them."""
-    records = [json.loads(path.read_text()) for path in sorted(results.glob("seed*.json"))]
-    students = [each for each in records if each["script"] == "distill.py"]
-    teachers = [each for each in records if each["script"] == "train_teacher.py"]
-    sources = [*([ALONE] if plan.alone is not None else []), *plan.teachers]
-    top1 = {
-        source: {(r["student"], r["seed"]): r["top1"] for r in students if r["source"] == source} for source in sources
-    }
-    lines = [f"## {plan.name}", "", plan.note.strip(), ""] if plan.note else [f"## {plan.name}", ""]
-    lines += [f"{len(records)} of {len(list(plan.runs()))} runs are done.", ""]
-    lines += table("top-1 of students, %", plan.students, sources, top1)
-    lines += ["", "| students' top-1, paired over students and seeds | difference | 95% interval | pairs | verdict |"]
-    lines += ["| --- | ---: | ---: | ---: | --- |"]
-    differences = {}
-    first = next(iter(plan.teachers))
-    for one, other in [(s, first) for s in sources if s != first] + [("gtn", "sftn")]:
-        if set(top1.get(one, {})) & set(top1.get(other, {})):
-            found = paired_difference(top1[one], top1[other], {key: key[1] for key in top1[one]})
-            differences[f"{one} - {other}"] = found.as_dict()
-            interval = "{:+.2f} to {:+.2f}".format(*found.interval) if found.interval else ""
-            lines += [f"| {one} - {other} | {found.mean:+.2f} | {interval} | {found.pairs} | {found.verdict()} |"]
-    lines += ["", "| teacher | top-1, % | training cross-entropy | confidence | entropy | seconds, all students |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
-    for name in plan.teachers:
-        mine = [each for each in teachers if each["source"] == name]
-        if mine:
-            ce = [r["losses"].get("teacher_ce", r["losses"].get("ce", float("nan"))) for r in mine]
-            seconds = sum(r["seconds"] for r in mine) / len({r["seed"] for r in mine})
-            cells = [spread([r["top1"] for r in mine]), f"{statistics.mean(ce):.2f}"]
-            cells += [f"{statistics.mean(r['test'][key] for r in mine):.3f}" for key in ("confidence", "entropy")]
-            lines += [f"| {name} | {' | '.join(cells)} | {seconds:.0f} |"]
-    lines += [
-        "",
-        "| student to its teacher | KL, nats | agreement, % | CKA | student's own NLL |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for name in plan.teachers:
-        mine = [each for each in students if each["source"] == name]
-        if mine:
-            keys = (("kl", 3), ("agreement", 1), ("cka", 3), ("nll", 3))
-            lines += [
-                f"| {name} | "
-                + " | ".join(f"{statistics.mean(r['test'][k] for r in mine):.{d}f}" for k, d in keys)
-                + " |"
-            ]
-    text = "\n".join(lines) + "\n"
-    write_atomically(results / "table.md", text)
-    write_atomically(results / "differences.json", json.dumps(differences, indent=1) + "\n")
-    return text
-
-
-def table(title: str, rows: list[str], columns: list[str], values: dict[str, dict[tuple, float]]) -> list[str]:
-    """Mean and deviation over seeds by student and source, and the mean of all with its interval."""
-    lines = [f"| {title} | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
-    for row in rows:
-        cells = [spread([v for (student, _), v in values[c].items() if student == row]) for c in columns]
-        lines += [f"| {row} | " + " | ".join(cells) + " |"]
-    means = []
-    for column in columns:
-        every = list(values[column].values())
-        interval = student_interval(every)
-        means.append(
-            f"{statistics.mean(every):.2f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
-            if every
-            else ""
-        )
-    return [*lines, "| mean | " + " | ".join(means) + " |"]
-
-
-def spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":
