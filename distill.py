@@ -89,6 +89,11 @@ class DistillConfig(RunConfig):
         if self.pool is not None:
             self.pool.check()
 
+    def inputs(self) -> dict[str, list[str]]:
+        specs = [name for name in (self.student, *self.peers) if name.endswith(".json")]
+        weights = [self.teacher_weights] if self.teacher_weights else []
+        return super().inputs() | {"--teacher": self.teacher, "--teacher_weights": weights, "the spec": specs}
+
 
 def main() -> None:
     config = parse(DistillConfig, __doc__, LISTINGS)
@@ -111,11 +116,12 @@ def main() -> None:
     if config.compile:
         for network in (student, *peers, *teachers):
             compile_regions(network)
+    taught = describe_teachers(config, teachers)
     if peers:
         objective = Peers([student, *peers], config.method, 1.0 if config.kd_weight is None else config.kd_weight)
     else:
         objective = distillation(config, methods, student, teachers, data)
-    loop = run.loop(objective, data)
+    loop = run.loop(objective, data, {f"the teacher {each['path']}": each["sha256"] for each in taught})
     parameters = count_parameters(student)
     what = f"student {config.student} ({parameters:,} parameters), {describe_source(config, teachers, others)},"
     loss = f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in objective.term_weights.items())}"
@@ -127,7 +133,7 @@ def main() -> None:
     if run.is_main:
         info = save_pretrained(objective.trained_model(), info, run.folder.path)
     described = {"method": config.method, "model": config.student, "parameters": parameters, "sha256": info.sha256}
-    described |= {"loss": objective.term_weights, "teachers": describe_teachers(config, teachers)}
+    described |= {"loss": objective.term_weights, "teachers": taught}
     following = run.folder.path / "model.json" if spec else config.student
     run.finish(loop, described, [], next_command(config, following, data.image_size))
 

@@ -81,6 +81,10 @@ class TeacherConfig(GTNOptions, RunConfig):
         if self.pool_students and self.method != "gtn":
             raise UserError(f"--pool_students {' '.join(self.pool_students)}: are for --method gtn")
 
+    def inputs(self) -> dict[str, list[str]]:
+        specs = [name for name in (self.student, *self.pool_students) if name and name.endswith(".json")]
+        return super().inputs() | {"--vanilla_run": [self.vanilla_run] if self.vanilla_run else [], "the spec": specs}
+
 
 def main() -> None:
     config = parse(TeacherConfig, __doc__, LISTINGS)

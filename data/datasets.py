@@ -1,5 +1,6 @@
 """Image sets: which images there are, how they are parted, and whether they are held in memory."""
 
+import hashlib
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -148,6 +149,16 @@ class ImageSet:
     augment: str = "crop"
     described: str = ""
     val: AnySplit | None = None
+
+    def fingerprint(self) -> str:
+        """Sizes and labels in words: two sets that differ in these are not the same set."""
+        parts = []
+        for name, split in (("training", self.train), ("test", self.test)):
+            digest = ""
+            if not isinstance(split, StreamSplit):
+                digest = f" (labels {hashlib.sha256(split.labels.numpy().tobytes()).hexdigest()[:12]})"
+            parts.append(f"{len(split):,} {name} images{digest}")
+        return f"{', '.join(parts)} of {self.image_size}x{self.image_size}, {self.num_classes} classes"
 
 
 def load_images(

@@ -46,6 +46,7 @@ def save_checkpoint(
     others: Mapping[str, object],
     progress: Progress,
     config: Mapping,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> None:
     """Write everything a run needs to go on, atomically.
 
@@ -64,6 +65,7 @@ def save_checkpoint(
     state = {
         "progress": asdict(progress),
         "config": dict(config),
+        "fingerprints": dict(fingerprints or {}),
         "param_groups": groups,
         "others": {name: other.state_dict() for name, other in others.items()},
     }
@@ -79,11 +81,13 @@ def load_checkpoint(
     others: Mapping[str, object],
     config: Mapping,
     free: set[str],
+    fingerprints: Mapping[str, str] | None = None,
 ) -> Progress:
     """Restore what `save_checkpoint` wrote, in place, and return where the run was.
 
     Args:
         config: that of the run to be resumed; it must equal the checkpoint's but for the keys in `free`.
+        fingerprints: of what the run is made from, by name; they must be the checkpoint's.
 
     Raises:
         UserError: no such file, a damaged file or one of another kind, or a configuration that differs (the
@@ -105,6 +109,9 @@ def load_checkpoint(
         reason = str(error).splitlines()[0]
         raise UserError(f"--resume_from_checkpoint: '{path}' is no checkpoint of ours ({reason})") from None
     _check_config(state["config"], config, free)
+    for name, now in (fingerprints or {}).items():
+        if (before := state["fingerprints"].get(name)) != now:
+            raise UserError(f"--resume_from_checkpoint: {name} has changed: it is {now}, and was {before}")
     _restore(objective, _under(tensors, "objective"))
     for name, optimizer in optimizers.items():
         values: dict[int, dict[str, Tensor]] = {}

@@ -126,6 +126,11 @@ class RunConfig(DataOptions):
     def peak_lr(self) -> float:
         return self.lr if self.lr_batch_size is None else self.lr * self.batch_size / self.lr_batch_size
 
+    def inputs(self) -> dict[str, list[str]]:
+        """Folders and files that the run reads, by the option that names them."""
+        given = {"--weights": self.weights, "--data_dir": self.data_dir}
+        return {option: [place] for option, place in given.items() if place}
+
     def as_dict(self) -> dict:
         return asdict(self)
 

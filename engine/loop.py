@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class Loop:
 
     `after_epoch` is called in the main process with the number of every epoch that is done, from 1, and its row.
 
+    `fingerprints` say what the run was made from (data, teachers): a checkpoint of others is refused.
+
     After `run` the objective is trained and in eval mode, and `progress` tells what happened.
     """
 
@@ -46,9 +48,10 @@ class Loop:
         folder: RunFolder,
         console: Console,
         after_epoch: Callable[[int, dict], None] = lambda epoch, row: None,
+        fingerprints: Mapping[str, str] | None = None,
     ):
         self.config, self.accelerator, self.folder, self.console = config, accelerator, folder, console
-        self.after_epoch = after_epoch
+        self.after_epoch, self.fingerprints = after_epoch, dict(fingerprints or {})
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.warmup = objective.warmup_epochs  # epochs before the first of config.epochs
         self.objective: Objective = objective.to(accelerator.device, memory_format=torch.channels_last)
@@ -108,7 +111,7 @@ class Loop:
         if self.accelerator.is_main_process:  # whatever may be wrong with the command has been found by now
             self.folder.lock()
             self.folder.begin(self.config.as_dict())
-            self.folder.write_history(self.progress.history)
+            self._follow_up()
         if self.config.with_tracking:
             self.accelerator.init_trackers("tensorboard")
         keep_freed_memory(self.accelerator.device)
@@ -130,7 +133,7 @@ class Loop:
             self.console.print(f"no checkpoint in {self.folder.path} yet: starting from the beginning")
             return
         self.progress = load_checkpoint(
-            path, self.objective, self.optimizers, self.scalers, self.config.as_dict(), NOT_COMPUTED
+            path, self.objective, self.optimizers, self.scalers, self.config.as_dict(), NOT_COMPUTED, self.fingerprints
         )
         if not self.accelerator.is_main_process:
             self.progress.partial = {}  # sums over all processes: counted once
@@ -156,11 +159,11 @@ class Loop:
         self.objective.train()
         with self.console.bar(len(self.train), progress.batch, self._name(progress.epoch)) as bar:
             for batch in self.train.epoch(progress.epoch, progress.batch):
-                while (phase := self.objective.phase(progress.iteration)) and phase.additional:
-                    number = progress.iteration - progress.epoch * len(self.train) - progress.batch
-                    own = self.own_images.get(phase.name)
-                    self._step(own.one(number) if own else batch, totals)
-                self._step(batch, totals)
+                try:
+                    self._steps(batch, totals)
+                except FloatingPointError:  # what became nan first is among the losses
+                    self._read(totals)
+                    raise
                 progress.batch += 1
                 bar.update()
                 if progress.batch % READ_EVERY == 0:
@@ -174,6 +177,15 @@ class Loop:
         self._finish_epoch(lr, totals)
         if stop:
             self._stop(stop, None)
+
+    def _steps(self, batch: Batch, totals: "_Totals") -> None:
+        """A batch's step, and before it those of phases that come on top."""
+        progress = self.progress
+        while (phase := self.objective.phase(progress.iteration)) and phase.additional:
+            number = progress.iteration - progress.epoch * len(self.train) - progress.batch
+            own = self.own_images.get(phase.name)
+            self._step(own.one(number) if own else batch, totals)
+        self._step(batch, totals)
 
     def _step(self, batch: Batch, totals: "_Totals") -> None:
         iteration, objective = self.progress.iteration, self.objective
@@ -277,15 +289,21 @@ class Loop:
             or progress.epoch == self.warmup + config.last_epoch
         ):
             self._save()
-        if self.accelerator.is_main_process:
-            if better:
-                copy_checkpoint(self.folder.last, self.folder.best)
-            self.folder.write_history(progress.history)
         self.console.row(row, self._name(progress.epoch - 1).removeprefix("epoch "))
         self._track(row)
-        if self.accelerator.is_main_process and progress.epoch > self.warmup:
-            self.after_epoch(progress.epoch - self.warmup, row)
+        if self.accelerator.is_main_process:
+            self._follow_up()
         self._warn()
+
+    def _follow_up(self) -> None:
+        """What follows an epoch's checkpoint; done again on resume, as the run may have been killed in between."""
+        progress, done = self.progress, self.progress.epoch - self.warmup
+        self.folder.write_history(progress.history)
+        if progress.batch or done < 1:
+            return
+        if progress.best["epoch"] == done and self.folder.last.is_file():
+            copy_checkpoint(self.folder.last, self.folder.best)
+        self.after_epoch(done, progress.history[-1])
 
     def _warn(self) -> None:
         """Say each sign of failure once, when it has been there for three epochs."""
@@ -370,8 +388,8 @@ class Loop:
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            config = self.config.as_dict()
-            save_checkpoint(self.folder.last, self.objective, self.optimizers, self.scalers, self.progress, config)
+            state = (self.objective, self.optimizers, self.scalers, self.progress)
+            save_checkpoint(self.folder.last, *state, self.config.as_dict(), self.fingerprints)
         self.accelerator.wait_for_everyone()
 
 

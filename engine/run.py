@@ -1,6 +1,6 @@
 """The beginning and the end of every script: folder, accelerator, console, kernels, data; summary and plots."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import kernels
 from common import UserError
@@ -27,7 +27,7 @@ class Run:
     def __init__(self, config: RunConfig, *names: str):
         config.output_dir = config.output_dir or default_folder(*names, config.dataset)
         self.config = config
-        self.folder = RunFolder(config.output_dir, config.overwrite, config.resume_from_checkpoint is not None)
+        self.folder = RunFolder(config.output_dir, config.overwrite, config.resume_from_checkpoint, config.inputs())
         trackers = config.report_to if config.with_tracking else None
         self.accelerator = start_accelerator(config.mixed_precision, trackers, config.output_dir)
         self.is_main = self.accelerator.is_main_process
@@ -59,9 +59,11 @@ class Run:
             if line:
                 self.console.print(line)
 
-    def loop(self, objective: Objective, data: ImageSet, **hooks: Callable[[int, dict], None]) -> Loop:
-        """The loop that trains `objective`; `hooks` as Loop takes them."""
-        return Loop(objective, data, self.config, self.accelerator, self.folder, self.console, **hooks)
+    def loop(self, objective: Objective, data: ImageSet, teachers: Mapping[str, str] | None = None, **hooks) -> Loop:
+        """The loop that trains `objective`; `teachers`: their weights' sha256 by name; `hooks` as Loop takes them."""
+        seen = {"the data set": data.fingerprint(), **(teachers or {})}
+        parts = (self.config, self.accelerator, self.folder, self.console)
+        return Loop(objective, data, *parts, fingerprints=seen, **hooks)
 
     def finish(self, loop: Loop, described: dict, warnings: list[str], next_command: str) -> None:
         """Write summary.json and plots/, and tell the user what came out. Only the main process does.

@@ -1,11 +1,13 @@
 """The run folder: its files, its lock, and what a summary says of the machine."""
 
+import errno
 import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +17,10 @@ import yaml
 
 from common import UserError, write_atomically
 
-OURS = ("config.yaml", "model.safetensors", "model.json", "metrics.jsonl", "summary.json", "supernet.safetensors")
-OUR_FOLDERS = ("plots", "checkpoints", "tensorboard", "anchors")
+OURS = ("summary.json", "model.safetensors", "model.json", "metrics.jsonl", "supernet.safetensors", "config.yaml")
+OUR_FOLDERS = ("plots", "checkpoints", "tensorboard", "anchors", "students")
 LOCK = ".lock"
+RUN_KEYS = {"method", "dataset", "seed", "epochs", "output_dir", "checkpointing_epochs"}  # of any run's config.yaml
 PACKAGES = ("torch", "torchvision", "triton", "accelerate", "safetensors")
 
 
@@ -27,53 +30,84 @@ class RunFolder:
     Args:
         path: where; created when training starts.
         overwrite: an earlier run's files there may be replaced.
-        resume: a run there is to be continued.
+        resume: the checkpoint that a run there is to be continued from: a file, or "latest" for its own last one.
+        inputs: folders and files that the run reads, by the option that names them.
 
     Raises:
-        UserError: the folder holds a run (and neither is set), another program's files, or is in use.
+        UserError: the folder holds a run that may not be replaced, another program's files, or what the run reads.
     """
 
-    def __init__(self, path: str | Path, overwrite: bool = False, resume: bool = False):
+    def __init__(
+        self,
+        path: str | Path,
+        overwrite: bool = False,
+        resume: str | None = None,
+        inputs: Mapping[str, Sequence[str | Path]] | None = None,
+    ):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.last, self.best = self.checkpoints / "last.safetensors", self.checkpoints / "best.safetensors"
         self.overwrite, self.resume = overwrite, resume
+        self._check_inputs(inputs or {})
         self._check()
+
+    def _check_inputs(self, inputs: Mapping[str, Sequence[str | Path]]) -> None:
+        own = self.path.resolve()
+        for option, places in inputs.items():
+            for place in places:
+                if own in (found := Path(place).resolve(), *found.parents) and Path(place).exists():
+                    raise UserError(f"--output_dir {self.path}: holds {option} {place}, which the run reads")
 
     def _check(self) -> None:
         path = self.path
         if path.exists() and not path.is_dir():
             raise UserError(f"--output_dir {path}: is a file")
-        if not path.is_dir() or set(os.listdir(path)) <= {LOCK}:
+        if not path.is_dir() or all(name == LOCK or _is_temporary(name) for name in os.listdir(path)):
             return
-        if not (path / "config.yaml").is_file():
+        if not _is_run(path):
             raise UserError(f"--output_dir {path}: holds files that are no run's; choose another folder")
-        if (path / "summary.json").is_file() and not self.overwrite:
+        if self.overwrite:
+            return
+        if (path / "summary.json").is_file():
             raise UserError(f"--output_dir {path}: holds a finished run; --overwrite replaces it")
-        if not self.overwrite and not self.resume:
+        if self.resume is None:
             raise UserError(
                 f"--output_dir {path}: holds an unfinished run; --resume_from_checkpoint latest continues it, "
                 "--overwrite replaces it"
             )
+        if self.resume != "latest" and Path(self.resume).resolve().parent != self.checkpoints.resolve():
+            raise UserError(
+                f"--output_dir {path}: holds another run than --resume_from_checkpoint {self.resume} is of; choose "
+                "another folder, or --overwrite replaces it"
+            )
 
     def lock(self) -> None:
-        """Claim the folder until the process ends. Raises UserError when another process has it."""
+        """Claim the folder until the process ends.
+
+        Raises:
+            UserError: another process has it, or has left a run in it since it was first looked at.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / LOCK, "a")  # noqa: SIM115 - held until the process ends
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"--output_dir {self.path}: another run is writing to it now") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                raise
+        self._check()
 
     def begin(self, config: dict) -> None:
         """Remove what an earlier run left, if it may be replaced, and write config.yaml."""
-        if not self.resume:
-            for name in OURS:
-                (self.path / name).unlink(missing_ok=True)
+        if self.resume is None:
             for name in OUR_FOLDERS:
                 shutil.rmtree(self.path / name, ignore_errors=True)
-        for leftover in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):  # of a killed process
-            leftover.unlink(missing_ok=True)
+            for name in OURS:  # config.yaml, by which a folder is known as a run's, last
+                (self.path / name).unlink(missing_ok=True)
+        for folder in (self.path, self.checkpoints):  # of a killed process
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def write_history(self, history: list[dict]) -> None:
@@ -81,6 +115,20 @@ class RunFolder:
 
     def write_summary(self, summary: dict) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+def _is_temporary(name: str) -> bool:
+    """Whether `write_atomically` would write under this name: a killed process leaves such files."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder's config.yaml is a run's: nobody else's has all of these keys."""
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(config, dict) and config.keys() >= RUN_KEYS
 
 
 def default_folder(method: str, model: str, dataset: str) -> str:

@@ -39,7 +39,13 @@ class Gates(nn.Module):
         self._step: _GateStep | None = None  # what the gate step under way has drawn
 
     def probabilities(self) -> Tensor:
-        """p [L, K], 0 for what a layer does not offer."""
+        """p [L, K], 0 for what a layer does not offer.
+
+        Raises:
+            FloatingPointError: gate parameters that are no longer finite.
+        """
+        if not self.phi.isfinite().all():
+            raise FloatingPointError("the gates' parameters are no longer finite")
         return self.phi.detach().masked_fill(~self.offered, -math.inf).softmax(-1)
 
     def normalised_entropy(self) -> list[float]:
