@@ -154,7 +154,7 @@ def distillation(
     config: DistillConfig, methods: list[type[Method]], student: Network, teachers: list[Network], data: ImageSet
 ) -> Distillation:
     """The objective of a run between a student and its teachers."""
-    anchors = read_anchors(config.teacher) if any(method.anchors for method in methods) else []
+    anchors = read_anchors(config.teacher, teachers[0]) if any(method.anchors for method in methods) else []
     config.lr_restarts = config.lr_restarts or len(anchors) or None
     images = None if isinstance(data.train, StreamSplit) else len(data.train)
     names = (config.student, teachers[0].info.name if teachers else "")
@@ -231,12 +231,16 @@ def load_teachers(config: DistillConfig, needed: bool) -> list[Network | str]:
     return teachers
 
 
-def read_anchors(sources: list[str]) -> list[dict[str, torch.Tensor]]:
+def read_anchors(sources: list[str], teacher: Network) -> list[dict[str, torch.Tensor]]:
     """The weights of a teacher on its way, from its run folder, in the order of its epochs."""
-    folders = sorted((Path(sources[0]) / "anchors").glob("*")) if len(sources) == 1 else []
+    folders = sorted((Path(sources[0]) / "anchors").glob("*/model.json")) if len(sources) == 1 else []
     if not folders:
         raise UserError(f"--teacher {' '.join(sources)}: --method rco needs one teacher trained with --anchors K")
-    return [load_pretrained(folder).state_dict() for folder in folders]
+    states = [load_pretrained(place.parent).state_dict() for place in folders]
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (teacher.state_dict(), *states)]
+    if any(each != shapes[0] for each in shapes):
+        raise UserError(f"--teacher {sources[0]}: its anchors are of another network than its model")
+    return states
 
 
 def build_teacher(name: str, data: ImageSet, config: DistillConfig) -> Network:

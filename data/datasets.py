@@ -33,6 +33,7 @@ MIN_IMAGES_TO_SAY = 5000  # decoding fewer than these shows no bar
 SHARE_OF_MEMORY = 0.5  # of what is free: a set below it is held in memory
 STATISTICS_FROM = 1024  # images that the normalisation of a set that is not in memory is measured on
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # torchvision's weights expect these
+MAX_CLASSES = 1_000_000  # a classifier of more would not fit beside the images
 CHUNK = 1 << 20  # bytes of images whose statistics are counted at once
 
 
@@ -302,8 +303,11 @@ def _decode(source: Source, image_size: int | None, progress: bool) -> Split:
 
 
 def _label(row: Row) -> int:
-    if isinstance(row.label, bool) or not isinstance(row.label, int) or row.label < 0:
-        raise UserError(f"--dataset: {row.where} has the label {row.label!r}; labels are whole numbers from 0")
+    if isinstance(row.label, bool) or not isinstance(row.label, int) or not 0 <= row.label < MAX_CLASSES:
+        shown = str(row.label) if not isinstance(row.label, int) or abs(row.label) < 10**20 else "of many digits"
+        raise UserError(
+            f"--dataset: {row.where} has the label {shown}; labels are whole numbers from 0 to {MAX_CLASSES - 1}"
+        )
     return row.label
 
 
@@ -312,7 +316,7 @@ def _stored(source: Source) -> StoredSplit:
         source = source.indexed()
     labels = source.labels()
     for index, label in enumerate(labels):
-        if type(label) is not int or label < 0:
+        if type(label) is not int or not 0 <= label < MAX_CLASSES:
             _label(source.row(index))
     return StoredSplit(source, torch.tensor(labels), torch.arange(len(labels)))
 

@@ -29,11 +29,14 @@ def read_rgb(open_image: Callable[[], Image.Image], where: str, side: int | None
 
 
 def from_cell(cell: object) -> Image.Image:
-    """Open a cell of an image column: the encoded bytes, or a struct of `bytes` and `path`."""
+    """Open a cell of an image column: the encoded bytes, or a struct of `bytes` and `path`.
+
+    A path alone is not followed: a data set that was fetched could name any file of this machine.
+    """
     data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-    if data is None and path is None:
-        raise ValueError("the cell holds no image")
-    return Image.open(path if data is None else io.BytesIO(data))
+    if data is None:
+        raise ValueError("the cell holds no image" if path is None else f"the cell holds a path ({path}), not an image")
+    return Image.open(io.BytesIO(data))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

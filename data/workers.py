@@ -5,6 +5,7 @@ whatever the number of workers. What a plan cannot hold, the size and shape of a
 a seed of the image and the epoch.
 """
 
+import ctypes
 import signal
 from collections.abc import Iterable, Iterator
 
@@ -121,7 +122,15 @@ def _read(images: _Images, jobs: Iterable[Plan], loader: Loader) -> Iterator[tup
         yield tuple(each.to(loader.device, non_blocking=pinned) for each in batch)
 
 
+def end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it ends, however that happens (Linux)."""
+    set_option = getattr(ctypes.CDLL(None), "prctl", None)
+    if set_option is not None:
+        set_option(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _begin(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal; the run's own process decides what becomes of its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     torch.set_num_threads(1)

@@ -38,6 +38,18 @@ class Progress:
     seconds: float = 0.0
     partial: dict = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Raise ValueError for values that no run writes."""
+        numbers = (self.epoch, self.batch, self.iteration)
+        if any(type(number) is not int or not 0 <= number < 2**53 for number in numbers):
+            raise ValueError(f"its place is epoch {self.epoch}, batch {self.batch}, iteration {self.iteration}")
+        if not isinstance(self.history, list) or any(not isinstance(row, dict) for row in self.history):
+            raise ValueError("its history is no list of rows")
+        if not isinstance(self.best, dict) or not {"top1", "epoch"} <= self.best.keys():
+            raise ValueError("it has no best epoch")
+        if type(self.seconds) not in (int, float) or not isinstance(self.partial, dict):
+            raise ValueError("its times are no numbers")
+
 
 def save_checkpoint(
     path: Path,
@@ -108,20 +120,25 @@ def load_checkpoint(
             raise
         reason = str(error).splitlines()[0]
         raise UserError(f"--resume_from_checkpoint: '{path}' is no checkpoint of ours ({reason})") from None
-    _check_config(state["config"], config, free)
-    for name, now in (fingerprints or {}).items():
-        if (before := state["fingerprints"].get(name)) != now:
-            raise UserError(f"--resume_from_checkpoint: {name} has changed: it is {now}, and was {before}")
-    _restore(objective, _under(tensors, "objective"))
-    for name, optimizer in optimizers.items():
-        values: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in _under(tensors, f"optimizer/{name}").items():
-            index, _, what = key.partition("/")
-            values.setdefault(int(index), {})[what] = tensor
-        optimizer.load_state_dict({"state": values, "param_groups": state["param_groups"][name]})
-    for name, other in others.items():
-        other.load_state_dict(state["others"][name])
-    return Progress(**state["progress"])
+    try:
+        _check_config(state["config"], config, free)
+        _check_fingerprints(state["fingerprints"], fingerprints or {})
+        progress = Progress(**state["progress"])
+        progress.check()
+        _check_optimizers(optimizers, tensors, state["param_groups"])
+        if others.keys() != state["others"].keys():
+            raise UserError("--resume_from_checkpoint: the checkpoint was made with another --mixed_precision")
+        _restore(objective, _under(tensors, "objective"))
+        for name, optimizer in optimizers.items():
+            values = _optimizer_state(tensors, name)
+            optimizer.load_state_dict({"state": values, "param_groups": state["param_groups"][name]})
+        for name, other in others.items():
+            other.load_state_dict(state["others"][name])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--resume_from_checkpoint: '{path}' is no checkpoint of this run ({error})") from None
+    return progress
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -151,6 +168,33 @@ def _restore(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise UserError("--resume_from_checkpoint: the checkpoint's networks are not those of this run")
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
+
+
+def _optimizer_state(tensors: Mapping[str, Tensor], name: str) -> dict[int, dict[str, Tensor]]:
+    """An optimiser's state by the number of the parameter, as `save_checkpoint` stored it."""
+    values: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in _under(tensors, f"optimizer/{name}").items():
+        index, _, what = key.partition("/")
+        values.setdefault(int(index), {})[what] = tensor
+    return values
+
+
+def _check_optimizers(optimizers: Mapping[str, Optimizer], tensors: Mapping[str, Tensor], groups: Mapping) -> None:
+    """Raise ValueError unless the saved states fit the optimisers: nothing has been changed yet."""
+    if groups.keys() != optimizers.keys():
+        raise ValueError(f"it has the optimisers {', '.join(groups)}")
+    for name, optimizer in optimizers.items():
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for index, values in _optimizer_state(tensors, name).items():
+            shapes = {tuple(tensor.shape) for tensor in values.values()} - {()}
+            if not 0 <= index < len(parameters) or shapes - {tuple(parameters[index].shape)}:
+                raise ValueError(f"the state of the optimiser '{name}' does not fit parameter {index}")
+
+
+def _check_fingerprints(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    for name, value in now.items():
+        if saved.get(name) != value:
+            raise UserError(f"--resume_from_checkpoint: {name} has changed: now {value}, before {saved.get(name)}")
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -89,14 +89,14 @@ class RunConfig(DataOptions):
     def check(self) -> None:
         """Raise UserError for the first value outside its range."""
         limits = {
-            "image_size": (self.image_size is None or self.image_size >= 8, "at least 8"),
-            "crop_padding": (self.crop_padding is None or self.crop_padding >= 0, "at least 0"),
-            "cutout": (self.cutout >= 0, "at least 0"),
-            "data_workers": (self.data_workers is None or self.data_workers >= 0, "at least 0"),
+            "image_size": (self.image_size is None or 8 <= self.image_size <= 4096, "from 8 to 4096"),
+            "crop_padding": (self.crop_padding is None or 0 <= self.crop_padding <= 4096, "from 0 to 4096"),
+            "cutout": (0 <= self.cutout <= 4096, "from 0 to 4096"),
+            "data_workers": (self.data_workers is None or 0 <= self.data_workers <= 1024, "from 0 to 1024"),
             "train_fraction": (0 < self.train_fraction <= 1, "in (0, 1]"),
             "val_fraction": (0 <= self.val_fraction < 1, "in [0, 1)"),
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 2, "at least 2"),
+            "epochs": (1 <= self.epochs <= 10**6, "from 1 to a million"),
+            "batch_size": (2 <= self.batch_size <= 2**24, "from 2 to 2^24"),
             "gradient_accumulation_steps": (self.gradient_accumulation_steps >= 1, "at least 1"),
             "lr": (self.lr > 0, "above 0"),
             "lr_batch_size": (self.lr_batch_size is None or self.lr_batch_size >= 1, "at least 1"),

@@ -1,6 +1,7 @@
 """The processes of a run: one accelerator each, checked; and the way every script ends."""
 
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -39,11 +40,25 @@ def run_script(main: Callable[[], None]) -> None:
     except RunError as error:
         _leave(f"stopped: {error}", 1)
     except OSError as error:
-        _leave(f"stopped: {error}", 1)
+        _leave(f"stopped: {describe(error)}", 1)
     except Interrupted as interruption:
         _leave(str(interruption), 128 + interruption.signum)
     except KeyboardInterrupt:
         _leave("interrupted while not training; what was saved is whole", 130)
+
+
+def describe(error: OSError) -> str:
+    """What happened, to which file, and what can be done."""
+    advice = {
+        errno.ENOSPC: "make room and go on with --resume_from_checkpoint latest; the last checkpoint is whole",
+        errno.EDQUOT: "make room and go on with --resume_from_checkpoint latest; the last checkpoint is whole",
+        errno.EROFS: "the file system takes no writes; choose another --output_dir",
+        errno.EACCES: "choose a place that may be written to",
+        errno.EIO: "the device failed; the last checkpoint that was written is whole",
+    }
+    where = f" ({error.filename})" if error.filename else ""
+    following = f": {advice[error.errno]}" if error.errno in advice else ""
+    return f"{error.strerror or error}{where}{following}"
 
 
 def _leave(message: str, code: int) -> None:

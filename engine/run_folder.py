@@ -87,8 +87,15 @@ class RunFolder:
         Raises:
             UserError: another process has it, or has left a run in it since it was first looked at.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / LOCK, "a")  # noqa: SIM115 - held until the process ends
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path}: cannot be made ({error.strerror})") from None
+        try:
+            self._lock = open(self.path / LOCK, "a")  # noqa: SIM115 - held until the process ends
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path}: cannot be written to ({error.strerror})") from None
+        os.register_at_fork(after_in_child=self._lock.close)  # workers that outlive the run must not hold it
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

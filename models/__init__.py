@@ -40,10 +40,11 @@ IMAGENET: dict[str, Callable[[int], Network]] = {
     **{name: partial(ImageNetFeatures, name) for name in CUTS},
     "shufflenet_v2": partial(ShuffleNetV2, small=False),
 }
-WRN_NAME = re.compile(r"wrn(\d+)_(\d+)")
+WRN_NAME = re.compile(r"wrn(\d{1,9})_(\d{1,9})")
 WRNS = ["16_1", "16_2", "16_3", "16_4", "16_6", "16_8", "16_11", *(f"28_{width}" for width in range(1, 9))]
 WRNS += ["40_1", "40_2", "52_2", "64_2", "76_2", "88_2", "100_2", "154_2", "250_2"]
-DENSENET_NAME = re.compile(r"densenet(bc)?(\d+)_(\d+)")
+DENSENET_NAME = re.compile(r"densenet(bc)?(\d{1,9})_(\d{1,9})")
+MAX_DEPTH, MAX_WIDTH = 2000, 256
 DENSENETS = ["40_12", "40_24", "40_48", "100_12", "100_24", "bc40_12", "bc100_12"]
 
 
@@ -89,9 +90,11 @@ def create_model(
             raise UserError(
                 f"{argument} {name}: a WRN's depth is 6n + 4 (10, 16, 22, 28, 40, ...), its width 1 or more"
             )
+        check_size(argument, name, int(match[1]), int(match[2]))
         return WideResNet(int(match[1]), int(match[2]), num_classes)
     if match := DENSENET_NAME.fullmatch(name):
         bc, depth, growth = bool(match[1]), int(match[2]), int(match[3])
+        check_size(argument, name, depth, growth)
         step = 6 if bc else 3
         if depth < step + 4 or (depth - 4) % step or growth < 1:
             raise UserError(
@@ -105,6 +108,12 @@ def create_model(
         return PoolNet(spec, num_classes)
     check_name(argument, name, [*list_models(), "pool:SEED", "timm:NAME"])
     raise AssertionError(f"'{name}' is listed but cannot be built")
+
+
+def check_size(argument: str, name: str, depth: int, width: int) -> None:
+    """Raise UserError for a depth or width that is a slip of the keyboard: it would fill any memory."""
+    if depth > MAX_DEPTH or width > MAX_WIDTH:
+        raise UserError(f"{argument} {name[:60]}: depths go up to {MAX_DEPTH}, widths and growths up to {MAX_WIDTH}")
 
 
 def describe_models() -> Iterator[str]:
@@ -132,8 +141,10 @@ def find_spec(name: str, pool: Pool | None = None, argument: str = "model") -> d
     if name in NAS_STUDENTS:
         return NAS_STUDENTS[name]
     if name.startswith("pool:"):
-        if not name[5:].isdecimal():
-            raise UserError(f"{argument} {name}: write pool:SEED with a whole number, for example pool:7")
+        if not name[5:].isdecimal() or len(name) > 23:
+            raise UserError(
+                f"{argument} {name}: write pool:SEED with a whole number of at most 18 digits, for example pool:7"
+            )
         return (pool or Pool()).sample(int(name[5:]))
     return read_spec(Path(name), argument) if name.endswith(".json") else None
 

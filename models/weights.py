@@ -1,5 +1,7 @@
 """Initial weights: published ones, or those of a local file. Nothing that is read can execute code."""
 
+import argparse
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from common import UserError
 from models.network import Network
 from models.timm_models import TimmNetwork
 
+MAX_UNPACKED = 4  # times its own size: torch.save does not compress
 WRAPPERS = ("model", "state_dict")  # keys under which checkpoints keep the weights beside other things
 
 
@@ -83,15 +86,18 @@ def _published(model: Network, argument: str) -> tuple[dict[str, Tensor], str]:
 def _read(path: Path, where: str) -> dict[str, Tensor]:
     if path.is_dir():
         path = path / "model.safetensors"
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise UserError(f"{where}: must be a .safetensors, .pth or .pt file")
+    if not path.name.endswith((".safetensors", ".pth", ".pt", ".pth.tar")):
+        raise UserError(f"{where}: must be a .safetensors, .pth, .pt or .pth.tar file")
     if not path.is_file():
         raise UserError(f"{where}: there is no such file")
+    if (size := _unpacked_bytes(path)) > MAX_UNPACKED * path.stat().st_size + 2**20:
+        raise UserError(f"{where}: unpacks to {size / 1e9:.1f} GB, far more than a file of its size can mean")
     try:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their options
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file makes a reader raise can be anything
         # The reader's own words are left out: for files with code in them they advise to execute it.
         raise UserError(f"{where}: is damaged, or holds more than tensors ({type(error).__name__})") from None
@@ -100,7 +106,18 @@ def _read(path: Path, where: str) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{where}: holds no state dict")
+    for name, tensor in content.items():
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise UserError(f"{where}: '{name}' is no plain tensor ({tensor.layout}); save it dense")
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _unpacked_bytes(path: Path) -> int:
+    """What the zip archive that torch.save writes unpacks to; 0 for files of another kind."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    with zipfile.ZipFile(path) as archive:
+        return sum(entry.file_size for entry in archive.infolist())
 
 
 def _fit(model: Network, tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], str]:

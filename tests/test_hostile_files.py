@@ -1,0 +1,117 @@
+"""Files made by hand or by an enemy: one line that names them, nothing executed, nothing allocated for them."""
+
+import argparse
+import json
+import zipfile
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from common import UserError
+from data.decode import from_cell
+from engine.checkpoint import Progress, _digest, load_checkpoint, save_checkpoint
+from models import create_model, load_weights
+
+
+def checkpoint(path, change) -> tuple[nn.Module, dict]:
+    """A checkpoint with a right checksum whose tensors and state were changed by hand."""
+    torch.manual_seed(0)
+    network = nn.Linear(3, 2)
+    optimizers = {"weights": torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)}
+    network(torch.randn(4, 3)).sum().backward()
+    optimizers["weights"].step()
+    save_checkpoint(path, network, optimizers, {}, Progress(1, 0, 5), {"lr": 0.1}, {"the data set": "a"})
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        state = json.loads(file.metadata()["state"])
+    change(state, tensors)
+    document = json.dumps(state)
+    safetensors.torch.save_file(tensors, path, {"state": document, "sha256": _digest(tensors, document)})
+    return network, optimizers
+
+
+CRAFTED = {
+    "no progress": lambda state, tensors: state.pop("progress"),
+    "an unknown field": lambda state, tensors: state["progress"].update(colour=1),
+    "a negative epoch": lambda state, tensors: state["progress"].update(epoch=-1),
+    "an epoch in words": lambda state, tensors: state["progress"].update(epoch="two"),
+    "a batch past all integers": lambda state, tensors: state["progress"].update(batch=2**70),
+    "no history": lambda state, tensors: state["progress"].update(history=3),
+    "no best": lambda state, tensors: state["progress"].update(best=[]),
+    "no groups": lambda state, tensors: state.update(param_groups={}),
+    "groups of another optimiser": lambda state, tensors: state["param_groups"].update(gates=[]),
+    "a group less": lambda state, tensors: state["param_groups"].update(weights=[]),
+    "a state of another shape": lambda state, tensors: tensors.update(
+        {"optimizer/weights/0/momentum_buffer": torch.zeros(7)}
+    ),
+    "a state of no parameter": lambda state, tensors: tensors.update(
+        {"optimizer/weights/9/momentum_buffer": torch.zeros(2)}
+    ),
+    "a state without a number": lambda state, tensors: tensors.update({"optimizer/weights/x/y": torch.zeros(2)}),
+    "no config": lambda state, tensors: state.pop("config"),
+    "a config in words": lambda state, tensors: state.update(config="lr"),
+    "a scaler that is not there": lambda state, tensors: state.update(others={"scaler": {}}),
+    "no fingerprints": lambda state, tensors: state.pop("fingerprints"),
+    "another data set": lambda state, tensors: state["fingerprints"].update({"the data set": "b"}),
+    "a tensor less": lambda state, tensors: tensors.pop("objective/bias"),
+    "a tensor of another shape": lambda state, tensors: tensors.update({"objective/bias": torch.zeros(9)}),
+}
+
+
+@pytest.mark.parametrize("case", CRAFTED)
+def test_a_crafted_checkpoint_is_one_line_and_changes_nothing(tmp_path, case):
+    network, optimizers = checkpoint(tmp_path / "c.safetensors", CRAFTED[case])
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    with pytest.raises(UserError, match="--resume_from_checkpoint"):
+        load_checkpoint(tmp_path / "c.safetensors", network, optimizers, {}, {"lr": 0.1}, set(), {"the data set": "a"})
+    assert all(torch.equal(one, other) for one, other in zip(before, network.parameters(), strict=True))
+
+
+def test_an_unchanged_one_loads(tmp_path):
+    network, optimizers = checkpoint(tmp_path / "c.safetensors", lambda state, tensors: None)
+    arguments = (tmp_path / "c.safetensors", network, optimizers, {}, {"lr": 0.1}, set(), {"the data set": "a"})
+    assert load_checkpoint(*arguments).iteration == 5
+
+
+def test_weights_that_unpack_to_far_more_than_they_take_are_refused_unread(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(200_000_000))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("was read"))
+    with pytest.raises(UserError, match=r"unpacks to 0\.2 GB"):
+        load_weights(create_model("resnet8", 10), str(path))
+
+
+def test_sparse_weights_are_refused(tmp_path):
+    state = create_model("resnet8", 10).state_dict()
+    torch.save(state | {"fc.weight": state["fc.weight"].to_sparse()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"'fc\.weight' is no plain tensor"):
+        load_weights(create_model("resnet8", 10), str(tmp_path / "w.pth"))
+
+
+def test_timms_training_checkpoints_are_read(tmp_path):
+    """They hold the options of the run as an argparse.Namespace, which is harmless."""
+    torch.manual_seed(0)
+    state = create_model("resnet8", 10).state_dict()
+    torch.save(
+        {"epoch": 3, "arch": "x", "state_dict": state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "w.pth.tar"
+    )
+    model = create_model("resnet8", 10)
+    load_weights(model, str(tmp_path / "w.pth.tar"))
+    assert torch.equal(model.fc.weight, state["fc.weight"])
+
+
+def test_a_cell_with_a_path_opens_no_file(tmp_path):
+    (tmp_path / "secret.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match="holds a path"):
+        from_cell({"bytes": None, "path": str(tmp_path / "secret.png")})
+
+
+@pytest.mark.parametrize(
+    "name", ["wrn16_100000", "wrn100000_2", "densenet40_99999", "wrn16_" + "9" * 5000, "pool:" + "1" * 5000]
+)
+def test_networks_of_absurd_sizes_are_refused_before_anything_is_made(name):
+    with pytest.raises(UserError, match="--model"):
+        create_model(name, 10, argument="--model")
