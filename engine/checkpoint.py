@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 
 from common import UserError, write_atomically
 
+LOCAL = "local_buffers"
+
 
 @dataclass
 class Progress:
@@ -59,12 +61,16 @@ def save_checkpoint(
     progress: Progress,
     config: Mapping,
     fingerprints: Mapping[str, str] | None = None,
+    local_buffers: Tensor | None = None,
 ) -> None:
     """Write everything a run needs to go on, atomically.
 
-    `others` are things with a JSON-ready state_dict: schedulers, a gradient scaler.
+    `others` are things with a JSON-ready state_dict: schedulers, a gradient scaler. `local_buffers` [processes, n] are
+    what each process has of its own (BatchNorm statistics within an epoch).
     """
     tensors = {f"objective/{name}": tensor for name, tensor in state_tensors(objective).items()}
+    if local_buffers is not None:
+        tensors[LOCAL] = local_buffers
     groups = {}
     for name, optimizer in optimizers.items():
         state = optimizer.state_dict()
@@ -94,8 +100,8 @@ def load_checkpoint(
     config: Mapping,
     free: set[str],
     fingerprints: Mapping[str, str] | None = None,
-) -> Progress:
-    """Restore what `save_checkpoint` wrote, in place, and return where the run was.
+) -> tuple[Progress, Tensor | None]:
+    """Restore what `save_checkpoint` wrote, in place, and return where the run was, and its local buffers if any.
 
     Args:
         config: that of the run to be resumed; it must equal the checkpoint's but for the keys in `free`.
@@ -138,7 +144,7 @@ def load_checkpoint(
         if isinstance(error, UserError):
             raise
         raise UserError(f"--resume_from_checkpoint: '{path}' is no checkpoint of this run ({error})") from None
-    return progress
+    return progress, tensors.get(LOCAL)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:

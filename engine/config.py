@@ -51,6 +51,7 @@ class RunConfig(DataOptions):
         resume_from_checkpoint: a checkpoint file, or "latest" for the one in output_dir.
         checkpointing_epochs: epochs between checkpoints.
         mixed_precision: no, fp16 or bf16; default: what accelerate launch says.
+        process_timeout: seconds that a process waits for the others before it gives up; default: PyTorch's.
         compile: compile the networks' blocks with torch.compile, each once, when they first run.
         cuda_graph: record the steady step as a CUDA graph and replay it: one launch instead of hundreds. On one GPU,
             not for gtn, and for methods of your own only if they decide nothing on the host within an epoch.
@@ -80,6 +81,7 @@ class RunConfig(DataOptions):
     resume_from_checkpoint: str | None = None
     checkpointing_epochs: int = 1
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    process_timeout: float | None = None
     compile: bool = False
     cuda_graph: bool = False
     kernels: Literal["auto", "triton", "reference"] = "auto"
@@ -105,6 +107,7 @@ class RunConfig(DataOptions):
             "nesterov": (not self.nesterov or self.momentum > 0, "off when --momentum is 0"),
             "lr_gamma": (0 < self.lr_gamma <= 1, "in (0, 1]"),
             "checkpointing_epochs": (self.checkpointing_epochs >= 1, "at least 1"),
+            "process_timeout": (self.process_timeout is None or self.process_timeout > 0, "above 0 seconds"),
             "seed": (0 <= self.seed < 2**63, "at least 0 and below 2^63"),
         }
         for name, (fine, wanted) in limits.items():
@@ -141,7 +144,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter)
 
 # Where and whether a run is written, not what is computed: free to differ when a run is resumed.
 NOT_COMPUTED = {"output_dir", "overwrite", "resume_from_checkpoint", "with_tracking", "report_to"}
-NOT_COMPUTED |= {"checkpointing_epochs", "config"}
+NOT_COMPUTED |= {"checkpointing_epochs", "config", "process_timeout"}
 
 
 def parse(config_class: type[Config], usage: str, listings: dict[str, Listing], argv=None) -> Config:

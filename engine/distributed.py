@@ -3,16 +3,21 @@
 import ctypes
 import errno
 import os
+import platform
 import signal
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from common import UserError
+from common import UserError, derive_seed
 
 
 class RunError(RuntimeError):
@@ -41,10 +46,59 @@ def run_script(main: Callable[[], None]) -> None:
         _leave(f"stopped: {error}", 1)
     except OSError as error:
         _leave(f"stopped: {describe(error)}", 1)
+    except RuntimeError:  # a collective operation fails where a process has gone
+        if not (gone := lost_processes()):
+            raise
+        _leave(f"stopped: {gone}", 1)
     except Interrupted as interruption:
         _leave(str(interruption), 128 + interruption.signum)
     except KeyboardInterrupt:
         _leave("interrupted while not training; what was saved is whole", 130)
+
+
+@dataclass(frozen=True)
+class Process:
+    """One of a run's processes."""
+
+    rank: int
+    machine: int
+    pid: int
+
+    def is_alive(self) -> bool:
+        """Whether it runs, as far as this machine can tell."""
+        if self.machine != _machine():
+            return True
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return False
+        return state not in "ZX"
+
+
+def _machine() -> int:
+    return derive_seed(platform.node())
+
+
+_processes: list[Process] = []  # of the run, known to each
+
+
+def lost_processes() -> str | None:
+    """Which of the run's processes are gone, in words; None if all are there.
+
+    A process that ends takes its connections down before it is gone from the system: it gets a moment.
+    """
+    for _ in range(20):
+        gone = [each for each in _processes if not each.is_alive()]
+        if gone or not _processes:
+            break
+        time.sleep(0.1)
+    if not gone:
+        return None
+    names = ", ".join(f"{each.rank} (pid {each.pid})" for each in gone)
+    return (
+        f"process {names} of {len(_processes)} has ended; the last checkpoint is whole. Start the same command again "
+        "with --resume_from_checkpoint latest"
+    )
 
 
 def describe(error: OSError) -> str:
@@ -76,8 +130,12 @@ def _give_group_back() -> None:
         dist.destroy_process_group()
 
 
-def start_accelerator(mixed_precision: str | None, report_to: str | None, logging_dir: str):
+def start_accelerator(
+    mixed_precision: str | None, report_to: str | None, logging_dir: str, timeout: float | None = None
+) -> Accelerator:
     """The run's Accelerator, after checking that the processes know of each other and have a device each.
+
+    `timeout` is how many seconds a process waits for the others in a collective operation; None: PyTorch's default.
 
     Raises:
         UserError: more processes than GPUs, several processes each of which believes to be alone, an unknown
@@ -99,7 +157,7 @@ def start_accelerator(mixed_precision: str | None, report_to: str | None, loggin
             mixed_precision=mixed_precision,
             log_with=report_to.split(",") if report_to else None,
             project_dir=logging_dir if report_to else None,
-            kwargs_handlers=[ddp],
+            kwargs_handlers=[ddp, *([InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))] if timeout else [])],
         )
     except ValueError as error:
         raise UserError(str(error).splitlines()[0]) from None
@@ -111,6 +169,9 @@ def start_accelerator(mixed_precision: str | None, report_to: str | None, loggin
             "On CPUs launch with: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes "
             f"{world} SCRIPT ..."
         )
+    if world > 1:
+        own = torch.tensor([[accelerator.process_index, _machine(), os.getpid()]], device=accelerator.device)
+        _processes[:] = [Process(*row) for row in accelerator.gather(own).tolist()]
     return accelerator
 
 

@@ -132,9 +132,10 @@ class Loop:
         if wanted == "latest" and not path.is_file():
             self.console.print(f"no checkpoint in {self.folder.path} yet: starting from the beginning")
             return
-        self.progress = load_checkpoint(
+        self.progress, local_buffers = load_checkpoint(
             path, self.objective, self.optimizers, self.scalers, self.config.as_dict(), NOT_COMPUTED, self.fingerprints
         )
+        self._take_own_buffers(local_buffers)
         if not self.accelerator.is_main_process:
             self.progress.partial = {}  # sums over all processes: counted once
         where = f"{self._name(self.progress.epoch)}, batch {self.progress.batch + 1}"
@@ -255,10 +256,12 @@ class Loop:
         return int(self.accelerator.gather(flag).max())
 
     def _stop(self, signum: int, totals: "_Totals | None") -> None:
+        local = None
         if totals is not None:
-            self._check_in_step()  # also averages BatchNorm statistics: the checkpoint is every process's
+            self._check_in_step(average=False)
             self.progress.partial = self._gather(totals).as_dict()
-        self._save()
+            local = self._everyones_buffers()
+        self._save(local)
         raise Interrupted(
             signum,
             f"interrupted; saved. Continue with the same command and --output_dir {self.folder.path} "
@@ -358,18 +361,42 @@ class Loop:
             )
 
     @torch.no_grad()
-    def _check_in_step(self) -> None:
+    def _check_in_step(self, average: bool = True) -> None:
         """Average BatchNorm statistics over processes, and make sure that the weights are the same in all."""
         if self.world == 1:
             return
-        for buffer in self.objective.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(self._average(buffer))
-        device = self.accelerator.device
-        sums = torch.stack([tensor.double().sum().to(device) for tensor in self._floating_state()])
+        buffers = self._floating_buffers()
+        for buffer in buffers if average else ():
+            buffer.copy_(self._average(buffer))
+        device, own = self.accelerator.device, {id(buffer) for buffer in buffers}
+        shared = [tensor for tensor in self._floating_state() if average or id(tensor) not in own]
+        sums = torch.stack([tensor.double().sum().to(device) for tensor in shared])
         everyone = self.accelerator.gather(sums[None])
         if not torch.equal(everyone, everyone[:1].expand_as(everyone)):
             raise RunError(f"the processes no longer hold the same weights ({self._name(self.progress.epoch)})")
+
+    def _floating_buffers(self) -> list[Tensor]:
+        """BatchNorm statistics, which are each process's own within an epoch."""
+        return [buffer for buffer in self.objective.buffers() if buffer.is_floating_point()]
+
+    @torch.no_grad()
+    def _everyones_buffers(self) -> Tensor | None:
+        """[processes, numbers]: what a run that was stopped within an epoch has to give back to each process."""
+        buffers = self._floating_buffers()
+        if self.world == 1 or not buffers:
+            return None
+        flat = torch.cat([buffer.double().flatten() for buffer in buffers])
+        return self.accelerator.gather(flat[None])
+
+    @torch.no_grad()
+    def _take_own_buffers(self, everyones: Tensor | None) -> None:
+        """From a checkpoint of as many processes; others go on from the main process's."""
+        if everyones is None or len(everyones) != self.world:
+            return
+        buffers = self._floating_buffers()
+        parts = everyones[self.rank].split([buffer.numel() for buffer in buffers])
+        for buffer, part in zip(buffers, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
 
     def _floating_state(self) -> list[Tensor]:
         """Weights and statistics; a method may keep some of its state on the host."""
@@ -386,10 +413,10 @@ class Loop:
         sums = {name: [rest[2 * i], rest[2 * i + 1]] for i, name in enumerate(names)}
         return _Totals({"sums": sums, "images": int(images), "seconds": totals.seconds})
 
-    def _save(self) -> None:
+    def _save(self, local_buffers: Tensor | None = None) -> None:
         if self.accelerator.is_main_process:
             state = (self.objective, self.optimizers, self.scalers, self.progress)
-            save_checkpoint(self.folder.last, *state, self.config.as_dict(), self.fingerprints)
+            save_checkpoint(self.folder.last, *state, self.config.as_dict(), self.fingerprints, local_buffers)
         self.accelerator.wait_for_everyone()
 
 

@@ -29,7 +29,9 @@ class Run:
         self.config = config
         self.folder = RunFolder(config.output_dir, config.overwrite, config.resume_from_checkpoint, config.inputs())
         trackers = config.report_to if config.with_tracking else None
-        self.accelerator = start_accelerator(config.mixed_precision, trackers, config.output_dir)
+        self.accelerator = start_accelerator(
+            config.mixed_precision, trackers, config.output_dir, config.process_timeout
+        )
         self.is_main = self.accelerator.is_main_process
         self.console = Console(self.is_main)
         try:

@@ -72,7 +72,7 @@ def test_a_crafted_checkpoint_is_one_line_and_changes_nothing(tmp_path, case):
 def test_an_unchanged_one_loads(tmp_path):
     network, optimizers = checkpoint(tmp_path / "c.safetensors", lambda state, tensors: None)
     arguments = (tmp_path / "c.safetensors", network, optimizers, {}, {"lr": 0.1}, set(), {"the data set": "a"})
-    assert load_checkpoint(*arguments).iteration == 5
+    assert load_checkpoint(*arguments)[0].iteration == 5
 
 
 def test_weights_that_unpack_to_far_more_than_they_take_are_refused_unread(tmp_path, monkeypatch):

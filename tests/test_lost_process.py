@@ -1,0 +1,67 @@
+"""Two processes of which one is killed or stopped: one line that says which is gone, and nothing lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from tests.runs import ROOT, TINY_GTN, free_port, read_json
+
+RUN = [*TINY_GTN, "--epochs", "2", "--image_size", "8", "--batch_size", "64", "--gate_every", "4"]
+
+
+def two(folder, *arguments, end: tuple | None = None) -> list[subprocess.CompletedProcess]:
+    """Both ranks of train_teacher.py, started as a launcher does; `end`: (iteration, ranks, signal)."""
+    words = ["train_teacher.py", *RUN, "--output_dir", str(folder), *arguments]
+    code = (
+        "import os, runpy, signal, sys\n"
+        "from engine.loop import Loop\n"
+        "step = Loop._step\n"
+        f"end = {end!r}\n"
+        "def ending(loop, batch, totals):\n"
+        "    if end and loop.progress.iteration == end[0] and loop.rank in end[1]:\n"
+        "        os.kill(os.getpid(), end[2])\n"
+        "    step(loop, batch, totals)\n"
+        "Loop._step = ending\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *words],
+            cwd=ROOT,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    ended = [rank.communicate(timeout=240) for rank in ranks]
+    return [
+        subprocess.CompletedProcess(rank.args, rank.returncode, *output)
+        for rank, output in zip(ranks, ended, strict=True)
+    ]
+
+
+def test_a_killed_process_is_named_by_the_other_and_the_run_goes_on(tmp_path):
+    whole = two(tmp_path / "whole")
+    assert [each.returncode for each in whole] == [0, 0], whole[0].stderr
+    start = time.monotonic()
+    survivor, killed = two(tmp_path / "r", end=(25, (1,), int(signal.SIGKILL)))
+    assert time.monotonic() - start < 200
+    assert killed.returncode == -signal.SIGKILL and survivor.returncode == 1
+    lines = [line for line in survivor.stderr.splitlines() if line.startswith("train_teacher.py:")]
+    assert len(lines) == 1 and "process 1 (pid" in lines[0] and "--resume_from_checkpoint latest" in lines[0]
+    assert "Traceback" not in survivor.stderr
+    resumed = two(tmp_path / "r", "--resume_from_checkpoint", "latest")
+    assert [each.returncode for each in resumed] == [0, 0], resumed[0].stderr
+    # Stopped within an epoch, each process gets its own BatchNorm statistics back.
+    stopped = two(tmp_path / "s", end=(27, (0,), int(signal.SIGTERM)))
+    assert [each.returncode for each in stopped] == [143, 143], stopped[0].stderr
+    two(tmp_path / "s", "--resume_from_checkpoint", "latest")
+    digests = [read_json(tmp_path / name / "model.json")["sha256"] for name in ("whole", "r", "s")]
+    assert digests[0] == digests[1] == digests[2]
