@@ -64,3 +64,59 @@ def test_one_seed_gives_no_verdict_and_no_pairs_an_error():
     assert student_interval([1.0]) is None
     with pytest.raises(ValueError, match="no runs in common"):
         paired_difference(one, {}, {})
+
+
+def test_calibration_of_a_hand_made_set():
+    """Two bins: 0.95 said of four, right three times; 0.55 said of two, right once."""
+    confidences = torch.tensor([0.95] * 4 + [0.55] * 2)
+    correct = torch.tensor([1, 1, 1, 0, 1, 0])
+    expected = 4 / 6 * abs(0.75 - 0.95) + 2 / 6 * abs(0.5 - 0.55)
+    assert metrics.calibration_error(confidences, correct) == pytest.approx(expected, abs=1e-7)
+    first, second = metrics.reliability(confidences, correct)
+    assert first["share"] == pytest.approx(1 / 3) and second["accuracy"] == pytest.approx(0.75)
+    # A bin holds its upper edge: 0.2 and 0.21 are in different ones of five.
+    assert len(metrics.reliability(torch.tensor([0.2, 0.21], dtype=torch.float64), torch.tensor([1, 0]), bins=5)) == 2
+    assert metrics.calibration_error(torch.ones(5), torch.ones(5)) == 0
+
+
+def test_the_bootstrap_interval_is_the_binomials():
+    from scipy.stats import binom
+
+    correct = torch.tensor([1.0] * 700 + [0.0] * 300)
+    low, high = metrics.bootstrap_interval(correct)
+    assert low == pytest.approx(binom.ppf(0.025, 1000, 0.7) / 10, abs=0.2)
+    assert high == pytest.approx(binom.ppf(0.975, 1000, 0.7) / 10, abs=0.2)
+
+
+def hsic_by_definition(k: torch.Tensor, other: torch.Tensor) -> float:
+    """The U-statistic that HSIC_1 is: over all ordered quadruples of different images (Song et al., 2012, eq. 4)."""
+    from itertools import permutations
+
+    n, total = len(k), 0.0
+    for i, j, q, r in permutations(range(n), 4):
+        total += float(k[i, j] * (other[i, j] + other[q, r] - 2 * other[i, q]))
+    return total / (n * (n - 1) * (n - 2) * (n - 3))
+
+
+def test_unbiased_hsic_equals_its_definition():
+    torch.manual_seed(0)
+    x, y = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64)
+    k, other = x @ x.T, y @ y.T
+    assert float(metrics.unbiased_hsic(k, other)) == pytest.approx(hsic_by_definition(k, other), rel=1e-9)
+
+
+def test_similarity_over_batches():
+    torch.manual_seed(0)
+    x = torch.randn(600, 8)
+    noise, half = torch.randn(600, 8), torch.cat([x[:, :4], torch.randn(600, 4)], 1)
+    found = metrics.Similarity()
+    for part in range(0, 600, 100):
+        rows = slice(part, part + 100)
+        found.update([x[rows], noise[rows]], [2 * x[rows] + 1, half[rows]])
+    (same, part), (apart, _) = found.matrix()
+    assert same == pytest.approx(1, abs=1e-9) and abs(apart) < 0.05
+    assert part == pytest.approx(0.5, abs=0.05)  # four of eight independent directions in common
+    other = metrics.Similarity()
+    other.update([x[:100], noise[:100]], [x[:100], half[:100]])
+    other.take(found.sums())
+    assert other.matrix() == found.matrix()
