@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-from benchmarks.steps import SETTINGS, Options, Setting, clock, gtn_step
+from benchmarks.steps import SETTINGS, Options, Setting, clock, objective_step
 from common import write_atomically
 from engine.distributed import keep_freed_memory
 from engine.objective import Objective
@@ -82,7 +82,9 @@ def train_a_little(setting: Setting, kind: str) -> None:
     """Ten steps: GTN's largest paths are among the first."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)  # as the loop does
-    step = gtn_step(make(setting, kind).to(device, memory_format=torch.channels_last), *random_batch(setting, device))
+    step = objective_step(
+        make(setting, kind).to(device, memory_format=torch.channels_last), *random_batch(setting, device)
+    )
     for iteration in range(10):
         step(iteration)
 
@@ -111,7 +113,7 @@ def measure(setting: Setting, students: int, paths: int, images: int) -> dict:
     kinds = ["vanilla", *(f"sftn{seed}" for seed in range(students)), "gtn"]
     made = {kind: make(setting, kind).to(device, memory_format=torch.channels_last) for kind in kinds}
     batch = random_batch(setting, device)
-    steps = {name: gtn_step(each, *batch) for name, each in made.items()}
+    steps = {name: objective_step(each, *batch) for name, each in made.items()}
     weights, gates = [], []
     others: dict[str, list[float]] = {name: [] for name in made if name != "gtn"}
     for number in tqdm(range(-1, paths), desc=setting.name, leave=False, disable=None):  # the first warms up

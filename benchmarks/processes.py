@@ -24,8 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.steps import SETTINGS, Options, Setting, clock
 from common import write_atomically
+from data.batch import Batch
 from engine.distributed import keep_freed_memory
 from engine.gradients import GradientAverager
+from engine.objective import weighted_sum
 from engine.run_folder import machine
 from models import ModelInfo, create_model, save_pretrained
 from objectives.gtn import GTN
@@ -88,13 +90,13 @@ def compare(setting: Setting, steps: int, device: torch.device) -> dict:
     torch.manual_seed(dist.get_rank())
     images = torch.randn(setting.batch, 3, setting.size, setting.size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, setting.classes, (setting.batch,), device=device)
+    batch = Batch(images, torch.randint(0, setting.classes, (setting.batch,), device=device))
 
     def step(name: str, iteration: int) -> None:
         objective = objectives[name]
         objective.zero_grad()
-        terms = (wrapped if name == "ddp" else objective)(images, labels, iteration)
-        loss = sum(objective.term_weights[term] * value for term, value in terms.items())
+        terms = (wrapped if name == "ddp" else objective)(batch, iteration)
+        loss = weighted_sum(objective, terms)
         averager.armed = name == "averager"
         loss.backward()
         if averager.armed:

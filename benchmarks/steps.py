@@ -20,7 +20,9 @@ import yaml
 from torch import nn
 
 from common import derive_seed, write_atomically
+from data.batch import Batch
 from engine.distributed import keep_freed_memory
+from engine.objective import Objective, weighted_sum
 from engine.run_folder import machine
 from kernels import cross_entropy, kd_loss
 from models import create_model
@@ -110,7 +112,7 @@ def measure(setting: Setting, paths: int) -> dict:
     images = torch.randn(setting.batch, 3, setting.size, setting.size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, setting.classes, (setting.batch,), device=device)
-    step = gtn_step(objective, images, labels)
+    step = objective_step(objective, images, labels)
     times: dict[str, list[float]] = {"plain": [], "even": [], "gate": []}
     for number in range(-1, paths):  # the first pass warms up
         iteration = 2 * (number + 1)
@@ -140,20 +142,21 @@ def measure(setting: Setting, paths: int) -> dict:
     }
 
 
-def gtn_step(objective: GTN, images, labels):
-    """A training step as a function of its iteration: even ones update weights, odd ones gates."""
+def objective_step(objective: Objective, images, labels):
+    """A training step as a function of its iteration: GTN's even ones update weights, odd ones gates."""
     sgd = torch.optim.SGD(objective.weight_parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
-    optimizers = {"weights": sgd, **objective.extra_optimizers()}
+    batch = Batch(images, labels)
 
     def step(iteration: int) -> None:
         phase = objective.phase(iteration)
-        terms = objective(images, labels, iteration)
-        loss = sum(objective.term_weights[name] * term for name, term in terms.items())
-        loss.backward(inputs=objective.grad_inputs(phase))
-        objective.before_update(phase, lambda gradient: gradient)
-        optimizers[phase].step()
-        optimizers[phase].zero_grad()
-        objective.after_update(phase)
+        optimizer = phase.optimizer if phase else sgd
+        loss = weighted_sum(objective, objective(batch, iteration))
+        loss.backward(inputs=phase.grad_inputs() if phase else None)
+        if phase:
+            phase.before_update(lambda gradient: gradient)
+        optimizer.step()
+        optimizer.zero_grad()
+        phase.after_update() if phase else objective.after_step()
 
     return step
 

@@ -1,7 +1,6 @@
 """The benchmarks measure what they say: the plain step is the even step, and tables hold the runs' figures."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -16,7 +15,9 @@ from benchmarks import training as training_benchmark
 from benchmarks.compare import as_markdown, tabulate
 from benchmarks.steps import Options, PlainJoint, Setting, measure
 from common import derive_seed
+from data.batch import Batch
 from data.datasets import load_images
+from engine.objective import weighted_sum
 from losses.registry import METHODS
 from models import ModelInfo, create_model, save_pretrained
 from models.network import macs
@@ -29,11 +30,10 @@ POOL = Pool(stem=4, widths=[4, 4, 8, 8, 8, 8], strides=[1, 1, 2, 1, 2, 1], head=
 def test_plain_joint_step_computes_the_even_step_of_the_same_path():
     torch.manual_seed(0)
     objective = GTN(create_model("resnet8", 5), Options(pool=POOL), 16).double()
-    images, labels = torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.randint(0, 5, (6,))
-    terms = objective(images, labels, 4)
-    even = sum(objective.term_weights[name] * term for name, term in terms.items())
+    batch = Batch(torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.randint(0, 5, (6,)))
+    even = weighted_sum(objective, objective(batch, 4))
     draws = objective.gates.draw(torch.Generator().manual_seed(derive_seed(0, "paths", 4)))
-    assert torch.allclose(PlainJoint(objective, draws)(images, labels), even, rtol=1e-12)
+    assert torch.allclose(PlainJoint(objective, draws)(*batch[:2]), even, rtol=1e-12)
 
 
 def test_macs_of_the_papers_pool_and_of_resnet32():
@@ -87,7 +87,7 @@ def test_comparison_table_holds_means_and_deviations():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--teachers", "nope.yaml"], "nope.yaml: there is no such recipe"),
         (
@@ -97,11 +97,11 @@ def test_comparison_table_holds_means_and_deviations():
         (["--students", "a/s.json", "b/s.json"], "two have the same name"),
     ],
 )
-def test_a_comparison_that_would_mix_up_its_runs_is_refused(arguments, said, monkeypatch, capsys):
+def test_a_comparison_that_would_mix_up_its_runs_is_refused(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["compare.py", *arguments])
     with pytest.raises(SystemExit, match="2"):
         compare_benchmark.parse()
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_set_takes_hardly_more_memory_than_its_pixels():
@@ -178,10 +178,17 @@ def test_the_parts_of_a_step_are_its_time(name, tmp_path):
     json.dumps(row)
 
 
-def test_a_stopwatch_charges_what_runs_within_a_part_to_itself():
+def test_a_stopwatch_charges_what_runs_within_a_part_to_itself(monkeypatch):
+    clock = [0.0]
+
+    def work(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(parts_benchmark.time, "perf_counter", lambda: clock[0])
     watch = parts_benchmark.Stopwatch(torch.device("cpu"))
-    inner = watch.watched("teacher", lambda: time.sleep(0.05))
+    inner = watch.watched("teacher", lambda: work(5))
     watch.start()
-    watch.watched("loss", lambda: [inner(), time.sleep(0.02)])()
+    watch.watched("loss", lambda: [inner(), work(2)])()
+    work(1)
     seconds = watch.read()
-    assert seconds["teacher"] == pytest.approx(0.05, abs=0.015) and seconds["loss"] == pytest.approx(0.02, abs=0.015)
+    assert (seconds["teacher"], seconds["loss"], seconds["rest"]) == (5, 2, 1)
