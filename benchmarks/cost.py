@@ -37,6 +37,8 @@ from objectives.vanilla import Vanilla
 
 @dataclass
 class SFTNOptions(Options):
+    """Also those of SFTN's branches."""
+
     student: str = "pool:0"
 
 
@@ -101,12 +103,14 @@ def make(setting: Setting, kind: str) -> Objective:
 
 
 def random_batch(setting: Setting, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels of a setting's shapes."""
     images = torch.randn(setting.batch, 3, setting.size, setting.size, device=device)
     labels = torch.randint(0, setting.classes, (setting.batch,), device=device)
     return images.contiguous(memory_format=torch.channels_last), labels
 
 
 def measure(setting: Setting, students: int, paths: int, images: int) -> dict:
+    """A row of the report: seconds of an epoch of each teacher, and their parameters."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)  # as the loop does
     torch.manual_seed(0)
@@ -148,6 +152,7 @@ def measure(setting: Setting, students: int, paths: int, images: int) -> dict:
 
 
 def plot(results: list[dict], path: Path) -> None:
+    """Seconds of an epoch by the number of students."""
     figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 3.6), squeeze=False)
     for axis, row in zip(axes[0], results, strict=True):
         students = range(1, len(row["sftn_seconds_each"]) + 1)

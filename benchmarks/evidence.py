@@ -100,6 +100,7 @@ class Plan:
 
 
 def plain(name: str) -> str:
+    """A name in names of folders."""
     return Path(name).stem.replace(":", "")
 
 
@@ -141,6 +142,7 @@ def main() -> None:
 
 
 def command(run: Run, work: Path, data: dict[str, str]) -> list[str]:
+    """The command that starts a run, its folders below `work`."""
     options = run.options | {"dataset": data.get(run.options["dataset"], run.options["dataset"]), "seed": run.seed}
     if run.teacher:
         options["teacher"] = str(work / run.teacher)
@@ -151,6 +153,7 @@ def command(run: Run, work: Path, data: dict[str, str]) -> list[str]:
 
 
 def flags(options: dict, prefix: str = "--") -> list[str]:
+    """Options as words of a command line, nested ones with a dot."""
     words = []
     for name, value in options.items():
         if isinstance(value, dict):
@@ -307,6 +310,7 @@ def table(title: str, rows: list[str], columns: list[str], values: dict[str, dic
 
 
 def spread(values: list[float]) -> str:
+    """Mean and standard deviation as text."""
     if not values:
         return ""
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")

@@ -98,6 +98,7 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 
 def loss_step(case: Loss, inputs, losses) -> Step:
+    """Losses of both kinds, and their gradients, as a function without arguments."""
     students, teacher, labels, *upstream = inputs
 
     def step():
@@ -110,6 +111,7 @@ def loss_step(case: Loss, inputs, losses) -> Step:
 
 
 def fused_losses(students, teacher, labels):
+    """Cross-entropies and divergences of the kernels under test."""
     return kernels.kd_loss(students, teacher, labels, temperature=TEMPERATURE)
 
 
@@ -140,6 +142,7 @@ def liger_step(case: Loss, inputs) -> Step:
 
 
 def gate_step(case: Gate, inputs, mix) -> Step:
+    """A gated mix and its gradients, as a function without arguments."""
     a, b, shortcut, gates, upstream = inputs
     leaves = [a, b, shortcut, gates] if case.soft else [a, shortcut, gates]
 
@@ -151,6 +154,7 @@ def gate_step(case: Gate, inputs, mix) -> Step:
 
 
 def fused_mix(case: Gate):
+    """The mix of the kernels under test."""
     active = None if case.soft else 0
     return lambda a, b, shortcut, gates: kernels.gated_mix([a, b], gates, active, shortcut, case.relu)
 
@@ -167,6 +171,7 @@ def eager_mix(case: Gate):
 
 
 def make_step(case: Case, provider: str, inputs) -> Step:
+    """What is timed of one contestant."""
     if provider == "liger":
         return liger_step(case, inputs)
     fused = provider == "fused"
@@ -180,6 +185,7 @@ def make_step(case: Case, provider: str, inputs) -> Step:
 
 
 def providers(case: Case, liger: bool) -> list[str]:
+    """The contestants of a case."""
     names = ["fused", "eager"]
     half = case.dtype != torch.float32
     if isinstance(case, Gate):
@@ -190,6 +196,7 @@ def providers(case: Case, liger: bool) -> list[str]:
 
 
 def cases(half: torch.dtype) -> list[Case]:
+    """Everything that is measured, `half` being the half precision of the device."""
     losses = [Loss(K, N, C, half) for K in STUDENTS for N in SIZES for C in CLASSES]
     losses += [Loss(K, N, C, half, False) for K in STUDENTS for N in (256, 8192) for C in CLASSES]
     losses += [Loss(K, N, C, torch.float32) for K in STUDENTS for N in (256, 8192) for C in CLASSES]
@@ -426,6 +433,7 @@ def figures(rows: list[dict], half: str) -> list[tuple[str, float | None, str, f
 
 
 def reached(value: float, comparison: str, target: float) -> bool:
+    """Whether a figure meets its target."""
     return value >= target if comparison == "at least" else value <= target
 
 
@@ -495,6 +503,7 @@ def check(device: str) -> bool:
 
 
 def has_liger() -> bool:
+    """Whether Liger-Kernel is installed; says so if not."""
     try:
         import liger_kernel.transformers  # noqa: F401 - whether it is there is the question
     except ImportError:

@@ -32,6 +32,8 @@ TARGETS = {"sskd": None, "hsakd": None, "crd": 1.8}  # of all others 1.5; four r
 
 @dataclass
 class Options:
+    """What the methods read of a run's options."""
+
     alpha: float = 0.9
     temperature: float = 4.0
     ce_weight: float | None = None
@@ -67,6 +69,7 @@ def main() -> None:
 
 
 def measure(teacher_name: str, student_name: str, batch_size: int, rounds: int, device: torch.device) -> list[dict]:
+    """A row for each method: milliseconds of a step, and over those of KD."""
     torch.manual_seed(0)
     teacher = create_model(teacher_name, CLASSES)
     images = torch.randn(batch_size, 3, SIDE, SIDE, device=device).contiguous(memory_format=torch.channels_last)

@@ -74,6 +74,7 @@ def main() -> None:
 
 
 def make_config(name: str, student: str, batch_size: int, precision: str, folder: str, **changes) -> Config:
+    """The options of an objective's run, at the benchmark's size."""
     usual = {} if name in TEACHERS else {"alpha": 0.9, "temperature": 4.0}
     student = student if name in METHODS or name == "sftn" else None
     sizes = {"image_size": SIDE, "batch_size": batch_size, "crop_padding": 4, "flip": True, "pool": POOL}
@@ -81,6 +82,7 @@ def make_config(name: str, student: str, batch_size: int, precision: str, folder
 
 
 def make_loop(name: str, teacher_name: str, config: Config, data: ImageSet) -> Loop:
+    """The real loop, ready to take steps."""
     torch.manual_seed(0)
     accelerator = start_accelerator(config.mixed_precision, None, config.output_dir)
     keep_freed_memory(accelerator.device)  # as the loop does
@@ -93,11 +95,13 @@ def make_loop(name: str, teacher_name: str, config: Config, data: ImageSet) -> L
 
 
 def phase_name(objective: Objective, iteration: int) -> str:
+    """The name of an iteration's phase."""
     phase = objective.phase(iteration)
     return phase.name if phase else "weights"
 
 
 def measure(loop: Loop, steps: int) -> dict:
+    """Milliseconds, operations and parts of `steps` steps of each phase."""
     device, objective = loop.accelerator.device, loop.objective
     objective.begin_epoch(0)
     objective.train()

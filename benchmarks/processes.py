@@ -62,6 +62,7 @@ def main() -> None:
 
 
 def run(command: list) -> str:
+    """Run a command; what it printed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -84,6 +85,7 @@ def work(settings: list[str]) -> None:
 
 
 def compare(setting: Setting, steps: int, device: torch.device) -> dict:
+    """A row of the report: milliseconds of a step either way, and what is sent."""
     objectives = {name: make(setting, device) for name in ("averager", "ddp")}
     averager = GradientAverager(objectives["averager"].weight_parameters())
     wrapped = DistributedDataParallel(objectives["ddp"], find_unused_parameters=True, broadcast_buffers=False)
@@ -124,6 +126,7 @@ def compare(setting: Setting, steps: int, device: torch.device) -> dict:
 
 
 def make(setting: Setting, device: torch.device) -> nn.Module:
+    """The objective of a setting, the same in every process."""
     torch.manual_seed(0)
     teacher = create_model(setting.model, setting.classes)
     return GTN(teacher, Options(pool=setting.pool), setting.size).to(device, memory_format=torch.channels_last)

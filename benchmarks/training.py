@@ -112,6 +112,7 @@ def compare(teacher: str, student: str, batch_size: int, rounds: int, device: to
 
 
 def our_script(folder: Path, student: str, batch_size: int, name: str, flags: list[str], number: int) -> float:
+    """Images a second of distill.py, without its first epoch."""
     run = folder / f"{list(OURS).index(name)}-{number}"
     command = [sys.executable, "distill.py", "--teacher", folder / "teacher", "--student", student]
     command += ["--image_size", SIDE, "--batch_size", batch_size, "--epochs", 3, "--lr", LR]
@@ -122,6 +123,7 @@ def our_script(folder: Path, student: str, batch_size: int, name: str, flags: li
 
 
 def step_parts(teacher: str, student: str, batch_size: int, name: str, precision: str, steps: int) -> dict:
+    """What benchmarks/parts.py finds, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.parts", "--objective", name, "--precision", precision]
     command += ["--teacher", teacher, "--student", student, "--batch_size", batch_size, "--steps", steps]
     done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True, cwd=ROOT)
@@ -159,6 +161,7 @@ def by_pool(steps: int = 40) -> dict[int, float]:
 
 
 def describe(report: dict) -> None:
+    """Print a report."""
     pair = f"{report['teacher']} -> {report['student']}, batch {report['batch_size']}, {SIDE}x{SIDE}"
     print(f"{pair}, on {report['device']}")
     for name, row in report["scripts"].items():
@@ -175,6 +178,7 @@ def describe(report: dict) -> None:
 
 
 def plot(report: dict, path: Path) -> None:
+    """The scripts' speeds, and where the time of a step goes."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), width_ratios=(2, 3))
     scripts = report["scripts"]
     names = [name.replace(", teacher logits cached", ",\nteacher logits cached") for name in scripts]
