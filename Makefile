@@ -13,7 +13,7 @@ compare: .venv/installed
 	$(BIN)/python -m benchmarks.compare --students pool:1 pool:2 pool:3 --seeds 0 1 2 --output_dir runs/compare
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .

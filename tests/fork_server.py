@@ -1,7 +1,7 @@
 """Runs scripts in forks of one process that has imported all they need: starting Python anew takes seconds each.
 
 python -m tests.fork_server answers JSON lines on stdin with JSON lines on stdout:
-    {"argv": [script, ...] or ["-m", module, ...], "env": {...}, "stdout": path, "stderr": path}  -> process id
+    {"argv": what follows `python`, "env": {...}, "stdout": path, "stderr": path}  -> process id
     {"wait": process id, "seconds": how long at the most}                  -> exit status, null while it runs
 
 Until it forks it has one thread, and has computed nothing: threads do not survive a fork.
@@ -61,7 +61,7 @@ def wait(process: int, seconds: float) -> int | None:
 
 
 def become(argv: list[str], env: dict[str, str], stdout: str, stderr: str) -> None:
-    """Run a script or module as `python` would, and end the process."""
+    """Run a script, a module (-m) or code (-c) as `python` would, and end the process."""
     for number, path in enumerate((os.devnull, stdout, stderr)):
         file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
@@ -71,11 +71,12 @@ def become(argv: list[str], env: dict[str, str], stdout: str, stderr: str) -> No
     os.environ.update(env)
     code = 0
     try:
+        sys.argv = argv if argv[0] not in ("-m", "-c") else argv[1:]
         if argv[0] == "-m":
-            sys.argv = argv[1:]
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        elif argv[0] == "-c":
+            exec(argv[1], {"__name__": "__main__"})
         else:
-            sys.argv = argv
             runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

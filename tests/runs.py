@@ -28,7 +28,7 @@ PATIENCE = 300  # seconds until a run that does not end is given up
 
 
 class Fork:
-    """A script that runs in a fork of this worker's server (tests/fork_server.py), with subprocess.Popen's methods."""
+    """A script, or what else follows `python`, in a fork of this worker's server (tests/fork_server.py)."""
 
     def __init__(self, script: str, *arguments, **environment):
         self.args = [str(script), *map(str, arguments)]
@@ -171,7 +171,8 @@ def _server() -> subprocess.Popen:
     server = subprocess.Popen(
         words, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    atexit.register(server.stdin.close)
+    atexit.register(server.wait)
+    atexit.register(server.stdin.close)  # which ends it; the last to register is called first
     return server
 
 

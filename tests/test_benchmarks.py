@@ -1,6 +1,9 @@
 """The benchmarks measure what they say: the plain step is the even step, and tables hold the runs' figures."""
 
 import json
+import subprocess
+import sys
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -23,6 +26,19 @@ from models import ModelInfo, create_model, save_pretrained
 from models.network import macs
 from models.pool import Pool
 from objectives.gtn import GTN
+from tests.runs import forked, succeeded
+
+
+@pytest.fixture(autouse=True)
+def scripts_are_forked(monkeypatch):
+    """What benchmarks start as processes of their own."""
+
+    def run(command: list, check: bool, **capture) -> CompletedProcess:
+        assert command[0] == sys.executable and check
+        return succeeded(forked(*command[1:]))
+
+    monkeypatch.setattr(subprocess, "run", run)
+
 
 POOL = Pool(stem=4, widths=[4, 4, 8, 8, 8, 8], strides=[1, 1, 2, 1, 2, 1], head=8, candidates=["res3x2", "identity"])
 
@@ -158,7 +174,8 @@ def test_the_training_benchmark_trains_with_every_script(tmp_path):
     networks = [create_model("resnet8", 10), create_model("resnet8", 10)]
     info = ModelInfo("resnet8", "digits", 10, 32, data.mean, data.std)
     save_pretrained(networks[0], info, tmp_path / "teacher")
-    assert training_benchmark.our_script(tmp_path, "resnet8", 128, "bf16", ["--mixed_precision", "bf16"], 0) > 0
+    flags = ["--mixed_precision", "bf16", "--train_fraction", "0.2"]
+    assert training_benchmark.our_script(tmp_path, "resnet8", 128, "bf16", flags, 0) > 0
     before = networks[1].fc.weight.detach().clone()
     pillow = training_benchmark.PillowDataset(data.train.pixels[:64].permute(0, 2, 3, 1).numpy(), [1, 2] * 32)
     assert baselines.plain_script(*networks, pillow, 16, torch.device("cpu")) > 0

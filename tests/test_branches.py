@@ -122,7 +122,7 @@ def test_one_paths_gates_get_the_gradient_of_all_branches():
 
 
 def test_added_gate_steps_leave_every_batch_to_the_weights(tmp_path):
-    """20 batches with a gate step for every third iteration: 20 weight steps and 10 or so gate steps."""
+    """A gate step for every third iteration: as many weight steps as batches, and half as many gate steps or so."""
     from tests.test_loop import loop_of
 
     class Counting(GTN):

@@ -292,6 +292,5 @@ except UserError as error:
 def test_a_huge_label_costs_no_memory(tmp_path):
     write_cells(tmp_path / "train.parquet", cells(20), [0] * 19 + [10_000_000])
     write_cells(tmp_path / "test.parquet", cells(2), [0, 0])
-    (tmp_path / "little_memory.py").write_text(LITTLE_MEMORY)
-    done = forked(tmp_path / "little_memory.py", f"parquet:{tmp_path}/*.parquet")
+    done = forked("-c", LITTLE_MEMORY, f"parquet:{tmp_path}/*.parquet")
     assert done.returncode == 9, done.stderr[-300:]

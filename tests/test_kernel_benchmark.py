@@ -6,19 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.contestants import Gate, Loss, cases, eager_losses, providers
 from benchmarks.kernels import (
-    Gate,
-    Loss,
-    cases,
     check,
-    eager_losses,
     figures,
     find,
     line,
     main,
     percentiles,
     plot,
-    providers,
     reached,
 )
 

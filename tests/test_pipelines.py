@@ -261,8 +261,7 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_share_a_stream_without_loss_or_repetition(files, tmp_path, world):
     """Three shards of 50, 10 and 30 rows: two processes run dry far apart, four cannot have a shard each."""
-    (tmp_path / "streams.py").write_text(STREAMS)
-    succeeded(forked_processes(world, tmp_path / "streams.py", files, tmp_path / "cache"))
+    succeeded(forked_processes(world, "-c", STREAMS, files, tmp_path / "cache"))
     rows = [line.split() for path in tmp_path.glob("cache-*.txt") for line in path.read_text().splitlines()]
     train = [(scale, numbers) for kind, start, scale, *numbers in rows if (kind, start) == ("train", "0")]
     assert sorted(int(n) for _, numbers in train for n in numbers) == list(range(90))

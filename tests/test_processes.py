@@ -59,7 +59,7 @@ def batch(step: int, rank: int, part: int) -> torch.Tensor:
 
 
 def test_only_gradients_that_there_are_are_averaged(tmp_path):
-    succeeded(forked_two("tests/call.py", __name__, averaged.__name__, tmp_path))
+    succeeded(forked_two("-c", f"from {__name__} import averaged as f; f({str(tmp_path)!r})"))
     ours, theirs = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     torch.manual_seed(0)
     network = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))

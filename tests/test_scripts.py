@@ -4,8 +4,6 @@ import io
 import json
 import re
 import shlex
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from distill import DistillConfig
 from engine.config import parse
 from models import create_model, load_pretrained
 from models.pool import Pool
-from tests.runs import ROOT, TINY, TINY_GTN, TINY_POOL, forked, here, launch, python, read_json, read_rows, succeeded
+from tests.runs import TINY, TINY_GTN, TINY_POOL, forked, here, launch, python, read_json, read_rows, succeeded
 
 SUMMARY = {"method", "model", "dataset", "seed", "top1", "top5", "best", "epochs", "seconds", "images_per_second"}
 SUMMARY |= {"peak_memory_bytes", "parameters", "versions", "device", "git_commit", "sha256", "warnings", "processes"}
@@ -192,9 +190,7 @@ def test_help_and_listings(script):
 
 
 def test_importing_a_script_starts_nothing():
-    done = subprocess.run(
-        [sys.executable, "-c", "import train_teacher, distill"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = python("-c", "import train_teacher, distill")
     assert done.returncode == 0 and done.stdout == done.stderr == ""
 
 

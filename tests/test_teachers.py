@@ -195,21 +195,21 @@ def test_an_mse_teacher_approaches_the_bayes_posterior():
     distances = {}
     for method in ("mse", "vanilla"):
         torch.manual_seed(0)
-        objective = TEACHERS[method].objective(create_model("resnet8", 3), None, 8)
-        optimizer = torch.optim.SGD(objective.parameters(), lr=0.02, momentum=0.9)
+        objective = TEACHERS[method].objective(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 3)), None, 8)
+        optimizer = torch.optim.SGD(objective.parameters(), lr=0.002, momentum=0.9)
 
         def distance(objective=objective) -> float:
             return (objective.teacher(pictures).softmax(1) - posterior).square().sum(1).mean().item()
 
         start = distance()
-        for step in range(60):
+        for step in range(200):
             chosen = torch.randperm(3000, generator=generator)[:300]
             (term,) = objective(Batch(pictures[which[chosen]], labels[chosen]), step).values()
             optimizer.zero_grad()
             term.backward()
             optimizer.step()
         distances[method] = distance()
-        assert distances[method] < 0.02 < start
+        assert distances[method] < 0.005 < start
     # Both losses are proper: with labels drawn afresh for each picture neither is far from the posterior.
     assert distances["mse"] < 2 * distances["vanilla"] + 0.005
 
