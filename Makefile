@@ -17,7 +17,7 @@ compare: .venv/installed
 	$(BIN)/python -m benchmarks.evidence benchmarks/plans/digits.yaml --work runs --results runs/compare
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -166,12 +166,14 @@ def next_command(config: TeacherConfig, students: dict[str, dict], folder: Path)
 
 
 def spec_of(name: str, config: TeacherConfig) -> dict:
+    """The spec of a student of --pool_students."""
     if (spec := find_spec(name, config.pool, "--pool_students")) is None:
         raise UserError(f"--pool_students {name}: is no student of a pool; give pool:SEED, nas_* or a spec (.json)")
     return spec
 
 
 def spec_path(folder: Path, name: str) -> Path:
+    """Where a student's spec is kept in a run folder."""
     return folder / "students" / f"{Path(name).stem.replace(':', '')}.json"
 
 

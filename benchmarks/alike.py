@@ -25,7 +25,7 @@ OPTIONS = {
     "float32": [],
     "bf16": ["--mixed_precision", "bf16"],
     "compiled": ["--compile"],
-    "teacher asked in advance": ["--cache_teacher"],
+    "teacher logits cached": ["--cache_teacher"],
     "in two parts": ["--gradient_accumulation_steps", "2"],
 }
 ON_A_GPU = {
@@ -67,6 +67,7 @@ def main() -> None:
 
 
 def top1(script: str, flags: list[str], run: str) -> float:
+    """Run a script; its top-1 on the test split at the last epoch."""
     command = [sys.executable, script, *flags, "--output_dir", run]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     return json.loads((Path(run) / "summary.json").read_text())["top1"]

@@ -14,6 +14,7 @@ WORKERS = 2
 
 
 def loader_options(batch_size: int, device: torch.device) -> dict:
+    """What both scripts give torch.utils.data.DataLoader."""
     pinned = device.type == "cuda"
     return {"batch_size": batch_size, "num_workers": WORKERS, "persistent_workers": True, "pin_memory": pinned}
 

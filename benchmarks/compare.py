@@ -50,6 +50,7 @@ def main() -> None:
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
+    """The options, and what is left over for both scripts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", nargs="+", default=["pool:1", "pool:3"], help="names as distill.py takes them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -69,6 +70,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def called(recipe: str) -> str:
+    """The last word of a recipe's name: what its teachers are called."""
     return Path(recipe).stem.split("_")[-1]
 
 
@@ -164,6 +166,7 @@ def as_markdown(rows: dict[str, dict[str, list[float]]], seeds: list[int]) -> st
 
 
 def plot(rows: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Bars of the students' mean top-1, for each of their teachers."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-from benchmarks.steps import SETTINGS, Options, Setting, clock, gtn_step
+from benchmarks.steps import SETTINGS, Options, Setting, clock, objective_step
 from common import write_atomically
 from engine.distributed import keep_freed_memory
 from engine.objective import Objective
@@ -37,6 +37,8 @@ from objectives.vanilla import Vanilla
 
 @dataclass
 class SFTNOptions(Options):
+    """Also those of SFTN's branches."""
+
     student: str = "pool:0"
 
 
@@ -82,7 +84,9 @@ def train_a_little(setting: Setting, kind: str) -> None:
     """Ten steps: GTN's largest paths are among the first."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)  # as the loop does
-    step = gtn_step(make(setting, kind).to(device, memory_format=torch.channels_last), *random_batch(setting, device))
+    step = objective_step(
+        make(setting, kind).to(device, memory_format=torch.channels_last), *random_batch(setting, device)
+    )
     for iteration in range(10):
         step(iteration)
 
@@ -99,19 +103,21 @@ def make(setting: Setting, kind: str) -> Objective:
 
 
 def random_batch(setting: Setting, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels of a setting's shapes."""
     images = torch.randn(setting.batch, 3, setting.size, setting.size, device=device)
     labels = torch.randint(0, setting.classes, (setting.batch,), device=device)
     return images.contiguous(memory_format=torch.channels_last), labels
 
 
 def measure(setting: Setting, students: int, paths: int, images: int) -> dict:
+    """A row of the report: seconds of an epoch of each teacher, and their parameters."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)  # as the loop does
     torch.manual_seed(0)
     kinds = ["vanilla", *(f"sftn{seed}" for seed in range(students)), "gtn"]
     made = {kind: make(setting, kind).to(device, memory_format=torch.channels_last) for kind in kinds}
     batch = random_batch(setting, device)
-    steps = {name: gtn_step(each, *batch) for name, each in made.items()}
+    steps = {name: objective_step(each, *batch) for name, each in made.items()}
     weights, gates = [], []
     others: dict[str, list[float]] = {name: [] for name in made if name != "gtn"}
     for number in tqdm(range(-1, paths), desc=setting.name, leave=False, disable=None):  # the first warms up
@@ -146,6 +152,7 @@ def measure(setting: Setting, students: int, paths: int, images: int) -> dict:
 
 
 def plot(results: list[dict], path: Path) -> None:
+    """Seconds of an epoch by the number of students."""
     figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 3.6), squeeze=False)
     for axis, row in zip(axes[0], results, strict=True):
         students = range(1, len(row["sftn_seconds_each"]) + 1)

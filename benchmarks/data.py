@@ -40,6 +40,8 @@ SIDE, PADDING, WORKERS, SPEED_BATCH, STEP_BATCH = 32, 4, 2, 128, 512
 
 @dataclass
 class Options(DataOptions):
+    """Of a run, as far as the pipeline reads them."""
+
     seed: int = 0
 
 
@@ -104,6 +106,7 @@ def random_set(images: int) -> ImageSet:
 
 
 def speed(images: int, rounds: int, device: torch.device) -> dict:
+    """Images a second of both pipelines, which take turns."""
     data = random_set(images)
     pipeline = Pipeline(data, Options(crop_padding=PADDING), device)
     ours = pipeline.training(data.train, SPEED_BATCH)

@@ -111,6 +111,7 @@ class Campaign:
 
 
 def plain(name: str) -> str:
+    """A name in names of folders."""
     return Path(name).stem.replace(":", "")
 
 
@@ -165,6 +166,7 @@ def report(plan: Plan, results: Path) -> str:
 
 
 def command(run: Run, work: Path, data: dict[str, str]) -> list[str]:
+    """The command that starts a run, its folders below `work`."""
     options = run.options | {"dataset": data.get(run.options["dataset"], run.options["dataset"]), "seed": run.seed}
     if run.teacher:
         options["teacher"] = str(work / run.teacher)
@@ -175,6 +177,7 @@ def command(run: Run, work: Path, data: dict[str, str]) -> list[str]:
 
 
 def flags(options: dict, prefix: str = "--") -> list[str]:
+    """Options as words of a command line, nested ones with a dot."""
     words = []
     for name, value in options.items():
         if isinstance(value, dict):

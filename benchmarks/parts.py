@@ -28,9 +28,10 @@ from data.datasets import ImageSet
 from engine.config import RunConfig
 from engine.console import Console
 from engine.distributed import keep_freed_memory, start_accelerator
-from engine.loop import Loop, _Totals
+from engine.loop import Loop
 from engine.objective import Objective
 from engine.run_folder import RunFolder, peak_memory_bytes
+from engine.totals import Totals
 from losses.registry import METHODS
 from models import create_model
 from models.pool import Pool
@@ -50,6 +51,9 @@ class Config(GTNOptions, RunConfig):
 
     student: str | None = None
     gate_every: int = 2
+    ce_weight: float | None = None
+    kd_weight: float | None = None
+    method_weights: tuple[float, ...] = ()
     dkd_alpha: float = 1.0
     dkd_beta: float | None = None
 
@@ -70,6 +74,7 @@ def main() -> None:
 
 
 def make_config(name: str, student: str, batch_size: int, precision: str, folder: str, **changes) -> Config:
+    """The options of an objective's run, at the benchmark's size."""
     usual = {} if name in TEACHERS else {"alpha": 0.9, "temperature": 4.0}
     student = student if name in METHODS or name == "sftn" else None
     sizes = {"image_size": SIDE, "batch_size": batch_size, "crop_padding": 4, "flip": True, "pool": POOL}
@@ -77,6 +82,7 @@ def make_config(name: str, student: str, batch_size: int, precision: str, folder
 
 
 def make_loop(name: str, teacher_name: str, config: Config, data: ImageSet) -> Loop:
+    """The real loop, ready to take steps."""
     torch.manual_seed(0)
     accelerator = start_accelerator(config.mixed_precision, None, config.output_dir)
     keep_freed_memory(accelerator.device)  # as the loop does
@@ -88,18 +94,25 @@ def make_loop(name: str, teacher_name: str, config: Config, data: ImageSet) -> L
     return Loop(objective, data, config, accelerator, RunFolder(config.output_dir), Console(False))
 
 
+def phase_name(objective: Objective, iteration: int) -> str:
+    """The name of an iteration's phase."""
+    phase = objective.phase(iteration)
+    return phase.name if phase else "weights"
+
+
 def measure(loop: Loop, steps: int) -> dict:
+    """Milliseconds, operations and parts of `steps` steps of each phase."""
     device, objective = loop.accelerator.device, loop.objective
     objective.begin_epoch(0)
     objective.train()
-    totals, phases = _Totals({}), dict.fromkeys(map(objective.phase, range(2)))
+    totals, phases = Totals({}), dict.fromkeys(phase_name(objective, iteration) for iteration in range(2))
 
     def runs(batches: Iterator) -> Iterator[tuple[str, Callable[[], None]]]:
         """The phase and the step of every iteration from 0 on, after the first of each phase."""
         loop.progress.iteration = 0
         for number in range((1 + steps) * len(phases)):
-            phase = objective.phase(loop.progress.iteration)
-            step = lambda: loop._step(next(batches), totals)  # noqa: E731
+            phase = phase_name(objective, loop.progress.iteration)
+            step = lambda: loop.step(next(batches), totals)  # noqa: E731
             if number < len(phases):
                 step()  # memory is allocated, kernels are chosen
             else:

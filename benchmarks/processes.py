@@ -24,8 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.steps import SETTINGS, Options, Setting, clock
 from common import write_atomically
+from data.batch import Batch
 from engine.distributed import keep_freed_memory
 from engine.gradients import GradientAverager
+from engine.objective import weighted_sum
 from engine.run_folder import machine
 from models import ModelInfo, create_model, save_pretrained
 from objectives.gtn import GTN
@@ -60,6 +62,7 @@ def main() -> None:
 
 
 def run(command: list) -> str:
+    """Run a command; what it printed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -82,19 +85,20 @@ def work(settings: list[str]) -> None:
 
 
 def compare(setting: Setting, steps: int, device: torch.device) -> dict:
+    """A row of the report: milliseconds of a step either way, and what is sent."""
     objectives = {name: make(setting, device) for name in ("averager", "ddp")}
     averager = GradientAverager(objectives["averager"].weight_parameters())
     wrapped = DistributedDataParallel(objectives["ddp"], find_unused_parameters=True, broadcast_buffers=False)
     torch.manual_seed(dist.get_rank())
     images = torch.randn(setting.batch, 3, setting.size, setting.size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, setting.classes, (setting.batch,), device=device)
+    batch = Batch(images, torch.randint(0, setting.classes, (setting.batch,), device=device))
 
     def step(name: str, iteration: int) -> None:
         objective = objectives[name]
         objective.zero_grad()
-        terms = (wrapped if name == "ddp" else objective)(images, labels, iteration)
-        loss = sum(objective.term_weights[term] * value for term, value in terms.items())
+        terms = (wrapped if name == "ddp" else objective)(batch, iteration)
+        loss = weighted_sum(objective, terms)
         averager.armed = name == "averager"
         loss.backward()
         if averager.armed:
@@ -122,6 +126,7 @@ def compare(setting: Setting, steps: int, device: torch.device) -> dict:
 
 
 def make(setting: Setting, device: torch.device) -> nn.Module:
+    """The objective of a setting, the same in every process."""
     torch.manual_seed(0)
     teacher = create_model(setting.model, setting.classes)
     return GTN(teacher, Options(pool=setting.pool), setting.size).to(device, memory_format=torch.channels_last)

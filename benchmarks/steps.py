@@ -20,7 +20,9 @@ import yaml
 from torch import nn
 
 from common import derive_seed, write_atomically
+from data.batch import Batch
 from engine.distributed import keep_freed_memory
+from engine.objective import Objective, weighted_sum
 from engine.run_folder import machine
 from kernels import cross_entropy, kd_loss
 from models import create_model
@@ -31,6 +33,8 @@ from objectives.gtn import GTN, GTNOptions
 
 @dataclass
 class Options(GTNOptions):
+    """With a seed, which runs have."""
+
     seed: int = 0
 
 
@@ -102,6 +106,7 @@ def main() -> None:
 
 
 def measure(setting: Setting, paths: int) -> dict:
+    """A row of the report: milliseconds of the three steps on `paths` paths."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory(device)  # as the loop does
     torch.manual_seed(0)
@@ -110,7 +115,7 @@ def measure(setting: Setting, paths: int) -> dict:
     images = torch.randn(setting.batch, 3, setting.size, setting.size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, setting.classes, (setting.batch,), device=device)
-    step = gtn_step(objective, images, labels)
+    step = objective_step(objective, images, labels)
     times: dict[str, list[float]] = {"plain": [], "even": [], "gate": []}
     for number in range(-1, paths):  # the first pass warms up
         iteration = 2 * (number + 1)
@@ -140,25 +145,27 @@ def measure(setting: Setting, paths: int) -> dict:
     }
 
 
-def gtn_step(objective: GTN, images, labels):
-    """A training step as a function of its iteration: even ones update weights, odd ones gates."""
+def objective_step(objective: Objective, images, labels):
+    """A training step as a function of its iteration: GTN's even ones update weights, odd ones gates."""
     sgd = torch.optim.SGD(objective.weight_parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
-    optimizers = {"weights": sgd, **objective.extra_optimizers()}
+    batch = Batch(images, labels)
 
     def step(iteration: int) -> None:
         phase = objective.phase(iteration)
-        terms = objective(images, labels, iteration)
-        loss = sum(objective.term_weights[name] * term for name, term in terms.items())
-        loss.backward(inputs=objective.grad_inputs(phase))
-        objective.before_update(phase, lambda gradient: gradient)
-        optimizers[phase].step()
-        optimizers[phase].zero_grad()
-        objective.after_update(phase)
+        optimizer = phase.optimizer if phase else sgd
+        loss = weighted_sum(objective, objective(batch, iteration))
+        loss.backward(inputs=phase.grad_inputs() if phase else None)
+        if phase:
+            phase.before_update(lambda gradient: gradient)
+        optimizer.step()
+        optimizer.zero_grad()
+        phase.after_update() if phase else objective.after_step()
 
     return step
 
 
 def plain_step(network: nn.Module, images, labels):
+    """A training step without GTN's machinery."""
     sgd = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
 
     def step() -> None:
@@ -170,6 +177,7 @@ def plain_step(network: nn.Module, images, labels):
 
 
 def clock(step, device: torch.device) -> float:
+    """Seconds that a step takes, its kernels waited for."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -180,6 +188,7 @@ def clock(step, device: torch.device) -> float:
 
 
 def recipe_setting(name: str, path: str, size: int, batch: int, classes: int) -> Setting:
+    """The setting of a recipe's teacher and pool."""
     recipe = yaml.safe_load(Path(path).read_text())
     return Setting(name, recipe["model"], Pool(**recipe.get("pool", {})), size, batch, classes)
 

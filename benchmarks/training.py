@@ -33,8 +33,8 @@ from benchmarks.data import PillowDataset, random_set
 from benchmarks.steps import clock
 from common import write_atomically
 from data.datasets import load_images
-from engine.loop import _Totals
 from engine.run_folder import machine
+from engine.totals import Totals
 from models import ModelInfo, create_model, save_pretrained
 
 ROOT, SIDE = Path(__file__).parents[1], 32
@@ -46,8 +46,8 @@ OURS = {  # flags, and the target in times the plain script, on a CPU and on a G
     "bf16, compiled": (["--mixed_precision", "bf16", "--compile"], None, None),
     "bf16, one CUDA graph": (["--mixed_precision", "bf16", "--cuda_graph"], None, 5.0),
     "bf16, compiled, one CUDA graph": (["--mixed_precision", "bf16", "--compile", "--cuda_graph"], None, 5.0),
-    "float32, no crops, teacher asked in advance": (["--mixed_precision", "no", *ONE_VIEW], None, None),
-    "bf16, no crops, teacher asked in advance": (["--mixed_precision", "bf16", *ONE_VIEW], None, None),
+    "float32, no crops, teacher logits cached": (["--mixed_precision", "no", *ONE_VIEW], None, None),
+    "bf16, no crops, teacher logits cached": (["--mixed_precision", "bf16", *ONE_VIEW], None, None),
 }
 # Candidates of one mean length, so that a path costs the same however many there are.
 POOLS = {count: [f"res3x{length}" for length in lengths] for count, lengths in
@@ -112,6 +112,7 @@ def compare(teacher: str, student: str, batch_size: int, rounds: int, device: to
 
 
 def our_script(folder: Path, student: str, batch_size: int, name: str, flags: list[str], number: int) -> float:
+    """Images a second of distill.py, without its first epoch."""
     run = folder / f"{list(OURS).index(name)}-{number}"
     command = [sys.executable, "distill.py", "--teacher", folder / "teacher", "--student", student]
     command += ["--image_size", SIDE, "--batch_size", batch_size, "--epochs", 3, "--lr", LR]
@@ -122,6 +123,7 @@ def our_script(folder: Path, student: str, batch_size: int, name: str, flags: li
 
 
 def step_parts(teacher: str, student: str, batch_size: int, name: str, precision: str, steps: int) -> dict:
+    """What benchmarks/parts.py finds, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.parts", "--objective", name, "--precision", precision]
     command += ["--teacher", teacher, "--student", student, "--batch_size", batch_size, "--steps", steps]
     done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True, cwd=ROOT)
@@ -149,8 +151,8 @@ def by_pool(steps: int = 40) -> dict[int, float]:
             loop = parts.make_loop("gtn", "resnet14", config, random_set(64 * (steps + 10)))
             loop.objective.begin_epoch(0)
             loop.objective.train()
-            batches, totals = loop.train.epoch(0), _Totals({})
-            step = lambda: loop._step(next(batches), totals)  # noqa: B023, E731 - used in this turn alone
+            batches, totals = loop.train.epoch(0), Totals({})
+            step = lambda: loop.step(next(batches), totals)  # noqa: B023, E731 - used in this turn alone
             for _ in range(10):
                 step()
             seconds = [clock(step, loop.accelerator.device) for _ in range(steps)]
@@ -159,6 +161,7 @@ def by_pool(steps: int = 40) -> dict[int, float]:
 
 
 def describe(report: dict) -> None:
+    """Print a report."""
     pair = f"{report['teacher']} -> {report['student']}, batch {report['batch_size']}, {SIDE}x{SIDE}"
     print(f"{pair}, on {report['device']}")
     for name, row in report["scripts"].items():
@@ -175,9 +178,10 @@ def describe(report: dict) -> None:
 
 
 def plot(report: dict, path: Path) -> None:
+    """The scripts' speeds, and where the time of a step goes."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), width_ratios=(2, 3))
     scripts = report["scripts"]
-    names = [name.replace(", teacher asked in advance", ",\nteacher in advance") for name in scripts]
+    names = [name.replace(", teacher logits cached", ",\nteacher logits cached") for name in scripts]
     bars = left.barh(names, [row["images_per_second"] for row in scripts.values()])
     left.bar_label(bars, [f"{row['over_plain']:.2f}x" for row in scripts.values()], padding=3)
     left.set(

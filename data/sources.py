@@ -58,6 +58,8 @@ HUB = {
 
 
 class Row(NamedTuple):
+    """An image and its label, not yet decoded."""
+
     where: str  # what to call the image
     open: Callable[[], Image.Image]
     label: object
@@ -196,6 +198,7 @@ def parquet_sources(pattern: str, cache_dir: str | None) -> list[ParquetSource]:
 
 
 def folder_sources(path: str) -> list[FolderSource]:
+    """The sources of PATH/train and PATH/test, or of PATH alone."""
     from torchvision.datasets import ImageFolder
 
     root = Path(path)
@@ -240,6 +243,7 @@ def hub_streams(name: str, data_dir: str | None, cache_dir: str | None, offline:
 
 
 def parquet_streams(pattern: str, cache_dir: str | None) -> list[Stream]:
+    """The streams of parquet files, training images first."""
     streams = []
     for source in parquet_sources(pattern, cache_dir):
         labels = source.labels()

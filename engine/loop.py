@@ -24,6 +24,7 @@ from engine.gradients import GradientAverager
 from engine.objective import Objective, Phase, weighted_sum
 from engine.run_folder import RunFolder
 from engine.schedule import learning_rate
+from engine.totals import Totals
 
 READ_EVERY = 20  # iterations between two looks at the losses: each look waits for the device
 EVALUATION_BATCH = 500
@@ -155,7 +156,7 @@ class Loop:
                 group["lr"] = learning_rate(self.config, epoch)
         phase = self.objective.phase(progress.iteration) if epoch < 0 else None
         lr = self.optimizers[phase.name if phase else "weights"].param_groups[0]["lr"]
-        totals, stop = _Totals(progress.partial), 0
+        totals, stop = Totals(progress.partial), 0
         start = time.perf_counter()
         self.objective.train()
         with self.console.bar(len(self.train), progress.batch, self._name(progress.epoch)) as bar:
@@ -179,16 +180,16 @@ class Loop:
         if stop:
             self._stop(stop, None)
 
-    def _steps(self, batch: Batch, totals: "_Totals") -> None:
+    def _steps(self, batch: Batch, totals: Totals) -> None:
         """A batch's step, and before it those of phases that come on top."""
         progress = self.progress
         while (phase := self.objective.phase(progress.iteration)) and phase.additional:
             number = progress.iteration - progress.epoch * len(self.train) - progress.batch
             own = self.own_images.get(phase.name)
-            self._step(own.one(number) if own else batch, totals)
-        self._step(batch, totals)
+            self.step(own.one(number) if own else batch, totals)
+        self.step(batch, totals)
 
-    def _step(self, batch: Batch, totals: "_Totals") -> None:
+    def step(self, batch: Batch, totals: Totals) -> None:
         iteration, objective = self.progress.iteration, self.objective
         torch.manual_seed(derive_seed(self.config.seed, "step", iteration, self.rank))
         phase = objective.phase(iteration)
@@ -232,7 +233,7 @@ class Loop:
     def _average(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "mean")
 
-    def _read(self, totals: "_Totals") -> dict[str, str]:
+    def _read(self, totals: Totals) -> dict[str, str]:
         """Fetch the losses since the last look; raises RunError at the first that is not finite."""
         latest = {}
         for iteration, name, value in totals.read():
@@ -255,7 +256,7 @@ class Loop:
         flag = torch.tensor([signals.received], device=self.accelerator.device)
         return int(self.accelerator.gather(flag).max())
 
-    def _stop(self, signum: int, totals: "_Totals | None") -> None:
+    def _stop(self, signum: int, totals: Totals | None) -> None:
         local = None
         if totals is not None:
             self._check_in_step(average=False)
@@ -268,7 +269,7 @@ class Loop:
             "--resume_from_checkpoint latest",
         )
 
-    def _finish_epoch(self, lr: float, totals: "_Totals") -> None:
+    def _finish_epoch(self, lr: float, totals: Totals) -> None:
         progress, config = self.progress, self.config
         self._check_finite()
         self._check_in_step()
@@ -402,7 +403,7 @@ class Loop:
         """Weights and statistics; a method may keep some of its state on the host."""
         return [tensor for tensor in state_tensors(self.objective).values() if tensor.is_floating_point()]
 
-    def _gather(self, totals: "_Totals") -> "_Totals":
+    def _gather(self, totals: Totals) -> Totals:
         """Sums over all processes, in all processes; the time is the main process's own."""
         if self.world == 1:
             return totals
@@ -411,46 +412,10 @@ class Loop:
         numbers = torch.tensor(local, dtype=torch.float64, device=self.accelerator.device)
         images, *rest = self.accelerator.reduce(numbers, "sum").tolist()
         sums = {name: [rest[2 * i], rest[2 * i + 1]] for i, name in enumerate(names)}
-        return _Totals({"sums": sums, "images": int(images), "seconds": totals.seconds})
+        return Totals({"sums": sums, "images": int(images), "seconds": totals.seconds})
 
     def _save(self, local_buffers: Tensor | None = None) -> None:
         if self.accelerator.is_main_process:
             state = (self.objective, self.optimizers, self.scalers, self.progress)
             save_checkpoint(self.folder.last, *state, self.config.as_dict(), self.fingerprints, local_buffers)
         self.accelerator.wait_for_everyone()
-
-
-class _Totals:
-    """Loss sums of an epoch. Terms stay on the device until `read`."""
-
-    def __init__(self, partial: dict):
-        self.sums: dict[str, list[float]] = dict(partial.get("sums", {}))  # term: [sum over images, images]
-        self.images: int = partial.get("images", 0)
-        self.seconds: float = partial.get("seconds", 0.0)
-        self._pending: list[tuple[int, dict[str, Tensor], int]] = []
-
-    def add(self, iteration: int, terms: dict[str, Tensor], images: int) -> None:
-        self._pending.append((iteration, terms, images))
-        self.images += images
-
-    def read(self) -> list[tuple[int, str, float]]:
-        """(iteration, term, value) of everything added since the last call, in one transfer."""
-        if not self._pending:
-            return []
-        values = iter(torch.stack([term for _, terms, _ in self._pending for term in terms.values()]).tolist())
-        found = []
-        for iteration, terms, images in self._pending:
-            for name in terms:
-                value = next(values)
-                total = self.sums.setdefault(name, [0.0, 0])
-                total[0] += value * images
-                total[1] += images
-                found.append((iteration, name, value))
-        self._pending.clear()
-        return found
-
-    def means(self) -> dict[str, float]:
-        return {name: total / images for name, (total, images) in self.sums.items()}
-
-    def as_dict(self) -> dict:
-        return {"sums": self.sums, "images": self.images, "seconds": self.seconds}

@@ -139,6 +139,7 @@ def _is_run(path: Path) -> bool:
 
 
 def default_folder(method: str, model: str, dataset: str) -> str:
+    """runs/DATE-METHOD-MODEL-DATASET."""
     names = (date.today().isoformat(), method, Path(model).stem, Path(dataset.partition(":")[0]).stem)
     return "runs/" + "-".join(name.replace(":", "") for name in names)
 

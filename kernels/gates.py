@@ -210,6 +210,7 @@ def mixed_dtype(terms: Sequence[Tensor]) -> torch.dtype:
 
 
 def accumulate_dtype(*terms: Tensor) -> torch.dtype:
+    """What sums over the terms are computed in."""
     return torch.promote_types(mixed_dtype(terms), torch.float32)
 
 

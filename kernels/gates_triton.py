@@ -30,6 +30,7 @@ def mix_kernel(
     RELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """y = sum_j gates_j outputs_j + shortcut, with RELU rectified."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
     total = tl.zeros([BLOCK], tl.float32)
@@ -59,6 +60,7 @@ def mix_backward_kernel(
     J: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """The gradients of `mix_kernel` for what is given: outputs and shortcut, and partial sums of the gates'."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
     d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)

@@ -105,6 +105,7 @@ class CRD(Method):
 
 @full_precision
 def unit(embedding: Tensor) -> Tensor:
+    """[N, D] -> rows of length 1."""
     return F.normalize(embedding, dim=1)
 
 

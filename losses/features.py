@@ -41,6 +41,7 @@ class FitNets(Method):
 
 @full_precision
 def mean_squares(a: Tensor, b: Tensor) -> Tensor:
+    """The mean squared error of two tensors of one shape."""
     return (a - b).square().mean()
 
 
@@ -250,6 +251,7 @@ def convolutions(channels: int, middle: int, out: int, norm: bool, transposed: b
 
 @full_precision
 def factor_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    """The mean distance of two factors, each of unit length."""
     student, teacher = (F.normalize(factors.flatten(1), dim=1) for factors in (student, teacher))
     return (student - teacher).abs().mean()
 

@@ -88,6 +88,7 @@ class RKD(Method):
 
 @full_precision
 def distances_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """RKD-D: Huber loss of two batches' relative distances, of embeddings [N, D]."""
     return F.smooth_l1_loss(relative_distances(student), relative_distances(teacher))
 
 
@@ -101,6 +102,7 @@ def relative_distances(embedding: Tensor) -> Tensor:
 
 @full_precision
 def angles_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """RKD-A: Huber loss of two batches' angles, of embeddings [N, D]."""
     return F.smooth_l1_loss(angles(student), angles(teacher))
 
 

@@ -135,6 +135,7 @@ def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def mean_square(x: Tensor) -> Tensor:
+    """The mean of the squared elements."""
     return x.square().sum() / x.numel()
 
 

@@ -76,6 +76,7 @@ class SSKD(Method):
 
 
 def projection(width: int) -> nn.Sequential:
+    """The two-layer projection head."""
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
 
 

@@ -13,6 +13,7 @@ from models.network import Network, global_average_pool, initialise
 
 
 def norm_relu_conv(in_channels: int, out_channels: int, kernel: int) -> list[nn.Module]:
+    """BatchNorm, ReLU and a convolution that keeps the size."""
     convolution = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
     return [nn.BatchNorm2d(in_channels), nn.ReLU(), convolution]
 

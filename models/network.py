@@ -228,6 +228,7 @@ def cost(model: Network, image_size: int) -> tuple[int, int, list[tuple[int, ...
 
 
 def count_parameters(model: nn.Module) -> int:
+    """Of all layers."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

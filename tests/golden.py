@@ -10,6 +10,7 @@ code may differ in last bits, so that both halves are run on one.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,19 +42,8 @@ RUNS = {
     "dml": ("distill.py", ["--method", "dml", "--dataset", "digits", "--peers", "resnet8", *STUDENT], 1),
     "rco": ("distill.py", ["--teacher", "{vanilla}", "--method", "rco", *STUDENT], 1),
 }
-# Runs that get a SIGTERM in iteration 12, in the middle of an epoch, and go on from their checkpoint.
-STOP = """
-import os, runpy, signal, sys
-from engine.loop import Loop
-step = Loop._step
-def stopping(loop, batch, totals):
-    if loop.progress.iteration == 12:
-        os.kill(os.getpid(), signal.SIGTERM)
-    step(loop, batch, totals)
-Loop._step = stopping
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+# Runs that get a SIGTERM before iteration 12, in the middle of an epoch, and go on from their checkpoint.
+STOP = ["tests/signalled.py", str(int(signal.SIGTERM)), "12"]
 RESUMED = {"gtn-resumed": "gtn", "sskd-resumed": "sskd"}
 TIMING = ("seconds", "images_per_second")
 
@@ -95,7 +85,7 @@ def call(folder: Path, name: str, script: str, arguments: list[str], processes: 
     words = [argument.format(**{each: folder / each for each in RUNS}) for argument in arguments]
     words += ["--output_dir", str(folder / name), "--seed", "3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = [sys.executable, *(["-c", STOP] if stop else [])]
+    launcher = [sys.executable, *(STOP if stop else [])]
     if processes > 1:
         environment["ACCELERATE_USE_CPU"] = "true"
         launcher += ["-m", "accelerate.commands.launch", "-q", "--multi_gpu", "--num_processes", str(processes)]

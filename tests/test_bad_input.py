@@ -1,12 +1,11 @@
 """A user's mistake gets one line, exit code 2, and touches nothing: through the real scripts' mains, and where a run
-begins or there is a run already, through processes of their own."""
+begins or there is a run already, in processes of their own."""
 
 import io
 import json
 import os
 import pickle
 import shutil
-import time
 from pathlib import Path
 
 import pyarrow
@@ -15,7 +14,8 @@ import pytest
 import safetensors.torch
 from PIL import Image
 
-from tests.runs import TINY, here, python, read_rows, start, succeeded
+from engine.run_folder import RunFolder
+from tests.runs import TINY, forked, here, read_rows, succeeded
 from tests.test_models import Payload
 
 
@@ -23,7 +23,7 @@ from tests.test_models import Payload
 def run(tmp_path_factory):
     """A finished vanilla teacher of the digits."""
     folder = tmp_path_factory.mktemp("bad") / "run"
-    succeeded(python("train_teacher.py", *TINY, "--output_dir", folder))
+    succeeded(forked("train_teacher.py", *TINY, "--output_dir", folder))
     return folder
 
 
@@ -31,13 +31,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def refused(script: str, *arguments, said: tuple[str, ...], code: int = 2, by=here) -> None:
+def refused(script: str, *arguments, words: tuple[str, ...], code: int = 2, by=here) -> None:
     done = by(script, *arguments)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     assert len(lines) == 1 and lines[0].startswith(f"{script}: "), done.stderr
-    for words in said:
-        assert words in lines[0]
+    for each in words:
+        assert each in lines[0]
 
 
 TEACHER_MISTAKES = {
@@ -60,19 +60,19 @@ TEACHER_MISTAKES = {
 
 @pytest.mark.parametrize("case", TEACHER_MISTAKES)
 def test_mistakes_in_training_a_teacher(case, tmp_path):
-    arguments, said = TEACHER_MISTAKES[case]
-    refused("train_teacher.py", *arguments, "--output_dir", tmp_path / "run", said=said)
+    arguments, words = TEACHER_MISTAKES[case]
+    refused("train_teacher.py", *arguments, "--output_dir", tmp_path / "run", words=words)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("script", ["train_teacher.py", "distill.py"])
 def test_a_mistake_in_a_process_of_its_own(script):
-    refused(script, "--epochs", "0", said=("--epochs 0",), by=python)
+    refused(script, "--epochs", "0", words=("--epochs 0",), by=forked)
 
 
 def test_an_unknown_key_in_a_recipe(tmp_path):
     (tmp_path / "r.yaml").write_text("epoch: 3\n")
-    refused("train_teacher.py", "--config", tmp_path / "r.yaml", said=("r.yaml", "'epoch'", "--epochs"))
+    refused("train_teacher.py", "--config", tmp_path / "r.yaml", words=("r.yaml", "'epoch'", "--epochs"))
 
 
 STUDENT_MISTAKES = {
@@ -89,14 +89,14 @@ STUDENT_MISTAKES = {
 
 @pytest.mark.parametrize("case", STUDENT_MISTAKES)
 def test_mistakes_in_distilling(case, run, tmp_path):
-    arguments, said = STUDENT_MISTAKES[case]
-    refused("distill.py", "--teacher", run, *arguments, "--output_dir", tmp_path / "run", said=said)
+    arguments, words = STUDENT_MISTAKES[case]
+    refused("distill.py", "--teacher", run, *arguments, "--output_dir", tmp_path / "run", words=words)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_that_is_missing_or_no_model(tmp_path):
-    refused("distill.py", said=("--teacher", "kd"))
-    refused("distill.py", "--teacher", tmp_path, said=("--teacher", str(tmp_path), "no trained model"))
+    refused("distill.py", words=("--teacher", "kd"))
+    refused("distill.py", "--teacher", tmp_path, words=("--teacher", str(tmp_path), "no trained model"))
 
 
 def write_images(path: Path, images: list[bytes], labels: list[int]) -> None:
@@ -113,12 +113,12 @@ def picture() -> bytes:
 def test_a_teacher_of_other_classes(run, tmp_path):
     write_images(tmp_path / "x.parquet", [picture()] * 30, [0, 1, 2] * 10)
     arguments = ["--teacher", run, "--dataset", f"parquet:{tmp_path}/x.parquet", "--output_dir", tmp_path / "run"]
-    refused("distill.py", *arguments, said=("3 classes", "10"))
+    refused("distill.py", *arguments, words=("3 classes", "10"))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "said"),
+    ("images", "labels", "words"),
     [
         ([picture()] * 10, [0, 1, 2, 3, -4] * 2, ("row 4", "-4")),
         ([picture()] * 10, [0, 1, 2, 3, 900] * 2, ("class 4",)),
@@ -126,10 +126,10 @@ def test_a_teacher_of_other_classes(run, tmp_path):
         ([], [], ("empty",)),
     ],
 )
-def test_bad_images_and_labels(tmp_path, images, labels, said):
+def test_bad_images_and_labels(tmp_path, images, labels, words):
     write_images(tmp_path / "x-train.parquet", images, labels)
     write_images(tmp_path / "x-test.parquet", [picture()] * 2, [0, 1])
-    refused("train_teacher.py", "--dataset", f"parquet:{tmp_path}/*.parquet", said=said)
+    refused("train_teacher.py", "--dataset", f"parquet:{tmp_path}/*.parquet", words=words)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "pickle"])
@@ -140,61 +140,56 @@ def test_a_damaged_model_and_checkpoint(run, tmp_path, damage):
         data = file.read_bytes()
         flipped = data[:-50] + bytes([data[-50] ^ 1]) + data[-49:]
         file.write_bytes({"truncated": data[:-100], "flipped": flipped, "pickle": payload}[damage])
-    refused("distill.py", "--teacher", tmp_path / "run", said=("--teacher", "model.safetensors"), by=python)
+    refused("distill.py", "--teacher", tmp_path / "run", words=("--teacher", "model.safetensors"), by=forked)
     (tmp_path / "run" / "summary.json").unlink()  # a run that was stopped
     before = contents(tmp_path / "run")
     arguments = [*TINY, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest"]
-    refused("train_teacher.py", *arguments, said=("--resume_from_checkpoint", "last.safetensors"), by=python)
+    refused("train_teacher.py", *arguments, words=("--resume_from_checkpoint", "last.safetensors"), by=forked)
     assert contents(tmp_path / "run") == before and not (tmp_path / "executed").exists()
 
 
 def test_a_finished_run_and_foreign_files_are_not_touched(run, tmp_path):
     before = contents(run)
-    refused("train_teacher.py", *TINY, "--output_dir", run, said=("--output_dir", "finished run", "--overwrite"))
+    refused("train_teacher.py", *TINY, "--output_dir", run, words=("--output_dir", "finished run", "--overwrite"))
     assert contents(run) == before
     # Even when overwriting is asked for, a mistake elsewhere costs nothing.
-    refused("train_teacher.py", "--overwrite", "--output_dir", run, "--batch_size", "5000", said=("--batch_size",))
+    refused("train_teacher.py", "--overwrite", "--output_dir", run, "--batch_size", "5000", words=("--batch_size",))
     assert contents(run) == before
     (tmp_path / "thesis.tex").write_text("important")
-    refused("train_teacher.py", *TINY, "--overwrite", "--output_dir", tmp_path, said=("no run's",))
+    refused("train_teacher.py", *TINY, "--overwrite", "--output_dir", tmp_path, words=("no run's",))
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
 def test_a_folder_that_another_run_is_writing_to(tmp_path):
-    run = tmp_path / "run"
-    other = start("train_teacher.py", *TINY, "--epochs", "500", "--output_dir", run)
-    try:
-        end = time.monotonic() + 60
-        while not (run / "checkpoints" / "last.safetensors").exists():
-            assert time.monotonic() < end and other.poll() is None
-            time.sleep(0.05)
-        refused("train_teacher.py", *TINY, "--overwrite", "--output_dir", run, said=("another run",), by=python)
-        assert other.poll() is None and (run / "checkpoints" / "last.safetensors").exists()
-    finally:
-        other.kill()
-        other.communicate()
+    other = RunFolder(tmp_path / "run")
+    other.lock()
+    other.begin({})
+    before = contents(other.path)
+    arguments = [*TINY, "--overwrite", "--output_dir", other.path]
+    refused("train_teacher.py", *arguments, words=("another run",), by=forked)
+    assert contents(other.path) == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     run = tmp_path / "run"
     arguments = [*TINY, "--epochs", "3", "--lr", "1e30", "--lr_schedule", "constant", "--output_dir", run]
-    said = ("'ce' became", "iteration", "last good checkpoint: none yet")
-    refused("train_teacher.py", *arguments, said=said, code=1, by=python)
+    words = ("'ce' became", "iteration", "last good checkpoint: none yet")
+    refused("train_teacher.py", *arguments, words=words, code=1, by=forked)
     assert read_rows(run / "metrics.jsonl") == [] and not (run / "summary.json").exists()
 
 
 def test_a_recipe_in_another_encoding(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"# caf\xe9\nlr: 0.1\n")
-    refused("train_teacher.py", "--config", tmp_path / "r.yaml", said=("r.yaml",))
+    refused("train_teacher.py", "--config", tmp_path / "r.yaml", words=("r.yaml",))
 
 
 def test_a_seed_beyond_64_bits(tmp_path):
-    refused("train_teacher.py", "--seed", 10**20, "--output_dir", tmp_path / "run", said=("--seed",))
+    refused("train_teacher.py", "--seed", 10**20, "--output_dir", tmp_path / "run", words=("--seed",))
 
 
 def test_a_vanilla_run_with_another_summary(tmp_path):
     (tmp_path / "summary.json").write_text("[1]")
-    refused("train_teacher.py", "--vanilla_run", tmp_path, said=("--vanilla_run",))
+    refused("train_teacher.py", "--vanilla_run", tmp_path, words=("--vanilla_run",))
 
 
 TAMPERED = [{"pool": {"bogus": 1}}, {"image_size": "big"}, {"image_size": -3}, {"std": [0.1]}, {"std": [0, 0, 0]}]
@@ -207,7 +202,7 @@ def test_a_model_json_that_makes_no_sense(run, tmp_path, change):
     path = tmp_path / "t" / "model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     arguments = ["--teacher", tmp_path / "t", "--student", "pool:1", "--epochs", 1, "--output_dir", tmp_path / "s"]
-    refused("distill.py", *arguments, said=("--teacher",))
+    refused("distill.py", *arguments, words=("--teacher",))
     assert not (tmp_path / "s").exists()
 
 
@@ -216,7 +211,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_called_good(tmp_path,
     """The loss of an epoch's last batch is finite; the update after it is not."""
     run = tmp_path / "run"
     arguments = [*TINY, "--batch_size", "1437", "--epochs", epochs, "--lr", "3e38", "--weight_decay", "10"]
-    done = python("train_teacher.py", *arguments, "--lr_schedule", "constant", "--output_dir", run)
+    done = forked("train_teacher.py", *arguments, "--lr_schedule", "constant", "--output_dir", run)
     assert done.returncode == 1 and "last good checkpoint: none yet" in done.stderr, done.stderr[-300:]
     for path in run.rglob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in safetensors.torch.load_file(path).values()), path

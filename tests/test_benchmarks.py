@@ -1,7 +1,9 @@
 """The benchmarks measure what they say: the plain step is the even step, and tables hold the runs' figures."""
 
 import json
-import time
+import subprocess
+import sys
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -16,12 +18,27 @@ from benchmarks import training as training_benchmark
 from benchmarks.compare import as_markdown, tabulate
 from benchmarks.steps import Options, PlainJoint, Setting, measure
 from common import derive_seed
+from data.batch import Batch
 from data.datasets import load_images
+from engine.objective import weighted_sum
 from losses.registry import METHODS
 from models import ModelInfo, create_model, save_pretrained
 from models.network import macs
 from models.pool import Pool
 from objectives.gtn import GTN
+from tests.runs import forked, succeeded
+
+
+@pytest.fixture(autouse=True)
+def scripts_are_forked(monkeypatch):
+    """What benchmarks start as processes of their own."""
+
+    def run(command: list, check: bool, **capture) -> CompletedProcess:
+        assert command[0] == sys.executable and check
+        return succeeded(forked(*command[1:]))
+
+    monkeypatch.setattr(subprocess, "run", run)
+
 
 POOL = Pool(stem=4, widths=[4, 4, 8, 8, 8, 8], strides=[1, 1, 2, 1, 2, 1], head=8, candidates=["res3x2", "identity"])
 
@@ -29,11 +46,10 @@ POOL = Pool(stem=4, widths=[4, 4, 8, 8, 8, 8], strides=[1, 1, 2, 1, 2, 1], head=
 def test_plain_joint_step_computes_the_even_step_of_the_same_path():
     torch.manual_seed(0)
     objective = GTN(create_model("resnet8", 5), Options(pool=POOL), 16).double()
-    images, labels = torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.randint(0, 5, (6,))
-    terms = objective(images, labels, 4)
-    even = sum(objective.term_weights[name] * term for name, term in terms.items())
+    batch = Batch(torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.randint(0, 5, (6,)))
+    even = weighted_sum(objective, objective(batch, 4))
     draws = objective.gates.draw(torch.Generator().manual_seed(derive_seed(0, "paths", 4)))
-    assert torch.allclose(PlainJoint(objective, draws)(images, labels), even, rtol=1e-12)
+    assert torch.allclose(PlainJoint(objective, draws)(*batch[:2]), even, rtol=1e-12)
 
 
 def test_macs_of_the_papers_pool_and_of_resnet32():
@@ -87,7 +103,7 @@ def test_comparison_table_holds_means_and_deviations():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--teachers", "nope.yaml"], "nope.yaml: there is no such recipe"),
         (
@@ -97,11 +113,11 @@ def test_comparison_table_holds_means_and_deviations():
         (["--students", "a/s.json", "b/s.json"], "two have the same name"),
     ],
 )
-def test_a_comparison_that_would_mix_up_its_runs_is_refused(arguments, said, monkeypatch, capsys):
+def test_a_comparison_that_would_mix_up_its_runs_is_refused(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["compare.py", *arguments])
     with pytest.raises(SystemExit, match="2"):
         compare_benchmark.parse()
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_set_takes_hardly_more_memory_than_its_pixels():
@@ -158,7 +174,8 @@ def test_the_training_benchmark_trains_with_every_script(tmp_path):
     networks = [create_model("resnet8", 10), create_model("resnet8", 10)]
     info = ModelInfo("resnet8", "digits", 10, 32, data.mean, data.std)
     save_pretrained(networks[0], info, tmp_path / "teacher")
-    assert training_benchmark.our_script(tmp_path, "resnet8", 128, "bf16", ["--mixed_precision", "bf16"], 0) > 0
+    flags = ["--mixed_precision", "bf16", "--train_fraction", "0.2"]
+    assert training_benchmark.our_script(tmp_path, "resnet8", 128, "bf16", flags, 0) > 0
     before = networks[1].fc.weight.detach().clone()
     pillow = training_benchmark.PillowDataset(data.train.pixels[:64].permute(0, 2, 3, 1).numpy(), [1, 2] * 32)
     assert baselines.plain_script(*networks, pillow, 16, torch.device("cpu")) > 0
@@ -178,10 +195,17 @@ def test_the_parts_of_a_step_are_its_time(name, tmp_path):
     json.dumps(row)
 
 
-def test_a_stopwatch_charges_what_runs_within_a_part_to_itself():
+def test_a_stopwatch_charges_what_runs_within_a_part_to_itself(monkeypatch):
+    clock = [0.0]
+
+    def work(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(parts_benchmark.time, "perf_counter", lambda: clock[0])
     watch = parts_benchmark.Stopwatch(torch.device("cpu"))
-    inner = watch.watched("teacher", lambda: time.sleep(0.05))
+    inner = watch.watched("teacher", lambda: work(5))
     watch.start()
-    watch.watched("loss", lambda: [inner(), time.sleep(0.02)])()
+    watch.watched("loss", lambda: [inner(), work(2)])()
+    work(1)
     seconds = watch.read()
-    assert seconds["teacher"] == pytest.approx(0.05, abs=0.015) and seconds["loss"] == pytest.approx(0.02, abs=0.015)
+    assert (seconds["teacher"], seconds["loss"], seconds["rest"]) == (5, 2, 1)

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from common import UserError
+from data.batch import Batch
+from engine.objective import weighted_sum
 from models import create_model
 from models.network import cut, run_blocks
 from models.pool import Pool, PoolNet
-from objectives.grafted import Grafted, scale_gradient, trust
+from objectives.grafted import scale_gradient, trust
 from objectives.gtn import GTN, GTNOptions
 
 POOL = {"stem": 4, "widths": [4, 4, 4, 8, 8, 8], "strides": [1, 1, 1, 2, 2, 1], "head": 8}
@@ -36,10 +38,6 @@ def logits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return branches, teacher, torch.randint(0, 5, (6,), generator=source)
 
 
-def weighted(objective: Grafted, terms: dict[str, torch.Tensor]) -> torch.Tensor:
-    return sum(objective.term_weights[name] * term for name, term in terms.items())
-
-
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("trusted", [False, True])
 def test_the_teachers_gradient_is_that_of_the_closed_form(share, trusted):
@@ -47,7 +45,7 @@ def test_the_teachers_gradient_is_that_of_the_closed_form(share, trusted):
     objective = make(alpha=3.0, teacher_kl_share=share, teacher_kl_trust=trusted, kl_direction="forward")
     branches, teacher, labels = logits()
     branches, teacher = branches.requires_grad_(), teacher.requires_grad_()
-    weighted(objective, objective.joint_terms(branches, teacher, labels)).backward()
+    weighted_sum(objective, objective.joint_terms(branches, teacher, labels)).backward()
     with torch.no_grad():
         p, q, y = teacher.softmax(-1), branches.softmax(-1), torch.eye(5, dtype=torch.float64)[labels]
         surprise = (p / q).log()
@@ -108,7 +106,7 @@ def test_one_paths_gates_get_the_gradient_of_all_branches():
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
     draws = objective.gates.draw_gate_step(torch.Generator().manual_seed(2), images)
     objective._gate_draws = draws
-    weighted(objective, objective._gate_terms(images, labels, draws)).backward(inputs=[objective.gates.leaf()])
+    weighted_sum(objective, objective._gate_terms(images, labels, draws)).backward(inputs=[objective.gates.leaf()])
     whole = objective.gates.leaf().grad.clone()
     with torch.no_grad():
         features, teacher = run_blocks(objective.teacher, images)
@@ -124,13 +122,13 @@ def test_one_paths_gates_get_the_gradient_of_all_branches():
 
 
 def test_added_gate_steps_leave_every_batch_to_the_weights(tmp_path):
-    """20 batches with a gate step for every third iteration: 20 weight steps and 10 or so gate steps."""
+    """A gate step for every third iteration: as many weight steps as batches, and half as many gate steps or so."""
     from tests.test_loop import loop_of
 
     class Counting(GTN):
-        def forward(self, images, labels, iteration, *rest):
-            self.seen.append((self.phase(iteration), images.sum().item()))
-            return super().forward(images, labels, iteration, *rest)
+        def forward(self, batch: Batch, iteration: int):
+            self.seen.append((self.phase(iteration), batch.images.sum().item()))
+            return super().forward(batch, iteration)
 
     seen = {}
     for steps in ("replace", "add"):
@@ -142,11 +140,11 @@ def test_added_gate_steps_leave_every_batch_to_the_weights(tmp_path):
         loop.run()
         seen[steps] = (objective.seen, len(loop.train))
     for steps, (calls, batches) in seen.items():
-        weights = sum(phase == "weights" for phase, _ in calls)
+        weights = sum(phase is None for phase, _ in calls)
         assert weights == (batches if steps == "add" else batches - batches // 3)
     calls, _ = seen["add"]
     for (phase, images), (_, following) in pairwise(calls):
-        assert phase == "weights" or images == following  # a gate step sees the batch of the step after it
+        assert phase is None or images == following  # a gate step sees the batch of the step after it
 
 
 @pytest.mark.parametrize("name", ["resnet20", "wrn16_2", "vgg8", "mobilenetv2", "shufflenetv1"])

@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,9 +10,9 @@ from torch import nn
 from common import UserError
 from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint
 from engine.config import RunConfig
-from engine.loop import learning_rate
 from engine.run_folder import RunFolder
-from tests.runs import ROOT
+from engine.schedule import learning_rate
+from tests.runs import forked
 from tests.test_models import Payload
 
 CONFIG = {"lr": 0.1, "pool": {"widths": [1, 2]}, "output_dir": "a"}
@@ -134,7 +132,7 @@ def test_a_failing_write_leaves_the_previous_checkpoint_whole(tmp_path):
     path = tmp_path / "c.safetensors"
     save(path)
     before = path.read_bytes()
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], cwd=ROOT, capture_output=True, text=True)
+    done = forked("-c", FULL_DISK, path)
     assert done.returncode == 9, done.stderr
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["c.safetensors"]
 
@@ -165,7 +163,7 @@ def test_learning_rates_are_those_of_torchs_schedulers(schedule):
 
 
 @pytest.mark.parametrize(
-    ("files", "options", "said"),
+    ("files", "options", "message"),
     [
         (["thesis.tex"], {}, "no run's"),
         (["thesis.tex"], {"overwrite": True}, "no run's"),
@@ -174,10 +172,10 @@ def test_learning_rates_are_those_of_torchs_schedulers(schedule):
         (["config.yaml"], {}, "unfinished run"),
     ],
 )
-def test_folders_that_hold_something_are_refused(tmp_path, files, options, said):
+def test_folders_that_hold_something_are_refused(tmp_path, files, options, message):
     for name in files:
         (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         RunFolder(tmp_path, **options)
     assert all((tmp_path / name).read_text() == "mine" for name in files)
 

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from common import UserError
+from data.batch import Batch
+from engine.objective import weighted_sum
 from models import create_model
 from models.compiled import compile_regions, regions
 from models.network import BeforeReLU
 from models.pool import Pool
 from objectives.registry import TEACHERS
-from tests.runs import TINY, python, read_rows, succeeded
+from tests.runs import TINY, forked, python, read_rows, succeeded
 from train_teacher import TeacherConfig
 
 POOL = Pool(stem=4, widths=[4, 4, 8, 8], strides=[1, 1, 2, 1], head=8, candidates=["res3x2", "res3x4", "identity"])
@@ -23,12 +25,11 @@ def gtn():
 
 def step(objective, iteration: int) -> dict:
     phase = objective.phase(iteration)
-    terms = objective(IMAGES, LABELS, iteration)
-    sum(objective.term_weights[name] * term for name, term in terms.items()).backward(
-        inputs=objective.grad_inputs(phase)
-    )
-    objective.before_update(phase, lambda gradient: gradient)
-    objective.after_update(phase)
+    terms = objective(Batch(IMAGES, LABELS), iteration)
+    weighted_sum(objective, terms).backward(inputs=phase.grad_inputs() if phase else None)
+    if phase:
+        phase.before_update(lambda gradient: gradient)
+        phase.after_update()
     return {name: term.item() for name, term in terms.items()}
 
 
@@ -99,7 +100,7 @@ def test_a_compiled_run_learns_alike(tmp_path):
     losses = []
     for flags in ([], ["--compile"]):
         run = tmp_path / str(len(flags))
-        succeeded(python("train_teacher.py", *TINY, *flags, "--output_dir", run))
+        succeeded(forked("train_teacher.py", *TINY, *flags, "--output_dir", run))
         losses.append(read_rows(run / "metrics.jsonl")[0]["losses"]["ce"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     refused = python("train_teacher.py", *TINY, "--compile", "--output_dir", tmp_path / "no", CXX="no-such-compiler")

@@ -62,7 +62,7 @@ def test_a_students_pool_is_optional_and_can_be_given_in_parts():
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--lrr", "1"], "unknown option --lrr; did you mean --lr?"),
         (["--pool.widht", "1"], "did you mean --pool.widths?"),
@@ -84,14 +84,14 @@ def test_a_students_pool_is_optional_and_can_be_given_in_parts():
         (["--checkpointing_epochs", "0"], "--checkpointing_epochs 0"),
     ],
 )
-def test_mistakes_are_one_line_that_names_them(argv, said):
+def test_mistakes_are_one_line_that_names_them(argv, message):
     with pytest.raises(UserError) as error:
         teacher(*argv)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("lrr: 1", "unknown key 'lrr'; did you mean --lr?"),
         ("- 1", "mapping"),
@@ -99,28 +99,28 @@ def test_mistakes_are_one_line_that_names_them(argv, said):
         ("a: [", "cannot read"),
     ],
 )
-def test_recipes_with_mistakes_are_refused(tmp_path, content, said):
+def test_recipes_with_mistakes_are_refused(tmp_path, content, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
     with pytest.raises(UserError) as error:
         teacher("--config", str(path))
-    assert said in str(error.value) and str(path) in str(error.value)
+    assert message in str(error.value) and str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("lr: fast", "--lr fast: expected float"),
         ("pool: {stem: big}", "--pool.stem big: expected int"),
         ("pool: {widht: [1]}", "'widht'"),
     ],
 )
-def test_recipes_with_wrong_values_are_refused_by_option(tmp_path, content, said):
+def test_recipes_with_wrong_values_are_refused_by_option(tmp_path, content, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
     with pytest.raises(UserError) as error:
         teacher("--config", str(path))
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_listings_print_and_stop(capsys):

@@ -2,8 +2,6 @@
 
 import hashlib
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from common import UserError
 from data.datasets import hold_out, load_images
-from tests.runs import ROOT, python
+from tests.runs import forked, python
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -63,12 +61,14 @@ def test_normalisation_is_that_of_the_training_split():
 
 def test_parts_held_out_are_stratified_disjoint_and_complete():
     data = load_images("digits")
-    parted = hold_out(hold_out(data, 0.1, "val"), 0.1, "gates")
-    assert len(parted.val) == 144 and len(parted.gates) == 130
-    everything = torch.cat([part.images.flatten(1) for part in (parted.train, parted.val, parted.gates)])
+    rest, val = hold_out(data, 0.1, "validation")
+    rest, gates = hold_out(rest, 0.1, "gates")
+    assert len(val) == 144 and len(gates) == 130
+    everything = torch.cat([part.images.flatten(1) for part in (rest.train, val, gates)])
     assert torch.equal(everything.sort(0).values, data.train.images.flatten(1).sort(0).values)
-    assert torch.bincount(parted.val.labels).min() >= 13
-    assert hold_out(data, 0.0, "val") is data
+    assert torch.bincount(val.labels).min() >= 13
+    same, nothing = hold_out(data, 0.0, "validation")
+    assert same is data and nothing is None
 
 
 def test_parquet_with_a_test_file_grey_images_and_a_new_size(tmp_path):
@@ -188,7 +188,7 @@ def test_floating_point_images_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         ([], "find any class folder"),
         (["train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/cow/1.png"], "train and test have different"),
@@ -198,13 +198,13 @@ def test_floating_point_images_are_refused_by_name(tmp_path):
     ],
     ids=["nothing", "other classes", "a class too few", "an empty class", "no images"],
 )
-def test_folders_that_cannot_be_a_set(tmp_path, files, said):
+def test_folders_that_cannot_be_a_set(tmp_path, files, message):
     for name in files:
         path = tmp_path / name
         (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
         if not name.endswith("/"):
             path.write_bytes(encoded(1))
-    with pytest.raises(UserError, match=f"--dataset folder:{tmp_path}: .*{said}"):
+    with pytest.raises(UserError, match=f"--dataset folder:{tmp_path}: .*{message}"):
         load_images(f"folder:{tmp_path}")
 
 
@@ -218,7 +218,7 @@ def test_test_labels_above_the_class_count_are_refused(tmp_path):
 def test_nothing_there(tmp_path):
     (tmp_path / "not.parquet").write_text("text")
     write_parquet(tmp_path / "empty-train.parquet", [], [])
-    for name, said in {
+    for name, message in {
         f"parquet:{tmp_path}/none*.parquet": "no file matches",
         f"parquet:{tmp_path}/not.parquet": "cannot read",
         f"parquet:{tmp_path}/empty-train.parquet": "empty|cannot take|test split",
@@ -226,7 +226,7 @@ def test_nothing_there(tmp_path):
         f"folder:{tmp_path}": "class",
         "cifar11": "did you mean cifar1",
     }.items():
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             load_images(name)
 
 
@@ -292,6 +292,5 @@ except UserError as error:
 def test_a_huge_label_costs_no_memory(tmp_path):
     write_cells(tmp_path / "train.parquet", cells(20), [0] * 19 + [10_000_000])
     write_cells(tmp_path / "test.parquet", cells(2), [0, 0])
-    command = [sys.executable, "-c", LITTLE_MEMORY, f"parquet:{tmp_path}/*.parquet"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = forked("-c", LITTLE_MEMORY, f"parquet:{tmp_path}/*.parquet")
     assert done.returncode == 9, done.stderr[-300:]

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError, derive_seed
+from data.batch import Batch
+from engine.objective import weighted_sum
 from models import create_model
 from models.network import run_blocks
 from models.pool import Pool
@@ -36,35 +38,36 @@ def test_some_branches(share):
     assert layers == [3, 1] and len(objective.gates.counts) == 4
     assert list(objective.record()["gates"]) == ["branch2", "branch3"]
     assert list(objective.record()["gates"]["branch2"]) == ["L4", "L5", "L6"]
-    assert list(objective.predict(batch()[0], 0)) == ["teacher", "branch2", "branch3"]
-    terms = objective(*batch(), 0)
+    assert list(objective.predict(batch().images, 0)) == ["teacher", "branch2", "branch3"]
+    terms = objective(batch(), 0)
     terms["branch_ce"].backward()
     *before, last = objective.teacher.blocks
     assert all(p.grad is not None for block in before for p in block.parameters())
     assert not any(p.grad is not None and p.grad.any() for p in last.parameters())
 
 
-def batch(size: int = 8):
+def batch(size: int = 8) -> Batch:
     source = torch.Generator().manual_seed(4)
     images = torch.randn(size, 3, 16, 16, generator=source)
-    return images, torch.randint(0, 5, (size,), generator=source)
+    return Batch(images, torch.randint(0, 5, (size,), generator=source))
 
 
 def step(objective: GTN, optimizers: dict, iteration: int) -> dict:
     phase = objective.phase(iteration)
-    terms = objective(*batch(), iteration)
-    loss = sum(objective.term_weights[name] * term for name, term in terms.items())
-    loss.backward(inputs=objective.grad_inputs(phase))
-    objective.before_update(phase, lambda gradient: gradient)
-    optimizers[phase].step()
-    optimizers[phase].zero_grad()
-    objective.after_update(phase)
+    terms = objective(batch(), iteration)
+    weighted_sum(objective, terms).backward(inputs=phase.grad_inputs() if phase else None)
+    if phase:
+        phase.before_update(lambda gradient: gradient)
+    optimizer = optimizers[phase.name if phase else "weights"]
+    optimizer.step()
+    optimizer.zero_grad()
+    phase.after_update() if phase else objective.after_step()
     return terms
 
 
 def optimizers_of(objective: GTN) -> dict:
     sgd = torch.optim.SGD(objective.weight_parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
-    return {"weights": sgd, **objective.extra_optimizers()}
+    return {"weights": sgd, **{phase.name: phase.optimizer for phase in objective.phases}}
 
 
 def snapshot(objective: GTN) -> dict[str, torch.Tensor]:
@@ -113,14 +116,14 @@ def test_odd_steps_leave_every_weight_and_batchnorm_statistic_untouched():
 
 
 def test_phases_alternate_as_gate_every_says():
-    phases = {every: [make(gate_every=every).phase(i) == "gates" for i in range(8)] for every in (0, 2, 4)}
+    phases = {every: [make(gate_every=every).phase(i) is not None for i in range(8)] for every in (0, 2, 4)}
     assert phases == {0: [False] * 8, 2: [False, True] * 4, 4: [False, False, False, True] * 2}
 
 
 def test_terms_are_those_of_the_paper_recomputed_from_the_logits():
     objective = make(temperature=2.0)
-    images, labels = batch()
-    terms = copy.deepcopy(objective)(images, labels, 0)
+    images, labels = batch()[:2]
+    terms = copy.deepcopy(objective)(batch(), 0)
     source = torch.Generator().manual_seed(derive_seed(0, "paths", 0))
     features, teacher = run_blocks(objective.teacher, images)
     branches = objective._run_branches(features, objective.gates.draw(source)).double()
@@ -139,7 +142,7 @@ def test_terms_are_those_of_the_paper_recomputed_from_the_logits():
 @pytest.mark.parametrize("term", ["branch_ce", "branch_kl"])
 def test_every_branch_loss_reaches_the_teacher(term):
     objective = make()
-    objective(*batch(), 0)[term].backward()
+    objective(batch(), 0)[term].backward()
     assert objective.teacher.conv1.weight.grad.abs().sum() > 0  # through the features
     through_logits = objective.teacher.fc.weight.grad
     assert (through_logits is not None and through_logits.abs().sum() > 0) == (term == "branch_kl")
@@ -148,10 +151,8 @@ def test_every_branch_loss_reaches_the_teacher(term):
 def test_gate_gradient_equals_autograd_through_explicit_gates():
     """All candidates run and multiplied by their gates, against the selection that training uses."""
     objective = make(full_gates=True)
-    images, labels = batch()
-    terms = objective(images, labels, 1)
-    loss = sum(objective.term_weights[name] * term for name, term in terms.items())
-    found = torch.autograd.grad(loss, objective.gates.leaf())[0]
+    images, labels = batch()[:2]
+    found = torch.autograd.grad(weighted_sum(objective, objective(batch(), 1)), objective.gates.leaf())[0]
     source = torch.Generator().manual_seed(derive_seed(0, "paths", 1))
     draws = objective.gates.draw_gate_step(source)
     gates = objective.gates.leaf().detach().clone().requires_grad_()
@@ -174,7 +175,7 @@ def test_gate_gradient_equals_autograd_through_explicit_gates():
 
 def test_same_iteration_same_terms_other_iteration_other_path():
     objective = make()
-    terms = [copy.deepcopy(objective)(*batch(), iteration)["branch_ce"].item() for iteration in (2, 2, 4)]
+    terms = [copy.deepcopy(objective)(batch(), iteration)["branch_ce"].item() for iteration in (2, 2, 4)]
     assert terms[0] == terms[1] != terms[2]
 
 
@@ -182,7 +183,7 @@ def test_predict_changes_nothing():
     objective = make()
     objective.eval()
     before = snapshot(objective)
-    answers = objective.predict(batch()[0], seed=0)
+    answers = objective.predict(batch().images, seed=0)
     assert list(answers) == ["teacher", "branch1", "branch2", "branch3"]
     assert {logits.shape for logits in answers.values()} == {(8, 5)}
     assert not changed(before, objective)
@@ -253,8 +254,7 @@ def test_what_is_not_drawn_gets_no_gradient_no_decay_and_no_momentum():
             momenta[name] = state[parameters[name]]["momentum_buffer"].clone()
     assert len(momenta) > 10  # some that rest now were drawn before
     before = {name: parameters[name].detach().clone() for name in resting}
-    terms = objective(*batch(), 6)
-    sum(objective.term_weights[name] * term for name, term in terms.items()).backward()
+    weighted_sum(objective, objective(batch(), 6)).backward()
     assert all(parameters[name].grad is None for name in resting)
     assert all(parameters[name].grad is not None for name in parameters if name.startswith(drawn))
     optimizers["weights"].step()
@@ -291,8 +291,8 @@ def test_odd_steps_move_only_drawn_candidates_and_keep_the_mass_of_the_others(fu
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_the_gates_terms_are_recomputed_from_the_logits(direction):
     objective = make(kl_direction=direction, temperature=3.0)
-    images, labels = batch()
-    terms = objective(images, labels, 1)
+    images, labels = batch()[:2]
+    terms = objective(batch(), 1)
     source = torch.Generator().manual_seed(derive_seed(0, "paths", 1))
     features, teacher = run_blocks(objective.teacher, images)
     paths = objective.gates.draw_gate_step(source)
@@ -318,7 +318,7 @@ def test_the_gates_kl_weight_is_minus_alpha_by_default(alpha):
 
 def test_each_branch_reaches_the_teacher_up_to_where_it_is_grafted():
     objective = make()
-    images, labels = batch()
+    images, labels = batch()[:2]
     for index in range(3):
         features, _ = run_blocks(objective.teacher, images)
         source = torch.Generator().manual_seed(0)
@@ -334,7 +334,7 @@ def test_each_branch_reaches_the_teacher_up_to_where_it_is_grafted():
 
 def test_the_kl_reaches_the_teacher_through_its_features_and_through_its_logits():
     objective = make()
-    images, labels = batch()
+    images, labels = batch()[:2]
     source = torch.Generator().manual_seed(0)
     features, logits = run_blocks(objective.teacher, images)
     draws, weight = objective.gates.draw(source), objective.teacher.conv1.weight
@@ -347,7 +347,7 @@ def test_the_kl_reaches_the_teacher_through_its_features_and_through_its_logits(
     assert through_features.abs().sum() > 0 and through_logits.abs().sum() > 0
     assert torch.allclose(through_features + through_logits, both, atol=1e-6)
     objective.zero_grad()
-    objective(images, labels, 0)["branch_kl"].backward()
+    objective(batch(), 0)["branch_kl"].backward()
     assert objective.teacher.fc.weight.grad.abs().sum() > 0
 
 
@@ -355,11 +355,10 @@ def test_the_kl_reaches_the_teacher_through_its_features_and_through_its_logits(
 def test_the_gradient_of_phi_in_float64_equals_autograd_through_explicit_gates(full):
     """phi.grad of a whole gate step, against gates that are multiplied and a softmax over what was drawn."""
     objective = make(full_gates=full).double()
-    images, labels = batch()
-    images = images.double()
-    terms = objective(images, labels, 1)
-    sum(objective.term_weights[name] * term for name, term in terms.items()).backward(inputs=[objective.gates.leaf()])
-    objective.before_update("gates", lambda gradient: gradient)
+    images, labels = batch()[:2]
+    images, (gates,) = images.double(), objective.phases
+    weighted_sum(objective, objective(Batch(images, labels), 1)).backward(inputs=gates.grad_inputs())
+    gates.before_update(lambda gradient: gradient)
     found = objective.gates.phi.grad.clone()
 
     draws = objective.gates.draw_gate_step(torch.Generator().manual_seed(derive_seed(0, "paths", 1)), images)
@@ -394,7 +393,7 @@ def test_paths_follow_the_runs_seed_and_the_iteration_and_nothing_else():
     def losses(seed: int, iteration: int, noise: int):
         objective = make(seed=seed)  # the same weights whatever the seed
         torch.manual_seed(noise)
-        return [term.item() for term in objective(*batch(), iteration).values()]
+        return [term.item() for term in objective(batch(), iteration).values()]
 
     assert losses(0, 2, 1) == losses(0, 2, 99)
     assert losses(0, 3, 1) == losses(0, 3, 99)
@@ -408,7 +407,7 @@ def test_predict_restores_the_mode_and_repeats_itself(size):
     for iteration in range(2):
         step(objective, optimizers, iteration)
     objective.eval()
-    before, images = snapshot(objective), batch(size)[0]
+    before, images = snapshot(objective), batch(size).images
     first, again, other = (objective.predict(images, seed) for seed in (0, 0, 1))
     assert not changed(before, objective) and not any(module.training for module in objective.modules())
     assert all(norm.track_running_stats for norm in objective.modules() if isinstance(norm, torch.nn.BatchNorm2d))
@@ -417,17 +416,17 @@ def test_predict_restores_the_mode_and_repeats_itself(size):
     assert any(not torch.equal(first[name], other[name]) for name in first)
     objective.train()
     branches = {name for name in before if name.startswith(("branches.", "gates."))}
-    objective.predict(images if size > 1 else batch()[0], 0)
+    objective.predict(images if size > 1 else batch().images, 0)
     assert not changed(before, objective) & branches
     assert all(module.training for module in objective.modules())
 
 
-def test_the_product_is_the_plain_teacher():
+def test_the_trained_model_is_the_plain_teacher():
     objective = make()
     assert objective.trained_model() is objective.teacher
     assert not any("branches" in name or "gates" in name for name in objective.trained_model().state_dict())
     assert objective.gates.phi not in set(objective.weight_parameters())
-    (adam,) = objective.extra_optimizers().values()
+    adam = objective.phases[0].optimizer
     (group,) = adam.param_groups
     assert [id(p) for p in group["params"]] == [id(objective.gates.phi)]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, (0.0, 0.999), 0.0)

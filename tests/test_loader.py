@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from common import UserError
+from data.augment import Augmentation, Normalise, augment, cut_out
 from data.datasets import Split
-from data.loader import Augmentation, DeviceLoader, Normalise, augment, cut_out, evaluation_batches
+from data.loader import DeviceLoader, evaluation_batches
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
@@ -43,11 +44,11 @@ def test_processes_share_the_batch_that_one_process_would_have(world):
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_shares_make_the_mean_of_means_the_mean_over_the_batch(world):
+def test_loss_scales_make_the_mean_of_means_the_mean_over_the_batch(world):
     values = torch.randn(56, dtype=torch.float64)
     parts = [list(loader(rank, world, count=56).epoch(0)) for rank in range(world)]
     for number, batch in enumerate(loader(count=56).epoch(0)):
-        means = [parts[rank][number].share * values[parts[rank][number].labels].mean() for rank in range(world)]
+        means = [parts[rank][number].loss_scale * values[parts[rank][number].labels].mean() for rank in range(world)]
         assert sum(means).item() / world == pytest.approx(values[batch.labels].mean().item())
 
 

@@ -1,5 +1,8 @@
 """The training loop's step: in parts, and without waiting for the device."""
 
+from dataclasses import replace
+from unittest.mock import patch
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,14 +10,16 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from common import UserError
+from data.batch import Batch
 from data.datasets import load_images
-from data.loader import Batch
 from distill import DistillConfig, distillation
 from engine.console import Console
-from engine.cuda_graph import CudaRecorder, StepGraph
-from engine.loop import Loop, _Totals, learning_rate
-from engine.objective import Objective
+from engine.cuda_graph import CudaGraphCapture, StepGraph
+from engine.loop import Loop
+from engine.objective import Objective, weighted_sum
 from engine.run_folder import RunFolder
+from engine.schedule import learning_rate
+from engine.totals import Totals
 from losses.registry import METHODS, find_methods
 from models import ModelInfo, create_model
 from models.compiled import compile_regions
@@ -34,8 +39,8 @@ class Linear(Objective):
         self.network = nn.Linear(3 * 64, 10)
         self.term_weights = {"ce": 1.0}
 
-    def forward(self, images, labels, iteration, rows=None, views=None):
-        return {"ce": nn.functional.cross_entropy(self.network(images.flatten(1)), labels)}
+    def forward(self, batch, iteration):
+        return {"ce": nn.functional.cross_entropy(self.network(batch.images.flatten(1)), batch.labels)}
 
     def predict(self, images, seed):
         return {"network": self.network(images.flatten(1))}
@@ -45,9 +50,11 @@ class Linear(Objective):
 
 
 def loop_of(objective, tmp_path, **options) -> Loop:
+    """On 460 of the digits: seven batches, and one of twelve images."""
     config = TeacherConfig(**{"image_size": 8, "batch_size": 64, "epochs": 1} | options)
-    accelerator = Accelerator()
-    return Loop(objective, load_images("digits", 8), config, accelerator, RunFolder(tmp_path / "run"), Console(False))
+    data = load_images("digits", 8)
+    data = replace(data, train=data.train.take(torch.arange(460)))
+    return Loop(objective, data, config, Accelerator(), RunFolder(tmp_path / "run"), Console(False))
 
 
 def test_parts_hold_a_batch_once_weigh_as_much_and_are_as_many_in_every_process():
@@ -55,9 +62,9 @@ def test_parts_hold_a_batch_once_weigh_as_much_and_are_as_many_in_every_process(
     parts = Batch(images.flatten(0, 1), labels, 22 / 21, labels + 100).parts(8, 2)
     other = Batch(torch.randn(10, 3, 4, 4), torch.arange(10), 20 / 21).parts(8, 2)
     assert len(parts) == len(other) == 5 and min(len(part.labels) for part in parts + other) == 2
-    assert sum(part.share for part in parts) == pytest.approx(22 / 21)
+    assert sum(part.loss_scale for part in parts) == pytest.approx(22 / 21)
     assert torch.equal(torch.cat([part.labels for part in parts]), labels)
-    assert torch.equal(torch.cat([part.rows for part in parts]), labels + 100)
+    assert torch.equal(torch.cat([part.indices for part in parts]), labels + 100)
     assert torch.equal(torch.cat([part.images.unflatten(0, (2, -1)) for part in parts], dim=1), images)
 
 
@@ -75,18 +82,16 @@ def test_an_accumulated_step_is_the_whole_one(tmp_path):
 def test_a_gate_step_in_parts_draws_once_and_averages(tmp_path):
     objective = make("gtn")
     loop = loop_of(objective, tmp_path, gradient_accumulation_steps=2)
-    batch = loop.train.one(0)
+    batch, gates = loop.train.one(0), objective.phases[0]
     halves = []
     for part in batch.parts(2):
-        terms = objective(part.images, part.labels, 1)
-        loss = sum(objective.term_weights[name] * term for name, term in terms.items())
-        loss.backward(inputs=objective.grad_inputs("gates"))
+        weighted_sum(objective, objective(part, 1)).backward(inputs=gates.grad_inputs())
         halves.append(objective.gates.leaf().grad)
-        objective.after_update("gates")
+        gates.after_update()
     found = []
-    objective.before_update = lambda phase, average: found.append(objective.gates.leaf().grad.clone())
+    gates.before_update = lambda average: found.append(objective.gates.leaf().grad.clone())
     loop.progress.iteration = 1
-    loop._step(batch, _Totals({}))
+    loop.step(batch, Totals({}))
     assert torch.equal(*[each != 0 for each in (found[0], sum(halves))])
     torch.testing.assert_close(found[0], sum(halves) / 2)
 
@@ -102,13 +107,16 @@ def test_the_learning_rate_scales_with_the_batch():
     assert learning_rate(TeacherConfig(lr=0.1, batch_size=256), 0) == 0.1
 
 
-def kd_objective(method: str = "kd"):
+def kd_objective(method: str = "kd", cache_logits: bool = False):
     config, data = DistillConfig(method=method, image_size=8), load_images("digits", 8)
     torch.manual_seed(0)
     student, teacher = create_model("resnet8", 10), create_model("resnet14", 10)
     teacher.info = ModelInfo("resnet14", "digits", 10, 8, data.mean, data.std)
     teachers = [] if method == "none" else [teacher]
-    return distillation(config, find_methods(method), student, teachers, [], data)
+    with patch("distill.read_anchors", return_value=[]):
+        objective = distillation(config, find_methods(method), student, teachers, data)
+    objective.cache_logits = cache_logits
+    return objective
 
 
 def make(name: str) -> Objective:
@@ -126,54 +134,55 @@ def test_views_are_numbered_as_the_loader_makes_them(tmp_path, padding, flip):
     assert loader.augmentation.views == (9 if padding else 1) * (2 if flip else 1)
     images, seen = [], set()
     for view in range(loader.augmentation.views):
-        rows, shown = zip(*loader.view(view, 500), strict=True)
-        images.append(dict(zip(torch.cat(rows).tolist(), torch.cat(shown), strict=True)))
+        indices, shown = zip(*loader.view(view, 500), strict=True)
+        images.append(dict(zip(torch.cat(indices).tolist(), torch.cat(shown), strict=True)))
     for batch in loader.epoch(0):
         expected = torch.stack(
-            [images[view][row] for row, view in zip(batch.rows.tolist(), batch.views.tolist(), strict=True)]
+            [images[view][index] for index, view in zip(batch.indices.tolist(), batch.views.tolist(), strict=True)]
         )
         assert torch.equal(batch.images, expected)
         seen |= set(batch.views.tolist())
     assert seen == set(range(loader.augmentation.views))
 
 
-def test_a_teacher_asked_in_advance_says_the_same(tmp_path):
+def test_cached_teacher_logits_are_the_teachers_logits(tmp_path):
     losses = []
-    for advance in (False, True):
-        objective = kd_objective()
-        loop = loop_of(objective, tmp_path / str(advance), crop_padding=1, lr=1e-3)
-        if advance:
-            objective.ask_in_advance(loop.train.augmentation.views)
+    for cached in (False, True):
+        objective = kd_objective(cache_logits=cached)
+        loop = loop_of(objective, tmp_path / str(cached), crop_padding=1, lr=1e-3)
         losses.append(loop.run().history[0]["losses"])
-        asked = objective.known is not None
-        assert asked == advance
+        assert (objective.cached_logits is not None) == cached
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert objective.known.shape == (len(loop.train.split), 9, 10)
+    assert objective.cached_logits.shape == (len(loop.train.split), 9, 10)
     objective.frozen[0].forward = None  # not needed any more
-    loop._step(loop.train.one(0), _Totals({}))
+    loop.step(loop.train.one(0), Totals({}))
 
 
-def test_a_teacher_that_cannot_be_asked_in_advance_says_why(tmp_path):
-    for method, said in (("at", "more of its teacher"), ("sskd", "more of its teacher"), ("none", "no teacher")):
-        with pytest.raises(ValueError, match=said):
-            kd_objective(method).ask_in_advance(2)
-    with pytest.raises(ValueError, match="cutouts"):
-        kd_objective().ask_in_advance(loop_of(Linear(), tmp_path, cutout=2).train.augmentation.views)
+def test_logits_that_cannot_be_cached_say_why(tmp_path):
+    for method, reason in (("at", "more of its teacher"), ("sskd", "more of its teacher"), ("none", "no teacher")):
+        assert reason in kd_objective(method).cannot_cache(2)
+    assert "cutouts" in kd_objective().cannot_cache(loop_of(Linear(), tmp_path, cutout=2).train.augmentation.views)
+    assert kd_objective().cannot_cache(2) is None
 
 
 @pytest.mark.parametrize("name", ["kd", "crd", "sftn"])
 def test_a_replayed_step_is_the_step(tmp_path, name):
-    """What is recorded reads the held batch, and only the steady batches of an epoch but its first are replayed."""
+    """What is captured reads the static batch, and only the steady batches of an epoch but its first are replayed."""
     replayed, losses = [], []
     for replay in (False, True):
         loop = loop_of(make(name), tmp_path / str(replay), epochs=2)
-        if replay:  # the host's counterpart of a recording is the function itself
-            record = CudaRecorder() if torch.cuda.is_available() else lambda step: step
-            loop.graph = StepGraph(loop._update, lambda step, record=record: watched(record(step), replayed))
+        if replay:
+            capture = capture_or_call()
+            loop.graph = StepGraph(loop._update, lambda step, capture=capture: watched(capture(step), replayed))
         losses.append([row["losses"] for row in loop.run().history])
     assert len(replayed) == 2 * (len(loop.train) - 2)  # the last batch of an epoch is smaller
-    for eager, recorded in zip(*losses, strict=True):
-        assert recorded == pytest.approx(eager, rel=1e-3 if torch.cuda.is_available() else 1e-9)
+    for eager, captured in zip(*losses, strict=True):
+        assert captured == pytest.approx(eager, rel=1e-3 if torch.cuda.is_available() else 1e-9)
+
+
+def capture_or_call():
+    """The device's way of capturing a step; on the host the function itself is its replay."""
+    return CudaGraphCapture() if torch.cuda.is_available() else lambda step: step
 
 
 def watched(function, calls: list):
@@ -185,24 +194,24 @@ def watched(function, calls: list):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it can")
-def test_a_cpu_records_no_graph(tmp_path):
+def test_a_cpu_captures_no_graph(tmp_path):
     with pytest.raises(UserError, match="--cuda_graph: needs an NVIDIA GPU"):
         loop_of(Linear(), tmp_path, cuda_graph=True)
 
 
 @pytest.mark.parametrize("name", ["kd", "at", "reviewkd", "gtn"])
 def test_the_memory_format_changes_no_loss(name):
-    images, labels, rows = torch.randn(16, 3, 8, 8), torch.arange(16) % 10, torch.arange(16)
+    batch = Batch(torch.randn(16, 3, 8, 8), torch.arange(16) % 10, indices=torch.arange(16))
     losses = []
     for layout in (torch.contiguous_format, torch.channels_last):
         objective = make(name).to(memory_format=layout)
-        terms = objective(images.to(memory_format=layout), labels, 0, rows)
+        terms = objective(batch._replace(images=batch.images.to(memory_format=layout)), 0)
         losses.append({term: value.item() for term, value in terms.items()})
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_run_with_everything_that_makes_it_fast_resumes_with_the_same_bits(tmp_path):
-    """In parts, compiled, recorded, the teacher asked in advance; stopped after the first of two epochs."""
+    """In parts, compiled, captured, with cached teacher logits; stopped after the first of two epochs."""
 
     class StopError(Exception):
         pass
@@ -211,13 +220,12 @@ def test_a_run_with_everything_that_makes_it_fast_resumes_with_the_same_bits(tmp
         raise StopError
 
     def fast(folder, **options) -> Loop:
-        objective = kd_objective()
+        objective = kd_objective(cache_logits=True)
         for network in (objective.student, *objective.frozen):
             compile_regions(network, backend="eager")
         changes = {"epochs": 2, "crop_padding": 1, "gradient_accumulation_steps": 2, "compile": True}
         loop = loop_of(objective, folder, **changes, **options)
-        objective.ask_in_advance(loop.train.augmentation.views)
-        loop.graph = StepGraph(loop._update, CudaRecorder() if torch.cuda.is_available() else lambda step: step)
+        loop.graph = StepGraph(loop._update, capture_or_call())
         return loop
 
     whole = fast(tmp_path / "whole")
@@ -234,7 +242,7 @@ def test_a_run_with_everything_that_makes_it_fast_resumes_with_the_same_bits(tmp
 
 
 # What makes the host wait for a value of the device, as the profiler calls it. Gates live on the host
-# (teachers/gates.py): drawing and updating them waits for nothing.
+# (objectives/gates.py): drawing and updating them waits for nothing.
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2"}
 ON_HOST = {"aten::multinomial", "Optimizer.step#Adam.step"}
 
@@ -245,19 +253,19 @@ def test_no_step_waits_for_the_device(name, tmp_path):
     loop = loop_of(objective, tmp_path)
     objective.begin_epoch(0)
     objective.train()
-    batches, totals = loop.train.epoch(0), _Totals({})
+    batches, totals = loop.train.epoch(0), Totals({})
     for _ in range(2):  # the first steps make what the later ones use
-        loop._step(next(batches), totals)
+        loop.step(next(batches), totals)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(4):
-            loop._step(next(batches), totals)
+            loop.step(next(batches), totals)
     found = [callers(event) for event in profiler.events() if event.name in WAITS]
     assert [chain for chain in found if not ON_HOST & set(chain)] == []
     if torch.cuda.is_available():
         loop.progress.iteration += loop.progress.iteration % 2  # a gate step waits once, for its gradient
         torch.cuda.set_sync_debug_mode("error")
         try:
-            loop._step(next(batches), totals)
+            loop.step(next(batches), totals)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

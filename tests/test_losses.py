@@ -1,12 +1,17 @@
 """KD's terms and weights, and a teacher that stays frozen."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.objective import Objective
+from data.batch import Batch
+from engine.objective import Objective, weighted_sum
+from losses.logits import KD, CrossEntropy, with_labels
+from losses.method import MethodContext
 from losses.registry import METHODS
 from models import create_model
 from objectives.distillation import Distillation
@@ -19,7 +24,7 @@ def networks():
 
 
 class Fixed(nn.Module):
-    """A network that always says the same."""
+    """A network of constant logits."""
 
     def __init__(self, logits: torch.Tensor):
         super().__init__()
@@ -30,7 +35,17 @@ class Fixed(nn.Module):
 
 
 def kd(student: nn.Module, teacher: nn.Module, alpha: float = 0.9, temperature: float = 4.0) -> Distillation:
-    return Distillation(student, [teacher], ce_weight=1 - alpha, kd_weight=alpha, temperature=temperature)
+    options = SimpleNamespace(alpha=alpha, temperature=temperature)
+    context = MethodContext(student, teacher, None, None, 5, None, options)
+    return Distillation(student, [teacher], with_labels([KD(context)], context, 1 - alpha, alpha), [1.0])
+
+
+def labels_only(student: nn.Module) -> Distillation:
+    return Distillation(student, (), [CrossEntropy(None)], [1.0])
+
+
+def batch(count: int = 4) -> Batch:
+    return Batch(torch.randn(count, 3, 16, 16), torch.randint(0, 5, (count,)))
 
 
 def test_kd_is_hintons_loss():
@@ -38,18 +53,18 @@ def test_kd_is_hintons_loss():
     student, teacher = (torch.randn(8, 5, dtype=torch.float64) for _ in range(2))
     labels = torch.randint(0, 5, (8,))
     objective = kd(Fixed(student), Fixed(teacher))
-    terms = objective(torch.zeros(8), labels, 0)
+    terms = objective(Batch(torch.zeros(8), labels), 0)
     p, q = (teacher / 4).softmax(1), (student / 4).softmax(1)
     expected = 0.1 * F.cross_entropy(student, labels) + 0.9 * 16 * (p * (p / q).log()).sum() / 8
-    total = sum(objective.term_weights[name] * term for name, term in terms.items())
-    assert total.item() == pytest.approx(expected.item())
+    assert weighted_sum(objective, terms).item() == pytest.approx(expected.item())
 
 
 def test_labels_only_is_cross_entropy():
     logits, labels = torch.randn(8, 5), torch.randint(0, 5, (8,))
-    objective = Distillation(Fixed(logits))
+    objective = labels_only(Fixed(logits))
     assert objective.term_weights == {"ce": 1.0}
-    assert objective(torch.zeros(8), labels, 0)["ce"].item() == pytest.approx(F.cross_entropy(logits, labels).item())
+    ce = objective(Batch(torch.zeros(8), labels), 0)["ce"]
+    assert ce.item() == pytest.approx(F.cross_entropy(logits, labels).item())
 
 
 def test_the_teacher_is_frozen_and_no_part_of_the_objective():
@@ -57,7 +72,7 @@ def test_the_teacher_is_frozen_and_no_part_of_the_objective():
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     objective = kd(student, teacher)
     objective.train()
-    terms = objective(torch.randn(4, 3, 16, 16), torch.randint(0, 5, (4,)), 0)
+    terms = objective(batch(), 0)
     sum(terms.values()).backward()
     assert not teacher.training and student.training
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -75,7 +90,7 @@ def test_the_teacher_follows_the_objective():
 def test_same_student_and_teacher_have_no_divergence():
     student, _ = networks()
     objective = kd(student, student).eval()
-    assert objective(torch.randn(4, 3, 16, 16), torch.randint(0, 5, (4,)), 0)["kl"].item() == 0
+    assert objective(batch(), 0)["kl"].item() == 0
 
 
 def test_tables_name_a_paper_for_every_method():
@@ -90,9 +105,8 @@ def test_kd_terms_weights_and_gradient(alpha, temperature):
     student, teacher = (torch.randn(6, 5, generator=source, dtype=torch.float64) for _ in range(2))
     labels = torch.randint(0, 5, (6,), generator=source)
     objective = kd(Fixed(student), Fixed(teacher), alpha, temperature)
-    terms, weights = objective(torch.zeros(6), labels, 0), objective.term_weights
-    total = sum(weights[name] * term for name, term in terms.items())
-    (gradient,) = torch.autograd.grad(total, objective.student.logits)
+    terms, weights = objective(Batch(torch.zeros(6), labels), 0), objective.term_weights
+    (gradient,) = torch.autograd.grad(weighted_sum(objective, terms), objective.student.logits)
 
     def softmax(z):
         e = np.exp(z - z.max(1, keepdims=True))
@@ -107,11 +121,11 @@ def test_kd_terms_weights_and_gradient(alpha, temperature):
     np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-9, atol=1e-14)
 
 
-def test_labels_only_needs_no_teacher_and_asks_none():
+def test_labels_only_needs_no_teacher():
     student, _ = networks()
-    objective = Distillation(student).eval()
-    images, labels = torch.randn(4, 3, 16, 16), torch.randint(0, 5, (4,))
-    terms = objective(images, labels, 0)
+    objective = labels_only(student).eval()
+    images, labels = (given := batch())[:2]
+    terms = objective(given, 0)
     assert terms.keys() == {"ce"} == objective.term_weights.keys()
     assert terms["ce"].item() == pytest.approx(F.cross_entropy(student(images), labels).item())
     assert not METHODS["none"].needs_teacher and METHODS["kd"].needs_teacher
@@ -120,9 +134,9 @@ def test_labels_only_needs_no_teacher_and_asks_none():
 def test_the_objectives_terms_are_the_loss_of_both_networks_logits():
     student, teacher = networks()
     objective = kd(student, teacher, 0.3, 2.0).eval()
-    images, labels = torch.randn(4, 3, 16, 16), torch.randint(0, 5, (4,))
+    images, labels = (given := batch())[:2]
     p, q = (teacher(images) / 2).softmax(1), (student(images) / 2).softmax(1)
-    terms = objective(images, labels, 0)
+    terms = objective(given, 0)
     assert terms["kl"].item() == pytest.approx(((p * (p / q).log()).sum() / 4).item(), rel=1e-4)
     assert terms["ce"].item() == pytest.approx(F.cross_entropy(student(images), labels).item(), rel=1e-5)
     assert objective.term_weights == pytest.approx({"ce": 0.7, "kl": 1.2})
@@ -131,7 +145,7 @@ def test_the_objectives_terms_are_the_loss_of_both_networks_logits():
     assert objective.trained_model() is student
 
 
-def test_a_teacher_in_training_mode_is_frozen_before_it_is_asked():
+def test_a_teacher_in_training_mode_is_frozen_before_it_predicts():
     student, teacher = networks()
     teacher.train()
     objective = kd(student, teacher)
@@ -157,15 +171,15 @@ def test_the_teacher_follows_to_another_device():
 def test_every_teacher_method_is_an_objective(name):
     kind = TEACHERS[name].objective
     assert issubclass(kind, Objective)
-    for method in ("forward", "predict", "product"):
+    for method in ("forward", "predict", "trained_model"):
         assert getattr(kind, method) is not getattr(Objective, method)
 
 
 def test_a_vanilla_teacher_is_trained_with_cross_entropy():
     _, teacher = networks()
     objective = TEACHERS["vanilla"].objective(teacher.eval(), None, 16)
-    images, labels = torch.randn(4, 3, 16, 16), torch.randint(0, 5, (4,))
-    terms = objective(images, labels, 1)
-    assert terms.keys() == objective.term_weights.keys() and objective.phase(1) == "weights"
+    images, labels = (given := batch())[:2]
+    terms = objective(given, 1)
+    assert terms.keys() == objective.term_weights.keys() and objective.phase(1) is None
     assert terms["ce"].item() == pytest.approx(F.cross_entropy(teacher(images), labels).item(), rel=1e-5)
     assert objective.trained_model() is teacher

@@ -17,13 +17,13 @@ def two(folder, *arguments, end: tuple | None = None) -> list[subprocess.Complet
     code = (
         "import os, runpy, signal, sys\n"
         "from engine.loop import Loop\n"
-        "step = Loop._step\n"
+        "step = Loop.step\n"
         f"end = {end!r}\n"
         "def ending(loop, batch, totals):\n"
         "    if end and loop.progress.iteration == end[0] and loop.rank in end[1]:\n"
         "        os.kill(os.getpid(), end[2])\n"
         "    step(loop, batch, totals)\n"
-        "Loop._step = ending\n"
+        "Loop.step = ending\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )

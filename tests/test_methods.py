@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from common import UserError
+from data.batch import Batch
+from engine.objective import weighted_sum
 from losses.adapters import pair_stages, regressor
 from losses.contrastive import contrast, similarity_ratios
 from losses.features import (
@@ -22,7 +24,8 @@ from losses.features import (
     neuron_selectivity,
     partial_distance,
 )
-from losses.method import Batch, Method, Outputs, full_precision
+from losses.logits import KD
+from losses.method import Method, MethodContext, Outputs, full_precision
 from losses.registry import METHODS, find_methods
 from losses.relations import (
     angles_loss,
@@ -35,6 +38,7 @@ from losses.review import Fusion, hierarchical_context
 from losses.self_supervised import cosines, rotate, selected_divergence
 from models import create_model
 from objectives.distillation import Distillation, build_methods
+from tests.runs import forked_two, succeeded
 
 F64 = torch.float64
 
@@ -476,6 +480,7 @@ def test_a_regressor_reaches_any_shape(side, target):
 
 class Options:
     alpha, temperature, dkd_alpha, dkd_beta = 0.9, 4.0, 1.0, None
+    ce_weight, kd_weight, method_weights = None, None, ()
     lr, momentum, weight_decay, batch_size = 0.05, 0.9, 5e-4, 64
 
 
@@ -484,28 +489,29 @@ def objective(
 ) -> Distillation:
     torch.manual_seed(0)
     networks = [create_model(each, 5, image_size=size) for each in (student, teacher)]
-    settings = type("Settings", (Options,), options)
-    built = build_methods(find_methods(name), networks[0], networks[1:], size, 5, images, settings, (student, teacher))
+    options = type("ChangedOptions", (Options,), options)
+    classes, names = find_methods(name), (student, teacher)
+    built, weights = build_methods(classes, networks[0], networks[1:], size, 5, images, options, names)
     for method in built:
         method.know_labels(torch.arange(images) % 5)
-    weights = [method.weight for method in built]
-    return Distillation(
-        networks[0], networks[1:], built, weights, kd_weight=built[0].kd_weight, options=settings, warmup_epochs=2
-    )
+    return Distillation(networks[0], networks[1:], built, weights, options=options, warmup_epochs=2)
 
 
-def batch(count: int = 6, size: int = 16) -> tuple[torch.Tensor, ...]:
+def batch(count: int = 6, size: int = 16) -> Batch:
     images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
-    return images, torch.arange(count) % 5, torch.arange(count)
+    return Batch(images, torch.arange(count) % 5, indices=torch.arange(count))
 
 
-def run_step(made: Distillation, epoch: int, images, labels, rows) -> dict[str, torch.Tensor]:
+def rows_of(whole: Batch, rows: slice) -> Batch:
+    return Batch(whole.images[rows], whole.labels[rows], indices=whole.indices[rows])
+
+
+def run_step(made: Distillation, epoch: int, batch: Batch) -> dict[str, torch.Tensor]:
     made.begin_epoch(epoch)
     made.train()
     made.zero_grad()
-    terms = made(images, labels, 0, rows)
-    loss = sum(made.term_weights[name] * term for name, term in terms.items())
-    loss.backward(inputs=made.grad_inputs(made.phase(0)))
+    terms, phase = made(batch, 0), made.phase(0)
+    weighted_sum(made, terms).backward(inputs=phase.grad_inputs() if phase else None)
     return terms
 
 
@@ -514,20 +520,23 @@ PAIRS = [("resnet8", "resnet14"), ("shufflenetv1", "resnet8x4"), ("shufflenetv2"
          ("mobilenetv2", "wrn10_2"), ("nas_s", "resnet8x2"), ("wrn10_1", "mobilenetv2")]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+# What is computed from logits alone knows nothing of the pair.
+CASES = [(name, *pair) for name in NAMES for pair in PAIRS if METHODS[name].teacher_features or pair == PAIRS[0]]
+
+
+@pytest.mark.parametrize(("name", "student", "teacher"), CASES)
 def test_any_teacher_with_any_student(name, student, teacher):
     """Every parameter that trains gets a finite gradient; the teacher gets none and does not change."""
     size = 32 if "vgg8" in (student, teacher) else 16
     made = objective(name, student, teacher, size=size)
-    made.extra_optimizers()
     frozen = made.frozen[0]
     before = {key: value.clone() for key, value in frozen.state_dict().items()}
     for epoch in range(-made.warmup_epochs, 1, 2):
-        terms = run_step(made, epoch, *batch(size=size))
+        terms = run_step(made, epoch, batch(size=size))
         assert all(term.isfinite() for term in terms.values()) and set(terms) <= set(made.term_weights)
-        assert epoch < 0 or set(terms) >= {"ce", *made.methods[0].terms}
-        wanted = made.grad_inputs(made.phase(0)) or [p for p in made.weight_parameters() if p.requires_grad]
+        assert epoch < 0 or set(terms) >= {"ce", *made.methods[-1].terms}
+        phase = made.phase(0)
+        wanted = phase.grad_inputs() if phase else [p for p in made.weight_parameters() if p.requires_grad]
         assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in wanted)
         others = {id(p) for p in made.parameters()} - {id(p) for p in wanted}
         assert all(p.grad is None or not p.grad.any() for p in made.parameters() if id(p) in others)
@@ -539,8 +548,8 @@ def test_any_teacher_with_any_student(name, student, teacher):
 @pytest.mark.parametrize("name", NAMES)
 def test_labels_that_are_all_alike_do_no_harm(name):
     made = objective(name)
-    images, labels, rows = batch()
-    terms = run_step(made, 0, images, torch.zeros_like(labels), rows)
+    given = batch()
+    terms = run_step(made, 0, given._replace(labels=torch.zeros_like(given.labels)))
     assert all(term.isfinite() for term in terms.values())
     assert all(p.grad.isfinite().all() for p in made.student.parameters())
 
@@ -548,10 +557,10 @@ def test_labels_that_are_all_alike_do_no_harm(name):
 @pytest.mark.parametrize("name", ["ab", "ft", "sskd", "hsakd"])
 def test_the_warm_up_trains_what_it_should(name):
     made = objective(name)
-    optimizer = made.extra_optimizers()["warm-up"]
+    optimizer = made.phases[0].optimizer
     assert made.warmup_epochs == 2
     start = {key: value.clone() for key, value in made.state_dict().items()}
-    run_step(made, -2, *batch())
+    run_step(made, -2, batch())
     assert optimizer.param_groups[0]["lr"] == (0.01 if name == "ft" else 0.05)
     optimizer.step()
     changed = {key for key, value in made.state_dict().items() if not torch.equal(value, start[key])}
@@ -561,7 +570,7 @@ def test_the_warm_up_trains_what_it_should(name):
     parameters = [p for module in only for p in module.parameters()]
     assert all(p.requires_grad for p in parameters)
     middle = {key: value.clone() for key, value in made.state_dict().items()}
-    run_step(made, 0, *batch())
+    run_step(made, 0, batch())
     assert not any(p.requires_grad for p in parameters) and not any(module.training for module in only)
     idle = {id(p) for p in parameters}
     assert not idle & {id(p) for p in made.weight_parameters()}
@@ -581,7 +590,7 @@ def test_margins_come_from_the_norm_before_the_relu():
 
 def test_contrast_with_memories():
     made = objective("crd")
-    crd = made.methods[0]
+    crd = made.methods[1]
     labels = torch.arange(20) % 5
     drawn = crd.draw_negatives(torch.tensor([0, 3]).repeat(3000))
     assert drawn.shape == (6000, 20)
@@ -591,60 +600,58 @@ def test_contrast_with_memories():
         assert (others != label).all()
         expected = counts[labels != label].sum() / 16
         assert (counts[labels != label] - expected).abs().max() < 5 * expected.sqrt()
-    images, labels, rows = batch()
+    given = batch()
     banks = [crd.student_bank.clone(), crd.teacher_bank.clone()]
-    terms = run_step(made, 0, images, labels, rows + 3)
+    terms = run_step(made, 0, given._replace(indices=given.indices + 3))
     z = crd.z.clone()
     assert (z > 0).all() and torch.equal(crd.student_bank, banks[0])  # it changes after the step
-    ((_, ours, _),) = crd._said
-    made.after_update("weights")
+    ((_, ours, _),) = crd._seen
+    made.after_step()
     expected = torch.nn.functional.normalize((banks[0][3:9] + ours) / 2, dim=1)
     assert torch.allclose(crd.student_bank[3:9], expected) and torch.equal(crd.student_bank[9:], banks[0][9:])
     # By the formula, negatives that follow the noise exactly: about log(1 + K / n) and K log(1 + ...), finite.
     assert 0 < terms["crd"] < 200
-    run_step(made, 0, images, labels, rows)
+    run_step(made, 0, given)
     assert torch.equal(crd.z, z)  # fixed at the first batch
-    assert {"methods.0.student_bank", "methods.0.teacher_bank", "methods.0.z"} <= set(made.state_dict())
+    assert {"methods.1.student_bank", "methods.1.teacher_bank", "methods.1.z"} <= set(made.state_dict())
     with pytest.raises(UserError, match="--streaming"):
         build_methods(find_methods("crd"), made.student, list(made.frozen), 16, 5, None, Options)
 
 
-def everyones_bank(rank: int, folder: str) -> None:
+def everyones_bank(folder: str) -> None:
     """One of two processes: half of a batch each, of different sizes."""
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     made = objective("crd")
-    images, labels, rows = batch(7)
-    mine = slice(rank, None, 2)
-    run_step(made, 0, images[mine], labels[mine], rows[mine])
-    made.after_update("weights")
-    torch.save([made.methods[0].z, made.methods[0].student_bank, made.methods[0].teacher_bank], f"{folder}/{rank}.pt")
+    run_step(made, 0, rows_of(batch(7), slice(rank, None, 2)))
+    made.after_step()
+    torch.save([made.methods[1].z, made.methods[1].student_bank, made.methods[1].teacher_bank], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_processes_share_one_bank(tmp_path):
-    torch.multiprocessing.spawn(everyones_bank, (str(tmp_path),), nprocs=2)
+    succeeded(forked_two("-c", f"from {__name__} import everyones_bank as f; f({str(tmp_path)!r})"))
     ours, theirs = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    fresh = objective("crd").methods[0]
+    fresh = objective("crd").methods[1]
     changed = (ours[2] != fresh.teacher_bank).any(1)
     assert changed.nonzero().flatten().tolist() == list(range(7))  # every image's row, of either process
-    # The teacher is in eval mode and its layer has not moved: one process says the same of all seven.
+    # The teacher is in eval mode and its layer has not moved: one process computes the same for all seven.
     alone = objective("crd")
-    run_step(alone, 0, *batch(7))
-    alone.after_update("weights")
-    assert torch.allclose(ours[2], alone.methods[0].teacher_bank, atol=1e-6)
+    run_step(alone, 0, batch(7))
+    alone.after_step()
+    assert torch.allclose(ours[2], alone.methods[1].teacher_bank, atol=1e-6)
     parts = objective("crd")
     for part in (slice(4), slice(4, None)):
-        run_step(parts, 0, *(each[part] for each in batch(7)))
-    parts.after_update("weights")
-    assert torch.allclose(ours[2], parts.methods[0].teacher_bank, atol=1e-6)
+        run_step(parts, 0, rows_of(batch(7), part))
+    parts.after_step()
+    assert torch.allclose(ours[2], parts.methods[1].teacher_bank, atol=1e-6)
 
 
 def test_the_warm_up_has_weights_of_its_own():
     """What a warm-up minimises is no part of the loss after it, whatever it is called."""
     made = objective("ft+ab")
-    made.extra_optimizers()
-    after = {"ce": 1.0, "ft": made.methods[0].weight}
+    after = {"ce": 1.0, "ft": made.methods[1].weight}
     assert made.term_weights == after
     made.begin_epoch(-1)
     assert made.term_weights == {"paraphraser": 1.0, "ab": 1.0}
@@ -659,8 +666,8 @@ def test_a_warm_up_must_say_what_it_minimises():
 
 def test_a_shorter_warm_up_keeps_the_shape_of_its_schedule():
     made = objective("sskd")
-    made.lengths, made.warmup_epochs = [8], 8
-    (group,) = made.extra_optimizers()["warm-up"].param_groups
+    made.lengths, made.warmup_epochs = [0, 8], 8
+    (group,) = made.phases[0].optimizer.param_groups
     rates = []
     for epoch in range(-8, 0):
         made.begin_epoch(epoch)
@@ -671,25 +678,22 @@ def test_a_shorter_warm_up_keeps_the_shape_of_its_schedule():
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_is_safe(name):
     made = objective(name)
-    made.extra_optimizers()
-    images, labels, rows = batch()
     for epoch in (-2, 0)[0 if made.warmup_epochs else 1 :]:
         with torch.autocast("cpu", torch.bfloat16):
-            terms = run_step(made, epoch, images, labels, rows)
+            terms = run_step(made, epoch, batch())
         assert all(term.dtype == torch.float32 and term.isfinite() for term in terms.values())
         assert all(p.grad.isfinite().all() for p in made.parameters() if p.grad is not None)
 
 
 def test_sckd_teaches_only_where_the_gradients_agree():
     made = objective("sckd")
-    images, labels, rows = batch()
-    teacher = made.frozen[0]
+    given, teacher = batch(), made.frozen[0]
     seen = set()
     for sign in (1, -1):
         # A teacher that is sure of the labels agrees with them; one that is sure of the opposite does not.
-        scores = sign * 20 * torch.nn.functional.one_hot(labels, 5).float()
+        scores = sign * 20 * torch.nn.functional.one_hot(given.labels, 5).float()
         teacher.forward = lambda x, scores=scores, **_: scores
-        term = run_step(made, 0, images, labels, rows)["sckd"]
+        term = run_step(made, 0, given)["sckd"]
         seen.add(bool(term > 0))
         assert (term > 0) == (sign > 0)
     assert seen == {True, False}
@@ -697,11 +701,11 @@ def test_sckd_teaches_only_where_the_gradients_agree():
 
 def test_sckd_looks_at_the_gradients_of_the_last_block():
     made = objective("sckd")
-    method = made.methods[0]
-    images, labels, _ = batch()
-    views = Outputs(made.student(images))
+    method = made.methods[1]
+    given = batch()
+    images, labels = given.images, given.labels
     target = Outputs(made.frozen[0](images))
-    value = method(views, target, Batch(labels))["sckd"]
+    value = method(Outputs(made.student(images)), target, given)["sckd"]
     ce = torch.nn.functional.cross_entropy(made.student(images), labels)
     p = (target.logits / 4).softmax(1)
     kl = (p * (p.log() - (made.student(images) / 4).log_softmax(1))).sum(1).mean()
@@ -716,11 +720,10 @@ def test_dkd_weighs_pairs_and_rises():
     made = objective("dkd", dkd_beta=3.0)
     assert made.term_weights == {"ce": 1.0, "dkd_target": 16.0, "dkd_others": 48.0}
     made.eval()
-    images, labels, rows = batch()
     terms = []
     for epoch in (0, 9, 19, 100):
         made.begin_epoch(epoch)
-        terms.append(made(images, labels, 0, rows)["dkd_others"].item())
+        terms.append(made(batch(), 0)["dkd_others"].item())
     assert [term / terms[-1] for term in terms] == pytest.approx([1 / 20, 10 / 20, 1, 1])
 
 
@@ -737,15 +740,14 @@ def test_dkd_with_the_teachers_weights_is_kd():
 
 def test_review_starts_at_the_deepest_level_and_rises():
     made = objective("reviewkd", "vgg8", "resnet18", size=32)
-    method = made.methods[0]
+    method = made.methods[1]
     assert [fusion.gates is None for fusion in method.fusions] == [True, False, False, False, False]
-    assert objective("reviewkd", "resnet8x4", "resnet32x4").methods[0].weight == 5.0
-    images, labels, rows = batch(size=32)
+    assert objective("reviewkd", "resnet8x4", "resnet32x4").methods[1].weight == 5.0
     made.eval()
     terms = []
     for epoch in (0, 19, 50):
         made.begin_epoch(epoch)
-        terms.append(made(images, labels, 0, rows)["reviewkd"].item())
+        terms.append(made(batch(size=32), 0)["reviewkd"].item())
     assert [term / terms[-1] for term in terms] == pytest.approx([1 / 20, 1, 1])
 
 
@@ -755,17 +757,16 @@ def test_review_starts_at_the_deepest_level_and_rises():
 def test_joined_methods_add_up():
     """at needs maps, oh what is before their ReLU, sskd rotations: one pass gives all."""
     joined, alone = objective("at+oh+sskd+kd"), {name: objective(name) for name in ("at", "oh")}
-    images, labels, rows = batch()
     joined.eval()
     joined.begin_epoch(0)
-    found = joined(images, labels, 0, rows)
+    found = joined(batch(), 0)
     assert {"ce", "at", "oh", "sskd_turned", "sskd_ss"} <= set(found)
     for name, single in alone.items():
         single.student.load_state_dict(joined.student.state_dict())
         single.frozen[0].load_state_dict(joined.frozen[0].state_dict())
-        single.methods[0].load_state_dict(joined.methods[["at", "oh"].index(name)].state_dict())
+        single.methods[1].load_state_dict(joined.methods[1 + ["at", "oh"].index(name)].state_dict())
         single.eval()
-        assert single(images, labels, 0, rows)[name].item() == pytest.approx(found[name].item(), rel=1e-4)
+        assert single(batch(), 0)[name].item() == pytest.approx(found[name].item(), rel=1e-4)
 
 
 OWN = """
@@ -787,9 +788,9 @@ class Other:
 def test_a_method_of_ones_own(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     made = objective(f"{tmp_path}/own.py:Mine")
-    terms = run_step(made, 0, *batch())
+    terms = run_step(made, 0, batch())
     assert terms["mine"] > 0
-    for wrong, said in {
+    for wrong, message in {
         f"{tmp_path}/no.py:Mine": "there is no file",
         f"{tmp_path}/own.py:Other": "defines no class Other that extends",
         f"{tmp_path}/own.py:None": "defines no class None",
@@ -797,21 +798,25 @@ def test_a_method_of_ones_own(tmp_path):
         "kd+none": "stand alone",
         "kdd": "did you mean kd",
     }.items():
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             find_methods(wrong)
     (tmp_path / "broken.py").write_text("import nothing_of_this_name")
     with pytest.raises(UserError, match="cannot be imported"):
         find_methods(f"{tmp_path}/broken.py:Mine")
 
 
+def plain_kd(**options) -> KD:
+    return KD(MethodContext(None, None, None, None, 5, None, type("ChangedOptions", (Options,), options)))
+
+
 def test_several_teachers_are_averaged_in_their_logits():
     torch.manual_seed(0)
     student, *teachers = (create_model("resnet8", 5) for _ in range(3))
-    made = Distillation(student, teachers, kd_weight=1.0, temperature=2.0).eval()
-    images, labels, _ = batch()
+    made = Distillation(student, teachers, [plain_kd(temperature=2.0)], [1.0]).eval()
+    images = batch().images
     p = ((teachers[0](images) + teachers[1](images)) / 2 / 2.0).softmax(1)
     expected = (p * (p.log() - (student(images) / 2.0).log_softmax(1))).sum(1).mean()
-    assert made(images, labels, 0)["kl"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert made(batch(), 0)["kl"].item() == pytest.approx(expected.item(), rel=1e-4)
     with pytest.raises(UserError, match="several teachers"):
         build_methods(find_methods("at"), student, teachers, 16, 5, 20, Options)
 
@@ -820,8 +825,8 @@ def test_anchors_take_turns_in_one_teacher():
     torch.manual_seed(0)
     student, teacher, *others = (create_model("resnet8", 5) for _ in range(5))
     states = [{key: value.clone() for key, value in other.state_dict().items()} for other in others]
-    settings = type("Settings", (Options,), {"epochs": 7})
-    made = Distillation(student, [teacher], kd_weight=1.0, anchors=states, options=settings)
+    options = type("ChangedOptions", (Options,), {"epochs": 7})
+    made = Distillation(student, [teacher], [plain_kd()], [1.0], anchors=states, options=options)
     met = []
     for epoch in range(7):
         made.begin_epoch(epoch)

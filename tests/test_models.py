@@ -25,11 +25,11 @@ def test_parameter_names_are_those_of_published_checkpoints():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [("resnt20", "did you mean resnet20"), ("wrn17_2", "6n"), ("pool:x", "pool:SEED"), ("no.json", "no.json")],
 )
-def test_unknown_names_are_refused_with_a_hint(name, said):
-    with pytest.raises(UserError, match=said):
+def test_unknown_names_are_refused_with_a_hint(name, message):
+    with pytest.raises(UserError, match=message):
         create_model(name, 10)
 
 

@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from data.augment import Augmentation, Normalise
+from data.batch import Batch
 from data.datasets import load_images
-from data.loader import Augmentation, DeviceLoader, Normalise
-from models import create_model
-from objectives.peers import (
+from data.loader import DeviceLoader
+from engine.objective import weighted_sum
+from losses.peers import (
     ENSEMBLES,
-    Peers,
     best_combination,
     best_peer,
     error_products,
@@ -20,7 +21,9 @@ from objectives.peers import (
     mutual,
     shared_logits,
 )
-from tests.runs import TINY, here, launch_two, python, read_json, read_rows, succeeded
+from models import create_model
+from objectives.peers import Peers
+from tests.runs import TINY, forked, forked_two, here, read_json, read_rows, succeeded
 
 F64 = torch.float64
 NAMES = ["dml", *ENSEMBLES, "kdcl_general"]
@@ -45,7 +48,7 @@ def test_mutual_learning_is_the_mean_over_the_others():
             F.cross_entropy(logits[k], labels).item()
         )
         total = total + expected
-    # Each network's own gradient alone: what it says is fixed where it teaches.
+    # Each network's own gradient alone: its logits are fixed where it teaches.
     gradients = [torch.autograd.grad(each, logits, retain_graph=True)[0] for each in (found.sum(), total)]
     assert torch.allclose(gradients[0], gradients[1], atol=1e-7)
 
@@ -77,7 +80,7 @@ def test_least_logits():
 
 
 def test_shares_have_the_least_error():
-    """Against a search over the shares of three peers, on the error that they are said to minimise."""
+    """Against a search over the shares of three peers, on the error that they should minimise."""
     labels = torch.arange(60) % 4
     logits = random(3, 60, 4, seed=2) + torch.tensor([3.0, 2.0, 0.5])[:, None, None] * F.one_hot(labels, 4)
     parts = sum(error_products(each, part) for each, part in zip(logits.split(25, 1), labels.split(25), strict=True))
@@ -103,10 +106,10 @@ def test_swapping_peers_swaps_their_gradients(name):
     results = []
     for networks in ([one, two], [two, one]):
         objective = Peers(networks, name)
-        batch = images if objective.copies == 1 else torch.cat([images, images])
+        batch = Batch(images if objective.copies == 1 else torch.cat([images, images]), labels)
         objective.zero_grad()
-        terms = objective(batch, labels, 0)
-        sum(objective.term_weights[key] * term for key, term in terms.items()).backward()
+        terms = objective(batch, 0)
+        weighted_sum(objective, terms).backward()
         results.append([terms["ce"].item(), terms["kl"].item(), one.fc.weight.grad.clone(), two.fc.weight.grad.clone()])
     for before, after in zip(*results, strict=True):
         assert torch.allclose(torch.as_tensor(before), torch.as_tensor(after), rtol=1e-4, atol=1e-5)
@@ -120,7 +123,7 @@ def test_twins_have_nothing_to_teach(name):
     two.load_state_dict(one.state_dict())
     objective = Peers([one, two], name).eval()
     images, labels = torch.randn(6, 3, 16, 16), torch.arange(6) % 4
-    found = objective(images if objective.copies == 1 else torch.cat([images] * 2), labels, 0)["kl"]
+    found = objective(Batch(images if objective.copies == 1 else torch.cat([images] * 2), labels), 0)["kl"]
     assert abs(found.item()) < 1e-5
 
 
@@ -139,18 +142,18 @@ def test_copies_have_the_same_images_and_crops_of_their_own():
 
 def test_the_scripts_train_peers(tmp_path):
     fixed = ["--student", "resnet8", *TINY[2:], "--train_fraction", "0.2"]
-    done = succeeded(python("distill.py", *fixed, "--method", "kdcl", "--peers", "resnet8x2", "resnet14",
+    done = succeeded(forked("distill.py", *fixed, "--method", "kdcl", "--peers", "resnet8x2", "resnet14",
                             "--output_dir", tmp_path / "kdcl"))  # fmt: skip
     row = read_rows(tmp_path / "kdcl" / "metrics.jsonl")[0]
     assert list(row["accuracy"]) == ["student", "peer2", "peer3"] and row["images"] == 288
     assert "kdcl with resnet8x2 and resnet14" in done.stdout and "--method none" in done.stdout
     assert read_json(tmp_path / "kdcl" / "model.json")["name"] == "resnet8"
-    succeeded(launch_two("distill.py", *fixed, "--method", "dml", "--output_dir", tmp_path / "dml"))
+    succeeded(forked_two("distill.py", *fixed, "--method", "dml", "--output_dir", tmp_path / "dml"))
     assert read_rows(tmp_path / "dml" / "metrics.jsonl")[0]["images"] == 288
     general = [*fixed, "--method", "kdcl_general", "--output_dir", tmp_path / "general"]
     refused = here("distill.py", *general)
     assert refused.returncode == 2 and "--method kdcl_general: weighs its peers on a" in refused.stderr
-    succeeded(launch_two("distill.py", *general, "--val_fraction", "0.2", "--peers", "resnet8x2"))
+    succeeded(forked_two("distill.py", *general, "--val_fraction", "0.2", "--peers", "resnet8x2"))
     state = load_file(tmp_path / "general" / "checkpoints" / "last.safetensors")
     (shares,) = (tensor for name, tensor in state.items() if name.endswith("shares"))
     assert shares.sum().item() == pytest.approx(1) and shares.tolist() != [0.5, 0.5]

@@ -1,7 +1,6 @@
 """Three places where images can be, one way to batches: in memory, on disk, in a stream."""
 
 import io
-import sys
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -15,13 +14,13 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from common import UserError
+from data.augment import Augmentation
 from data.datasets import DataOptions, load_images
-from data.loader import Augmentation
 from data.pipeline import Pipeline
 from data.stream import StreamLoader
 from data.workers import WorkerLoader, transform
 from engine.config import RunConfig
-from tests.runs import ROOT, _run, free_port, succeeded
+from tests.runs import forked_processes, succeeded
 
 CPU = torch.device("cpu")
 
@@ -70,7 +69,7 @@ def test_workers_and_device_make_the_same_images(files, tmp_path, workers):
         assert (data.mean, data.std) == (found.setdefault("statistics", (data.mean, data.std)))
     for ours, theirs in zip(found["device"][0], found["workers"][0], strict=True):
         assert torch.equal(ours.images, theirs.images) and torch.equal(ours.labels, theirs.labels)
-        assert ours.share == theirs.share
+        assert ours.loss_scale == theirs.loss_scale
     for ours, theirs in zip(found["device"][1], found["workers"][1], strict=True):
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
@@ -176,7 +175,7 @@ def test_a_corrupt_image_met_while_training_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"pipeline": "device", "augment": "resized_crop"}, "--pipeline device"),
         ({"pipeline": "device", "streaming": True}, "--pipeline device"),
@@ -188,8 +187,8 @@ def test_a_corrupt_image_met_while_training_is_named(tmp_path):
         ({"data_dir": "x"}, "--data_dir x"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(files, tmp_path, changes, said):
-    with pytest.raises(UserError, match=said):
+def test_options_that_do_not_go_together_are_refused(files, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
         load_images(files, 12, False, options(tmp_path, **changes))
 
 
@@ -252,7 +251,7 @@ def numbers(images):
 with open(f"{sys.argv[2]}-{rank}.txt", "w") as out:
     for start in (0, 4):
         for batch in loader.epoch(0, start):
-            print("train", start, batch.share, *numbers(batch.images), file=out)
+            print("train", start, batch.loss_scale, *numbers(batch.images), file=out)
     for images, labels in pipeline.evaluation(data.test, 8, loader):
         print("test", 0, 0, *numbers(images), file=out)
 dist.destroy_process_group()
@@ -262,25 +261,22 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_share_a_stream_without_loss_or_repetition(files, tmp_path, world):
     """Three shards of 50, 10 and 30 rows: two processes run dry far apart, four cannot have a shard each."""
-    (tmp_path / "streams.py").write_text(STREAMS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port"]
-    command = [*launcher, str(free_port()), str(tmp_path / "streams.py"), files, str(tmp_path / "cache")]
-    succeeded(_run(command, {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}))
+    succeeded(forked_processes(world, "-c", STREAMS, files, tmp_path / "cache"))
     rows = [line.split() for path in tmp_path.glob("cache-*.txt") for line in path.read_text().splitlines()]
-    train = [(share, numbers) for kind, start, share, *numbers in rows if (kind, start) == ("train", "0")]
+    train = [(scale, numbers) for kind, start, scale, *numbers in rows if (kind, start) == ("train", "0")]
     assert sorted(int(n) for _, numbers in train for n in numbers) == list(range(90))
     assert len(train) == 6 * world and all(2 <= len(numbers) <= 16 for _, numbers in train)
     late = [int(n) for kind, start, _, *numbers in rows if (kind, start) == ("train", "4") for n in numbers]
     assert len(late) == 26
     assert sorted(int(n) for kind, _, _, *numbers in rows if kind == "test" for n in numbers) == list(range(90, 110))
-    assert sum(float(share) for share, _ in train) == pytest.approx(6 * world)
+    assert sum(float(scale) for scale, _ in train) == pytest.approx(6 * world)
 
 
 def test_a_stream_that_is_not_as_long_as_it_says_stops(files, tmp_path):
-    for change, said in ((-4, "more than the 86"), (4, "fewer than the 94")):
+    for change, message in ((-4, "more than the 86"), (4, "fewer than the 94")):
         data, batches = pipeline(files, options(tmp_path, streaming=True))
         data.train.stream.count += change
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             list(batches.training(data.train, 10).epoch(0))
 
 

@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import asdict
 from itertools import product
-from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -24,8 +22,8 @@ from models.pool import (
     even_blocks,
     pool_of,
 )
+from tests.runs import forked
 
-ROOT = Path(__file__).parents[1]
 # (type, in, out, kernel, stride) of every row of the GTN supplement's Tables 1, 2 and 3, and of each ResBlock
 # the number in its "(xn)".
 TABLES = {
@@ -368,9 +366,8 @@ def test_a_member_by_size_is_the_same_on_every_machine():
         Pool(sampling="size").check()
 
 
-def list_members(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "models.pool", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def list_members(*arguments: str) -> CompletedProcess:
+    return forked("-m", "models.pool", *arguments)
 
 
 def test_the_listing_of_members(tmp_path):
@@ -392,13 +389,13 @@ def test_the_listing_of_members(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--max_params", "1000"), "error: --max_params 1,000: the smallest member has 961,460 parameters"),
         (("--count", "0"), "count 0: must be a whole number of at least 1"),
         (("--pool", "README.md"), "error: --pool README.md: holds no pool"),
     ],
 )
-def test_mistakes_in_listing_members(arguments, said):
+def test_mistakes_in_listing_members(arguments, message):
     done = list_members(*arguments)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

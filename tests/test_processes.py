@@ -1,35 +1,33 @@
 """What a process settles before it trains."""
 
-import platform
-import subprocess
-import sys
+import ctypes
 
 import pytest
 import torch
 from torch import nn
 
-from engine.gradients import GradientAverager
-from tests.runs import ROOT
-
-PAGES = """
-import resource, sys, torch
 from engine.distributed import keep_freed_memory
-if sys.argv[1] == "keep":
+from engine.gradients import GradientAverager
+from tests.runs import forked_two, succeeded
+
+
+@pytest.mark.parametrize(("device", "calls"), [("cpu", 3), ("cuda", 0)])
+def test_the_c_library_is_told_to_keep_freed_memory_where_steps_run_on_a_cpu(device, calls, monkeypatch):
+    """M_MMAP_MAX 0: no block comes from the system by itself; M_TRIM_THRESHOLD: none is given back."""
+    options = {}
+
+    class Library:
+        mallopt = staticmethod(options.__setitem__)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library)
+    keep_freed_memory(torch.device(device))
+    assert len(options) == calls
+    assert not calls or (options[-4] == 0 and options[-1] == 2**31 - 1)
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     keep_freed_memory(torch.device("cpu"))
-for turn in range(4):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(48 * 2**18)  # 48 MB, given back at once
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the switch")
-@pytest.mark.parametrize(("keep", "pages"), [("keep", range(100)), ("leave", range(20, 10**6))])
-def test_freed_memory_is_used_again_without_asking_for_its_pages(keep, pages):
-    """Page faults of the fourth of four large tensors; were pages of 2 MB instead of 4 KB, "leave" had 24."""
-    command = [sys.executable, "-c", PAGES, keep]
-    faults = int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert faults in pages
 
 
 def a_path(step: int, network: nn.ModuleList, images: torch.Tensor) -> torch.Tensor:
@@ -37,9 +35,10 @@ def a_path(step: int, network: nn.ModuleList, images: torch.Tensor) -> torch.Ten
     return network[3](network[1 + step % 2](network[0](network[0](images)))).square().mean()
 
 
-def averaged(rank: int, folder: str) -> None:
+def averaged(folder: str) -> None:
     """One of two processes: two steps of two parts each, over other layers, in buckets of hardly any size."""
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     torch.manual_seed(0)
     network = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4)).to(memory_format=torch.channels_last)
     averager = GradientAverager(network.parameters(), bucket=400)
@@ -60,7 +59,7 @@ def batch(step: int, rank: int, part: int) -> torch.Tensor:
 
 
 def test_only_gradients_that_there_are_are_averaged(tmp_path):
-    torch.multiprocessing.spawn(averaged, (str(tmp_path),), nprocs=2)
+    succeeded(forked_two("-c", f"from {__name__} import averaged as f; f({str(tmp_path)!r})"))
     ours, theirs = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     torch.manual_seed(0)
     network = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))

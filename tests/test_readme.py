@@ -1,10 +1,8 @@
 """The README's commands: every one is parsed by the real parsers, those for a CPU are run."""
 
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from accelerate.commands.launch import launch_command_parser
 from distill import DistillConfig
 from engine.config import parse
 from losses.registry import describe_methods
+from tests.runs import forked, forked_processes, succeeded
 from train_teacher import TeacherConfig
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +61,6 @@ def test_command_is_understood_by_launcher_and_script(command, monkeypatch):
 
 
 def test_commands_for_a_cpu_run(tmp_path):
-    environment = os.environ | {"PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
     ran = 0
     for command in script_commands():
         if any(each in command for each in ("cifar100", "imagenet", "--resume_from_checkpoint")):
@@ -70,8 +68,13 @@ def test_commands_for_a_cpu_run(tmp_path):
         variables, words = split(command)
         words = [word.replace("runs/", f"{tmp_path}/") for word in words]
         words += ["--epochs", "1", "--stop_after", "1", "--batch_size", "128", "--image_size", "8"]
-        done = subprocess.run(words, cwd=ROOT, env=environment | variables, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        assert variables in ({}, {"ACCELERATE_USE_CPU": "true"})
+        processes = 1
+        if words[0] == "accelerate":
+            launched = launch_command_parser().parse_args(words[2:])
+            processes = launched.num_processes or 1
+            words = ["python", launched.training_script, *launched.training_script_args]
+        succeeded(forked(*words[1:]) if processes == 1 else forked_processes(processes, *words[1:]))
         ran += 1
     assert ran >= 4
 
@@ -79,7 +82,7 @@ def test_commands_for_a_cpu_run(tmp_path):
 # tests/test_zoo.py runs `python -m models`.
 @pytest.mark.parametrize("command", [command for command in commands() if command.startswith("python -m models.")])
 def test_modules_run(command):
-    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)
+    done = forked(*shlex.split(command)[1:])
     assert done.returncode == 0 and len(done.stdout.splitlines()) > 3, done.stderr
 
 
@@ -92,4 +95,4 @@ def test_python_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert blocks
     for block in blocks:
-        subprocess.run([sys.executable, "-c", block], cwd=ROOT, check=True)
+        succeeded(forked("-c", block))

@@ -4,8 +4,7 @@ import io
 import json
 import re
 import shlex
-import subprocess
-import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,13 @@ import torch
 import yaml
 from PIL import Image
 
+import distill
+import train_teacher
 from distill import DistillConfig
 from engine.config import parse
 from models import create_model, load_pretrained
 from models.pool import Pool
-from tests.runs import ROOT, TINY, TINY_GTN, TINY_POOL, here, launch, python, read_json, read_rows, start, succeeded
+from tests.runs import TINY, TINY_GTN, TINY_POOL, forked, here, launch, python, read_json, read_rows, succeeded
 
 SUMMARY = {"method", "model", "dataset", "seed", "top1", "top5", "best", "epochs", "seconds", "images_per_second"}
 SUMMARY |= {"peak_memory_bytes", "parameters", "versions", "device", "git_commit", "sha256", "warnings", "processes"}
@@ -80,8 +81,8 @@ def test_the_output_is_a_table_and_a_summary_without_bars(teacher):
     assert "\r" not in done.stdout + done.stderr and "it/s" not in done.stderr and "Traceback" not in done.stderr
     rows = [line for line in done.stdout.splitlines() if re.match(r" *[12]/2 ", line)]
     assert len(rows) == 2 and done.stdout.count("teacher_ce") == 1
-    for said in (f"{folder}/model.safetensors", f"{folder}/summary.json", "gates.png", "seed 0", "val split"):
-        assert said in done.stdout
+    for message in (f"{folder}/model.safetensors", f"{folder}/summary.json", "gates.png", "seed 0", "val split"):
+        assert message in done.stdout
 
 
 def test_the_next_command_that_is_printed_works(teacher):
@@ -93,7 +94,7 @@ def test_the_next_command_that_is_printed_works(teacher):
 
 
 def test_distilling_draws_the_student_from_the_teachers_pool(teacher, tmp_path):
-    done = succeeded(launch("distill.py", "--teacher", teacher[0], *STUDENT, "--output_dir", tmp_path / "kd"))
+    done = succeeded(forked("distill.py", "--teacher", teacher[0], *STUDENT, "--output_dir", tmp_path / "kd"))
     summary = summary_is_complete(tmp_path / "kd")
     digest = read_json(teacher[0] / "model.json")["sha256"]
     assert summary["teachers"] == [{"path": str(teacher[0]), "model": "resnet8", "sha256": digest}]
@@ -103,17 +104,18 @@ def test_distilling_draws_the_student_from_the_teachers_pool(teacher, tmp_path):
     assert set(read_rows(tmp_path / "kd" / "metrics.jsonl")[0]["losses"]) == {"ce", "kl"}
     # The command it suggests trains the very same architecture alone.
     words = shlex.split(next(x for x in done.stdout.splitlines() if x.startswith("next: ")).removeprefix("next: "))
-    succeeded(python(words[1], *words[2:]))
+    succeeded(forked(words[1], *words[2:]))
     alone = load_pretrained(f"{tmp_path}/kd-alone")
     assert alone.info.spec == student.info.spec
     assert set(read_rows(tmp_path / "kd-alone" / "metrics.jsonl")[0]["losses"]) == {"ce"}
 
 
 def test_same_seed_same_weights_other_seed_other_weights(tmp_path):
+    """The first run by `python` itself, and so without a launcher too."""
     hashes = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+    for name, seed, start in (("a", 1, python), ("b", 1, forked), ("c", 2, forked)):
         run = tmp_path / name
-        succeeded(python("train_teacher.py", *TINY_GTN, "--seed", seed, "--output_dir", run))
+        succeeded(start("train_teacher.py", *TINY_GTN, "--seed", seed, "--output_dir", run))
         hashes.append(read_json(run / "model.json")["sha256"])
     assert hashes[0] == hashes[1] != hashes[2]
 
@@ -127,7 +129,7 @@ def test_same_seed_same_weights_other_seed_other_weights(tmp_path):
 )
 def test_options_of_gtn_run(options, tmp_path):
     run = tmp_path / "run"
-    succeeded(python("train_teacher.py", *TINY_GTN, *options, "--output_dir", run))
+    succeeded(forked("train_teacher.py", *TINY_GTN, *options, "--output_dir", run))
     losses = read_rows(run / "metrics.jsonl")[0]["losses"]
     assert ("gate_kl" in losses) == ("0.2" in options)
     assert (run / "supernet.safetensors").exists() == ("--save_supernet" in options)
@@ -141,7 +143,7 @@ def test_a_teacher_for_given_students(tmp_path):
     spec.write_text(json.dumps(wide.sample(4)))
     run = tmp_path / "run"
     chosen = ["--pool_students", "pool:1", spec, "--branches", "2", "3"]
-    succeeded(python("train_teacher.py", *TINY_GTN, *chosen, "--gate_every", "2", "--output_dir", run))
+    succeeded(forked("train_teacher.py", *TINY_GTN, *chosen, "--gate_every", "2", "--output_dir", run))
     row = read_rows(run / "metrics.jsonl")[-1]
     assert set(row["accuracy"]) == {"teacher", "branch2", "branch3"}
     pool = Pool(**read_json(run / "model.json")["pool"])
@@ -151,8 +153,8 @@ def test_a_teacher_for_given_students(tmp_path):
     assert read_json(run / "students" / "pool1.json") == wide.sample(1)
     assert read_json(run / "students" / "mine.json") == wide.sample(4)
     student = [run / "students" / "pool1.json", "--epochs", "1", "--output_dir", tmp_path / "student"]
-    succeeded(python("distill.py", "--teacher", run, "--student", *student))
-    succeeded(python("train_teacher.py", "--config", run / "config.yaml", "--output_dir", tmp_path / "again"))
+    succeeded(forked("distill.py", "--teacher", run, "--student", *student))
+    succeeded(forked("train_teacher.py", "--config", run / "config.yaml", "--output_dir", tmp_path / "again"))
     assert read_json(tmp_path / "again" / "model.json")["sha256"] == read_json(run / "model.json")["sha256"]
     other = ["--pool_students", "pool:1", "nas_s", "--output_dir", tmp_path / "n"]
     refused = here("train_teacher.py", *TINY_GTN, *other)
@@ -162,7 +164,7 @@ def test_a_teacher_for_given_students(tmp_path):
 
 def test_gates_of_their_own_leave_the_weights_all_other_images(tmp_path):
     run = tmp_path / "run"
-    succeeded(python("train_teacher.py", *TINY_GTN, "--gate_holdout", "0.2", "--output_dir", run))
+    succeeded(forked("train_teacher.py", *TINY_GTN, "--gate_holdout", "0.2", "--output_dir", run))
     # 1437 images less a fifth are 9 batches for the weights, and between each two of them comes one for the
     # gates, whose 288 images make batches of 128, 128 and 32, again and again.
     assert read_rows(run / "metrics.jsonl")[0]["images"] == (1437 - 288) + 3 * 128 * 2 + 2 * 32
@@ -170,39 +172,37 @@ def test_gates_of_their_own_leave_the_weights_all_other_images(tmp_path):
 
 def test_a_teacher_behind_the_vanilla_one_is_reported(teacher, tmp_path):
     vanilla = tmp_path / "vanilla"
-    succeeded(python("train_teacher.py", *TINY, "--epochs", "4", "--batch_size", "32", "--output_dir", vanilla))
+    succeeded(forked("train_teacher.py", *TINY, "--epochs", "4", "--batch_size", "32", "--output_dir", vanilla))
     run = ["--vanilla_run", vanilla, "--output_dir", tmp_path / "gtn"]
-    done = succeeded(python("train_teacher.py", *TINY_GTN, *run))
+    done = succeeded(forked("train_teacher.py", *TINY_GTN, *run))
     assert "warning: the teacher reaches" in done.stdout
     assert len(read_json(tmp_path / "gtn" / "summary.json")["warnings"]) == 1
 
 
-@pytest.mark.parametrize("script", ["train_teacher.py", "distill.py"])
+@pytest.mark.parametrize("script", [train_teacher, distill])
 def test_help_and_listings(script):
-    text = succeeded(python(script, "--help")).stdout
-    assert f"python {script}" in text and "accelerate launch" in text and "default: " in text
-    with start(script, "--list_models") as listing:  # all of it: tests/test_zoo.py
-        assert [next(listing.stdout).split()[0] for _ in range(4)] == ["name", "resnet8", "resnet14", "resnet20"]
-        listing.kill()
-    assert "\nnone " in python("distill.py", "--list_methods").stdout
+    name = f"{script.__name__}.py"
+    text = succeeded(here(name, "--help")).stdout
+    assert f"python {name}" in text and "accelerate launch" in text and "default: " in text
+    lines = islice(script.LISTINGS["models"](), 4)  # all of it: tests/test_zoo.py
+    assert [line.split()[0] for line in lines] == ["name", "resnet8", "resnet14", "resnet20"]
+    assert here(name, "--list_methods").stdout.startswith("vanilla: " if script is train_teacher else "| ")
 
 
 def test_importing_a_script_starts_nothing():
-    done = subprocess.run(
-        [sys.executable, "-c", "import train_teacher, distill"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = python("-c", "import train_teacher, distill")
     assert done.returncode == 0 and done.stdout == done.stderr == ""
 
 
 def test_a_model_of_any_family_can_be_student_and_teacher(tmp_path):
-    succeeded(python("train_teacher.py", *TINY, "--model", "wrn10_1", "--output_dir", tmp_path / "t"))
+    succeeded(forked("train_teacher.py", *TINY, "--model", "wrn10_1", "--output_dir", tmp_path / "t"))
     arguments = ["--teacher", tmp_path / "t", "--student", "resnet8x2", "--epochs", 1, "--batch_size", 128]
-    succeeded(python("distill.py", *arguments, *TINY_POOL, "--output_dir", tmp_path / "s"))
+    succeeded(forked("distill.py", *arguments, *TINY_POOL, "--output_dir", tmp_path / "s"))
     assert load_pretrained(tmp_path / "s").info.name == "resnet8x2"
 
 
 def test_the_next_command_survives_a_space_in_the_path(tmp_path):
-    done = succeeded(python("train_teacher.py", *TINY, "--output_dir", tmp_path / "my teacher"))
+    done = succeeded(forked("train_teacher.py", *TINY, "--output_dir", tmp_path / "my teacher"))
     words = shlex.split(next(x for x in done.stdout.splitlines() if x.startswith("next: ")).removeprefix("next: "))
     assert words[words.index("--teacher") + 1] == f"{tmp_path}/my teacher"
 
@@ -218,13 +218,13 @@ def test_every_place_of_images_trains_and_starts_from_given_weights(tmp_path):
     fixed += ["--weights", tmp_path / "body.pth"]
     losses, places = {}, {"memory": [], "workers": ["--pipeline", "workers"], "stream": ["--streaming"]}
     for place, options in places.items():
-        done = succeeded(python("train_teacher.py", *fixed, *options, "--output_dir", tmp_path / place))
+        done = succeeded(forked("train_teacher.py", *fixed, *options, "--output_dir", tmp_path / place))
         assert "body.pth, classifier fresh: 2 classes instead of 10" in done.stdout
         row = read_rows(tmp_path / place / "metrics.jsonl")[0]
         assert row["images"] == 60
         losses[place] = row["losses"], row["accuracy"]
-        said = {"memory": "images: all on cpu", "workers": "decoded by workers", "stream": "images: streamed"}[place]
-        assert said in done.stdout
+        message = {"memory": "images: all on cpu", "workers": "decoded by workers", "stream": "images: streamed"}[place]
+        assert message in done.stdout
     assert losses["memory"] == losses["workers"] != losses["stream"]
     done = here("train_teacher.py", *fixed, "--pretrained", "--output_dir", tmp_path / "no")
     assert done.returncode == 2 and "--weights" in done.stderr and not (tmp_path / "no").exists()
@@ -242,13 +242,13 @@ def write_pictures(path: Path, numbers: range) -> None:
 
 def test_other_teachers_run_and_suggest_their_student(tmp_path):
     branches = ["--method", "sftn", "--student", "resnet8x2", "--train_fraction", "0.2"]
-    done = succeeded(python("train_teacher.py", *TINY, *branches, "--output_dir", tmp_path / "sftn"))
+    done = succeeded(forked("train_teacher.py", *TINY, *branches, "--output_dir", tmp_path / "sftn"))
     row = read_rows(tmp_path / "sftn" / "metrics.jsonl")[0]
     assert list(row["accuracy"]) == ["teacher", "branch1", "branch2", "branch3"]
     assert "--student resnet8x2 --method kd" in done.stdout
     assert load_pretrained(tmp_path / "sftn").info.name == "resnet8"  # branches are gone
     mse = ["--method", "mse", "--schedule", "1/3", "--stop_after", "2", "--lr_gamma", "0.5", "--train_fraction", "0.2"]
-    done = succeeded(python("train_teacher.py", *TINY, *mse, "--output_dir", tmp_path / "mse"))
+    done = succeeded(forked("train_teacher.py", *TINY, *mse, "--output_dir", tmp_path / "mse"))
     rows = read_rows(tmp_path / "mse" / "metrics.jsonl")
     assert [row["lr"] for row in rows] == [0.05, 0.025] and set(rows[0]["losses"]) == {"mse"}
     assert read_json(tmp_path / "mse" / "summary.json")["epochs"] == 2 and "2/2" in done.stdout

@@ -31,8 +31,8 @@ def test_torchvision_state_dicts_load_and_compute_the_same(name, tmp_path):
     source(images)  # BatchNorm statistics that are not the initial ones
     torch.save(source.state_dict(), tmp_path / "source.pth")
     model = create_model(name, 5, image_size=96)
-    said = load_weights(model, str(tmp_path / "source.pth"))
-    assert said == f"weights of {tmp_path / 'source.pth'}"
+    loaded = load_weights(model, str(tmp_path / "source.pth"))
+    assert str(loaded) == f"weights of {tmp_path / 'source.pth'}"
     assert torch.allclose(model.eval()(images), source.eval()(images), atol=1e-5)
 
 
@@ -43,8 +43,8 @@ def test_published_weights_come_from_torchs_cache(tmp_path):
     torch.save(source.state_dict(), cache / "resnet18-f37072fd.pth")  # where torchvision would download it to
     model = create_model("resnet18", 10, image_size=96)
     fresh = model.fc.weight.clone()
-    said = load_weights(model, "pretrained", "--pretrained")
-    assert said == "torchvision IMAGENET1K_V1 weights, classifier fresh: 10 classes instead of 1000"
+    loaded = load_weights(model, "pretrained", "--pretrained")
+    assert str(loaded) == "torchvision IMAGENET1K_V1 weights, classifier fresh: 10 classes instead of 1000"
     assert torch.equal(model.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
     assert torch.equal(model.fc.weight, fresh)
 
@@ -82,8 +82,8 @@ def test_another_number_of_classes_keeps_the_fresh_classifier(name, tmp_path):
     source, model = create_model(name, 100), create_model(name, 10)
     save_pretrained(source, ModelInfo(name, "cifar100", 100, 32, [0.5] * 3, [0.2] * 3), tmp_path)
     fresh = model.fc.weight.clone()
-    said = load_weights(model, str(tmp_path / "model.safetensors"))
-    assert said.endswith(", classifier fresh: 10 classes instead of 100")
+    loaded = load_weights(model, str(tmp_path / "model.safetensors"))
+    assert str(loaded).endswith(", classifier fresh: 10 classes instead of 100")
     assert torch.equal(model.fc.weight, fresh)
     body = [key for key in source.state_dict() if not key.startswith(("fc", "classifier", "linear"))]
     assert body and all(torch.equal(source.state_dict()[key], model.state_dict()[key]) for key in body)
@@ -110,7 +110,7 @@ def test_a_file_with_code_in_it_is_refused_and_not_executed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (None, "there is no such file"),
         (b"not tensors", "is damaged"),
@@ -121,7 +121,7 @@ def test_a_file_with_code_in_it_is_refused_and_not_executed(tmp_path):
         ({"extra.weight": torch.zeros(3)}, "'extra.weight' belongs to no layer of this network"),
     ],
 )
-def test_what_does_not_fit_is_named(content, said, tmp_path):
+def test_what_does_not_fit_is_named(content, message, tmp_path):
     path = tmp_path / "weights.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_named(content, said, tmp_path):
         torch.save({key: value for key, value in (state | content).items() if value is not None}, path)
     model = create_model("resnet8", 10)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UserError, match=f"--weights {path}: {said}"):
+    with pytest.raises(UserError, match=f"--weights {path}: {message}"):
         load_weights(model, str(path))
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
 

@@ -1,8 +1,5 @@
 """The zoo against published figures: parameters, multiply-accumulates, feature maps, and the cuts of SFTN."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -11,11 +8,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy, relu
 
 from common import UserError
-from models import create_model, list_models
-from models import recompute as recompute_module
+from models import activation_checkpointing, create_model, list_models
 from models.branches import feature_transform
 from models.network import block_shapes, run_blocks
-from tests.runs import ROOT
+from tests.runs import forked, succeeded
 
 # name: (parameters at 100 classes, million multiply-accumulates at 32x32, the feature maps, the embedding).
 # The counts are those of the field's CIFAR-100 benchmarks; DenseNets as in their paper's Table 2 (1.0 M, 7.0 M).
@@ -138,7 +134,7 @@ def test_other_sizes_follow_from_arithmetic(name):
 
 
 def test_the_table_shows_every_listed_network_as_published():
-    done = subprocess.run([sys.executable, "-m", "models"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = succeeded(forked("-m", "models"))
     header, *rows = (line.split() for line in done.stdout.splitlines())
     assert header == ["name", "parameters", "MFLOPs", "image", "block", "outputs"]
     found = {(row[0], row[3]): row for row in rows}
@@ -253,7 +249,7 @@ def test_recomputing_changes_no_gradient_and_no_statistic(name, features, monkey
     images, labels = torch.randn(8, 3, 8, 8, dtype=torch.float64), torch.arange(8) % 5
     state, results = create_model(name, 5).double().state_dict(), []
     for deep in (1000, 1):
-        monkeypatch.setattr(recompute_module, "DEEP", deep)
+        monkeypatch.setattr(activation_checkpointing, "DEEP", deep)
         model = create_model(name, 5).double()
         model.load_state_dict(state)
         logits, maps, _ = model(images, features=features)
@@ -288,7 +284,7 @@ def saved_bytes(name: str) -> int:
 def test_deep_networks_keep_little_at_batch_64(name, limit, monkeypatch):
     assert saved_bytes(name) < limit * 1e9
     if name == "wrn250_2":  # the same count finds what they would keep otherwise
-        monkeypatch.setattr(recompute_module, "DEEP", 1000)
+        monkeypatch.setattr(activation_checkpointing, "DEEP", 1000)
         assert saved_bytes(name) > 2e9
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     objective.gates.draw = recording(objective.gates.draw)
     objective.gates.draw_gate_step = recording(objective.gates.draw_gate_step)
     loop = Loop(objective, data, config, accelerator, RunFolder(config.output_dir), Console(False))
-    epoch_of, step = loop.train.epoch, loop._step
+    epoch_of, step = loop.train.epoch, loop.step
 
     def remember(epoch, start=0):
         plan, edges = loop.train.plan(epoch), loop.train.edges
@@ -64,7 +64,7 @@ def main() -> None:
         now = dict(objective.branches.named_parameters())
         undrawn.append(all(torch.equal(now[n], old) for n, old in before.items() if not n.startswith(tuple(names))))
 
-    loop.train.epoch, loop._step = remember, watch
+    loop.train.epoch, loop.step = remember, watch
     loop.run()
     report = {
         "paths": paths,

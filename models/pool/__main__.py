@@ -61,6 +61,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m models.pool", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,6 +76,8 @@ def arguments() -> argparse.Namespace:
 
 
 def whole(name: str, least: int):
+    """An argument type: whole numbers from `least` on."""
+
     def convert(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{name} {text}: must be a whole number of at least {least}")
@@ -122,11 +125,13 @@ def measure(model: PoolNet, image_size: int, device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def in_short(layer: dict) -> str:
+    """A layer as kernel x depth."""
     return f"{layer['kernel']}x{layer['depth']}" if layer["type"] == "res" else ""
 
 
