@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.data import random_set
 from benchmarks.methods import make_objective
 from benchmarks.steps import clock
-from data.datasets import ImageSet
+from data.splits import ImageSet
 from engine.config import RunConfig
 from engine.console import Console
 from engine.distributed import keep_freed_memory, start_accelerator

@@ -1,6 +1,5 @@
 """Image sets: which images there are, how they are parted, and whether they are held in memory."""
 
-import hashlib
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError, check_name
@@ -19,13 +17,13 @@ from data.sources import (
     ParquetSource,
     Row,
     Source,
-    Stream,
     folder_sources,
     hub_sources,
     hub_streams,
     parquet_sources,
     parquet_streams,
 )
+from data.splits import AnySplit, ImageSet, Split, StoredSplit, StreamSplit
 
 TEST_SHARE = 0.2  # of a set that comes without a test split
 SPLIT_SEED = 0  # the same split in every run, whatever its seed
@@ -77,89 +75,6 @@ class DataOptions:
     cutout: int = 0
     pipeline: Literal["auto", "device", "workers"] = "auto"
     data_workers: int | None = None
-
-
-@dataclass
-class Split:
-    """Images in memory, and their labels int64 [N].
-
-    `pixels` uint8 [M, 3, H, W], stored channels_last; the split is its rows `indices`, all of them if None. So
-    parts of a set share the set's memory.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-    indices: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def images(self) -> Tensor:
-        """uint8 [N, 3, H, W]; a copy where the split is a part."""
-        return self.pixels if self.indices is None else self.pixels[self.indices]
-
-    def take(self, indices: Tensor) -> "Split":
-        return Split(self.pixels, self.labels[indices], indices if self.indices is None else self.indices[indices])
-
-
-@dataclass
-class StoredSplit:
-    """Images on disk, decoded whenever they are needed: rows `indices` int64 [N] of `source`, labels int64 [N]."""
-
-    source: Source
-    labels: Tensor
-    indices: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, indices: Tensor) -> "StoredSplit":
-        return StoredSplit(self.source, self.labels[indices], self.indices[indices])
-
-
-@dataclass
-class StreamSplit:
-    """Images that can only be read from front to back."""
-
-    stream: Stream
-
-    def __len__(self) -> int:
-        return self.stream.count
-
-
-AnySplit = Split | StoredSplit | StreamSplit
-
-
-@dataclass
-class ImageSet:
-    """A data set ready for training: `val` is a part kept apart from `train`, or None.
-
-    `mean` and `std` normalise RGB values in [0, 1]; `flip` says whether mirrored images keep their class;
-    `augment` is crop or resized_crop; `described` says where the images are and why.
-    """
-
-    name: str
-    num_classes: int
-    image_size: int
-    train: AnySplit
-    test: AnySplit
-    mean: list[float]
-    std: list[float]
-    flip: bool
-    augment: str = "crop"
-    described: str = ""
-    val: AnySplit | None = None
-
-    def fingerprint(self) -> str:
-        """Sizes and labels in words: two sets that differ in these are not the same set."""
-        parts = []
-        for name, split in (("training", self.train), ("test", self.test)):
-            digest = ""
-            if not isinstance(split, StreamSplit):
-                digest = f" (labels {hashlib.sha256(split.labels.numpy().tobytes()).hexdigest()[:12]})"
-            parts.append(f"{len(split):,} {name} images{digest}")
-        return f"{', '.join(parts)} of {self.image_size}x{self.image_size}, {self.num_classes} classes"
 
 
 def load_images(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from common import UserError
 from data.augment import Augmentation, Normalise
-from data.datasets import AnySplit, ImageSet, Split, StoredSplit
 from data.loader import DeviceLoader, Loader, evaluation_batches
+from data.splits import AnySplit, ImageSet, Split, StoredSplit
 from data.stream import StreamLoader, stream_evaluation_batches
 from data.workers import WorkerLoader, worker_evaluation_batches
 

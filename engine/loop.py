@@ -12,9 +12,10 @@ from torch import Tensor
 
 from common import UserError, derive_seed
 from data.batch import Batch
-from data.datasets import AnySplit, ImageSet
 from data.pipeline import Pipeline
-from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint, state_tensors
+from data.splits import AnySplit, ImageSet
+from engine import replicas
+from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint
 from engine.config import NOT_COMPUTED, RunConfig
 from engine.console import Console
 from engine.cuda_graph import CudaGraphCapture, StepGraph, Terms, check_capturable
@@ -136,7 +137,7 @@ class Loop:
         self.progress, local_buffers = load_checkpoint(
             path, self.objective, self.optimizers, self.scalers, self.config.as_dict(), NOT_COMPUTED, self.fingerprints
         )
-        self._take_own_buffers(local_buffers)
+        replicas.scatter_statistics(self.objective, self.accelerator, local_buffers)
         if not self.accelerator.is_main_process:
             self.progress.partial = {}  # sums over all processes: counted once
         where = f"{self._name(self.progress.epoch)}, batch {self.progress.batch + 1}"
@@ -259,9 +260,9 @@ class Loop:
     def _stop(self, signum: int, totals: Totals | None) -> None:
         local = None
         if totals is not None:
-            self._check_in_step(average=False)
+            self._check_in_step()
             self.progress.partial = self._gather(totals).as_dict()
-            local = self._everyones_buffers()
+            local = replicas.gather_statistics(self.objective, self.accelerator)
         self._save(local)
         raise Interrupted(
             signum,
@@ -272,6 +273,7 @@ class Loop:
     def _finish_epoch(self, lr: float, totals: Totals) -> None:
         progress, config = self.progress, self.config
         self._check_finite()
+        replicas.average_statistics(self.objective, self.accelerator)
         self._check_in_step()
         totals = self._gather(totals)
         progress.seconds += totals.seconds
@@ -349,59 +351,18 @@ class Loop:
         batches = self.pipeline.evaluation(split, EVALUATION_BATCH, self.train)
         return evaluate(predict, batches, len(split), lambda counts: self.accelerator.reduce(counts, "sum"), **observe)
 
-    @torch.no_grad()
     def _check_finite(self) -> None:
         """A finite loss can be followed by an update that is not: stop before it is saved as good."""
-        device = self.accelerator.device
-        norms = torch.stack([tensor.abs().max().to(device) for tensor in self._floating_state()])
-        if not norms.isfinite().all():
+        if not replicas.is_finite(self.objective, self.accelerator):
             saved = self.folder.last if self.folder.last.is_file() else "none yet"
             raise RunError(
                 f"the weights are no longer finite after iteration {self.progress.iteration - 1} "
                 f"({self._name(self.progress.epoch)}); last good checkpoint: {saved}. A lower --lr usually helps."
             )
 
-    @torch.no_grad()
-    def _check_in_step(self, average: bool = True) -> None:
-        """Average BatchNorm statistics over processes, and make sure that the weights are the same in all."""
-        if self.world == 1:
-            return
-        buffers = self._floating_buffers()
-        for buffer in buffers if average else ():
-            buffer.copy_(self._average(buffer))
-        device, own = self.accelerator.device, {id(buffer) for buffer in buffers}
-        shared = [tensor for tensor in self._floating_state() if average or id(tensor) not in own]
-        sums = torch.stack([tensor.double().sum().to(device) for tensor in shared])
-        everyone = self.accelerator.gather(sums[None])
-        if not torch.equal(everyone, everyone[:1].expand_as(everyone)):
+    def _check_in_step(self) -> None:
+        if not replicas.are_equal(self.objective, self.accelerator):
             raise RunError(f"the processes no longer hold the same weights ({self._name(self.progress.epoch)})")
-
-    def _floating_buffers(self) -> list[Tensor]:
-        """BatchNorm statistics, which are each process's own within an epoch."""
-        return [buffer for buffer in self.objective.buffers() if buffer.is_floating_point()]
-
-    @torch.no_grad()
-    def _everyones_buffers(self) -> Tensor | None:
-        """[processes, numbers]: what a run that was stopped within an epoch has to give back to each process."""
-        buffers = self._floating_buffers()
-        if self.world == 1 or not buffers:
-            return None
-        flat = torch.cat([buffer.double().flatten() for buffer in buffers])
-        return self.accelerator.gather(flat[None])
-
-    @torch.no_grad()
-    def _take_own_buffers(self, everyones: Tensor | None) -> None:
-        """From a checkpoint of as many processes; others go on from the main process's."""
-        if everyones is None or len(everyones) != self.world:
-            return
-        buffers = self._floating_buffers()
-        parts = everyones[self.rank].split([buffer.numel() for buffer in buffers])
-        for buffer, part in zip(buffers, parts, strict=True):
-            buffer.copy_(part.view_as(buffer))
-
-    def _floating_state(self) -> list[Tensor]:
-        """Weights and statistics; a method may keep some of its state on the host."""
-        return [tensor for tensor in state_tensors(self.objective).values() if tensor.is_floating_point()]
 
     def _gather(self, totals: Totals) -> Totals:
         """Sums over all processes, in all processes; the time is the main process's own."""

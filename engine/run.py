@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import kernels
 from common import UserError
-from data.datasets import ImageSet, load_images
+from data.datasets import load_images
+from data.splits import ImageSet
 from engine.config import RunConfig
 from engine.console import Console
 from engine.distributed import start_accelerator

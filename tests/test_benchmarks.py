@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from benchmarks import baselines
-from benchmarks import compare as compare_benchmark
 from benchmarks import cost as cost_benchmark
 from benchmarks import data as data_benchmark
 from benchmarks import methods as methods_benchmark
 from benchmarks import parts as parts_benchmark
 from benchmarks import training as training_benchmark
-from benchmarks.compare import as_markdown, tabulate
 from benchmarks.steps import Options, PlainJoint, Setting, measure
 from common import derive_seed
 from data.batch import Batch
@@ -85,39 +83,6 @@ def test_measure_reports_all_three_steps():
     assert min(row["plain_ms"], row["even_ms"], row["gate_ms"]) > 0
     assert row["teacher_macs"] > row["branch_macs"] > 0
     json.dumps(row)
-
-
-def test_comparison_table_holds_means_and_deviations():
-    def run(vanilla: float, sftn: list[float], students: list[float]) -> dict:
-        teachers = {"vanilla": [vanilla], "sftn": sftn}
-        teachers = {name: [{"top1": top1, "seconds": 10.0} for top1 in each] for name, each in teachers.items()}
-        named = zip(("alone", "vanilla", "sftn"), students, strict=True)
-        return {"teachers": teachers, "students": {"pool:1": {name: {"top1": top1} for name, top1 in named}}}
-
-    rows = tabulate([run(97.0, [97.5, 98.5], [90.0, 92.0, 94.0]), run(99.0, [98.0, 98.0], [92.0, 92.0, 95.0])])
-    assert rows["teacher"] == {"vanilla": [97.0, 99.0], "sftn": [98.0, 98.0]}
-    assert rows["seconds"] == {"vanilla": [10.0, 10.0], "sftn": [20.0, 20.0]}  # one SFTN teacher a student
-    table = as_markdown(rows, [0, 1])
-    assert "| pool:1 | 91.00 ± 1.41 | 92.00 ± 0.00 | 94.50 ± 0.71 |" in table
-    assert "| teacher |  | 98.00 ± 1.41 | 98.00 ± 0.00 |" in table
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--teachers", "nope.yaml"], "nope.yaml: there is no such recipe"),
-        (
-            ["--teachers", "recipes/digits_vanilla.yaml", "recipes/cifar100_wrn40_2_vanilla.yaml"],
-            "end in the same word",
-        ),
-        (["--students", "a/s.json", "b/s.json"], "two have the same name"),
-    ],
-)
-def test_a_comparison_that_would_mix_up_its_runs_is_refused(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["compare.py", *arguments])
-    with pytest.raises(SystemExit, match="2"):
-        compare_benchmark.parse()
-    assert message in capsys.readouterr().err
 
 
 def test_a_set_takes_hardly_more_memory_than_its_pixels():

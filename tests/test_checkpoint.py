@@ -10,11 +10,12 @@ from torch import nn
 from common import UserError
 from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint
 from engine.config import RunConfig
-from engine.run_folder import RunFolder
+from engine.run_folder import RUN_KEYS, RunFolder
 from engine.schedule import learning_rate
 from tests.runs import forked
 from tests.test_models import Payload
 
+RUNS_CONFIG = "".join(f"{key}: 1\n" for key in sorted(RUN_KEYS))
 CONFIG = {"lr": 0.1, "pool": {"widths": [1, 2]}, "output_dir": "a"}
 
 
@@ -56,7 +57,7 @@ def step_again(network, optimizers):
 def test_everything_comes_back_and_training_goes_on_alike(tmp_path):
     network, optimizers, progress = save(tmp_path / "c.safetensors")
     other, others = trained(steps=1)
-    assert load(tmp_path / "c.safetensors", other, others, output_dir="b") == progress
+    assert load(tmp_path / "c.safetensors", other, others, output_dir="b") == (progress, None)
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name])
     assert (
@@ -168,21 +169,21 @@ def test_learning_rates_are_those_of_torchs_schedulers(schedule):
         (["thesis.tex"], {}, "no run's"),
         (["thesis.tex"], {"overwrite": True}, "no run's"),
         (["config.yaml", "summary.json"], {}, "finished run"),
-        (["config.yaml", "summary.json"], {"resume": True}, "finished run"),
+        (["config.yaml", "summary.json"], {"resume": "latest"}, "finished run"),
         (["config.yaml"], {}, "unfinished run"),
     ],
 )
 def test_folders_that_hold_something_are_refused(tmp_path, files, options, message):
     for name in files:
-        (tmp_path / name).write_text("mine")
+        (tmp_path / name).write_text(RUNS_CONFIG)
     with pytest.raises(UserError, match=message):
         RunFolder(tmp_path, **options)
-    assert all((tmp_path / name).read_text() == "mine" for name in files)
+    assert all((tmp_path / name).read_text() == RUNS_CONFIG for name in files)
 
 
 def test_overwriting_replaces_a_runs_files_and_nothing_else(tmp_path):
     for name in ("config.yaml", "summary.json", "notes.txt"):
-        (tmp_path / name).write_text("old")
+        (tmp_path / name).write_text(RUNS_CONFIG)
     (tmp_path / "plots").mkdir()
     RunFolder(tmp_path, overwrite=True).begin({"lr": 1})
     assert sorted(os.listdir(tmp_path)) == ["config.yaml", "notes.txt"]
