@@ -14,8 +14,9 @@ from shlex import quote
 import torch
 
 from common import UserError
-from data.datasets import ImageSet, Split, StreamSplit, hold_out
+from data.datasets import ImageSet, hold_out
 from data.pipeline import augmentation_of
+from data.splits import Split, StreamSplit
 from engine.config import RunConfig, parse
 from engine.distributed import run_script
 from engine.objective import Objective

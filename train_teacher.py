@@ -18,7 +18,8 @@ import safetensors.torch
 import torch
 
 from common import UserError, check_name, write_atomically
-from data.datasets import AnySplit, ImageSet, hold_out
+from data.datasets import ImageSet, hold_out
+from data.splits import AnySplit
 from engine.checkpoint import state_tensors
 from engine.config import RunConfig, parse
 from engine.distributed import run_script

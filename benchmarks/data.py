@@ -29,8 +29,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from common import write_atomically
-from data.datasets import DataOptions, ImageSet, Split, load_images
+from data.datasets import DataOptions, ImageSet, load_images
 from data.pipeline import Pipeline
+from data.splits import Split
 from engine.run_folder import machine
 from models import create_model
 

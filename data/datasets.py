@@ -8,7 +8,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError, check_name
@@ -18,13 +17,13 @@ from data.sources import (
     ParquetSource,
     Row,
     Source,
-    Stream,
     folder_sources,
     hub_sources,
     hub_streams,
     parquet_sources,
     parquet_streams,
 )
+from data.splits import AnySplit, Split, StoredSplit, StreamSplit
 
 TEST_SHARE = 0.2  # of a set that comes without a test split
 SPLIT_SEED = 0  # the same split in every run, whatever its seed
@@ -78,58 +77,6 @@ class DataOptions:
 
 
 @dataclass
-class Split:
-    """Images in memory, and their labels int64 [N].
-
-    `pixels` uint8 [M, 3, H, W], stored channels_last; the split is its rows `indices`, all of them if None. So
-    parts of a set share the set's memory.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-    indices: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def images(self) -> Tensor:
-        """uint8 [N, 3, H, W]; a copy where the split is a part."""
-        return self.pixels if self.indices is None else self.pixels[self.indices]
-
-    def take(self, indices: Tensor) -> "Split":
-        return Split(self.pixels, self.labels[indices], indices if self.indices is None else self.indices[indices])
-
-
-@dataclass
-class StoredSplit:
-    """Images on disk, decoded whenever they are needed: rows `indices` int64 [N] of `source`, labels int64 [N]."""
-
-    source: Source
-    labels: Tensor
-    indices: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, indices: Tensor) -> "StoredSplit":
-        return StoredSplit(self.source, self.labels[indices], self.indices[indices])
-
-
-@dataclass
-class StreamSplit:
-    """Images that can only be read from front to back."""
-
-    stream: Stream
-
-    def __len__(self) -> int:
-        return self.stream.count
-
-
-AnySplit = Split | StoredSplit | StreamSplit
-
-
-@dataclass
 class ImageSet:
     """A data set ready for training: `val` is a part kept apart from `train`, or None.
 
@@ -175,12 +122,7 @@ def load_images(
             without `image_size`, labels that are not class indices, or an empty split.
     """
     options = options or DataOptions()
-    kind, _, place = name.partition(":")
-    check_name("--dataset", kind, ["digits", *HUB, "parquet", "folder"])
-    if bool(place) != (kind in ("parquet", "folder")):
-        raise UserError(f"--dataset {name}: a place follows parquet: and folder: only, and must follow them")
-    if options.data_dir is not None and kind not in HUB:
-        raise UserError(f"--data_dir {options.data_dir}: only for data sets by name ({', '.join(HUB)})")
+    kind, place = _kind_and_place(name, options)
     known = HUB.get(kind)
     augment = options.augment or ("resized_crop" if known and known.resized_crop else "crop")
     image_size = image_size or (known.size if known else None)
@@ -238,6 +180,16 @@ def free_memory(device: torch.device | None) -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     return kilobytes * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _kind_and_place(name: str, options: DataOptions) -> tuple[str, str]:
+    kind, _, place = name.partition(":")
+    check_name("--dataset", kind, ["digits", *HUB, "parquet", "folder"])
+    if bool(place) != (kind in ("parquet", "folder")):
+        raise UserError(f"--dataset {name}: a place follows parquet: and folder: only, and must follow them")
+    if options.data_dir is not None and kind not in HUB:
+        raise UserError(f"--data_dir {options.data_dir}: only for data sets by name ({', '.join(HUB)})")
+    return kind, place
 
 
 def _sources(kind: str, place: str, options: DataOptions) -> list[Source]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from common import UserError, derive_seed
 from data.augment import Augmentation, Normalise, Plan, augment, cut_out, select
 from data.batch import Batch
-from data.datasets import Split
+from data.splits import Split
 
 
 class Loader(ABC):

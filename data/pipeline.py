@@ -9,8 +9,9 @@ from torch import Tensor
 
 from common import UserError
 from data.augment import Augmentation, Normalise
-from data.datasets import AnySplit, ImageSet, Split, StoredSplit
+from data.datasets import ImageSet
 from data.loader import DeviceLoader, Loader, evaluation_batches
+from data.splits import AnySplit, Split, StoredSplit
 from data.stream import StreamLoader, stream_evaluation_batches
 from data.workers import WorkerLoader, worker_evaluation_batches
 

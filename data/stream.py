@@ -19,10 +19,10 @@ from torch import Tensor
 from common import UserError, derive_seed
 from data.augment import Augmentation, Normalise
 from data.batch import Batch
-from data.datasets import StreamSplit
 from data.decode import from_cell
 from data.loader import Loader
 from data.sources import Row, Stream
+from data.splits import StreamSplit
 from data.workers import transform
 
 SHUFFLE_WINDOW = 4096  # encoded images in memory, of which a random one comes next

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from common import UserError, derive_seed
 from data.augment import Augmentation, Normalise, Plan
 from data.batch import Batch
-from data.datasets import StoredSplit
 from data.decode import read_rgb
 from data.loader import Loader, evaluation_parts
+from data.splits import StoredSplit
 
 CENTRE = 0.875  # of a photograph's shorter side is looked at in evaluation: 224 of 256
 

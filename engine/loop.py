@@ -12,8 +12,9 @@ from torch import Tensor
 
 from common import UserError, derive_seed
 from data.batch import Batch
-from data.datasets import AnySplit, ImageSet
+from data.datasets import ImageSet
 from data.pipeline import Pipeline
+from data.splits import AnySplit
 from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint, state_tensors
 from engine.config import NOT_COMPUTED, RunConfig
 from engine.console import Console

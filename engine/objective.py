@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data.batch import Batch
-from data.datasets import AnySplit
+from data.splits import AnySplit
 
 Average = Callable[[Tensor], Tensor]  # a tensor's mean over processes
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common import UserError, derive_seed
 from data.batch import Batch
-from data.datasets import AnySplit
+from data.splits import AnySplit
 from engine.objective import Phase
 from models.branches import graft
 from models.network import Network, block_shapes, count_parameters, cut, macs, run_blocks

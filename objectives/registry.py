@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from data.datasets import AnySplit
+from data.splits import AnySplit
 from engine.objective import Objective
 from models.network import Network
 from objectives.gtn import GTN

@@ -6,8 +6,8 @@ import torch
 
 from common import UserError
 from data.augment import Augmentation, Normalise, augment, cut_out
-from data.datasets import Split
 from data.loader import DeviceLoader, evaluation_batches
+from data.splits import Split
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
