@@ -44,8 +44,12 @@ class Fork:
         return self.wait(0)
 
     def wait(self, seconds: float = PATIENCE) -> int | None:
-        if self.returncode is None:
-            self.returncode = self._ask(wait=self.pid, seconds=seconds)
+        end = time.monotonic() + seconds
+        while self.returncode is None:
+            left = end - time.monotonic()
+            self.returncode = self._ask(wait=self.pid, seconds=max(0, min(left, 1)))  # the server sees its end in time
+            if left <= 0:
+                break
         return self.returncode
 
     def send_signal(self, signum: int) -> None:
