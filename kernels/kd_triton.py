@@ -3,7 +3,7 @@
 Bytes: the forward pass reads every logit once, the backward pass reads it again and writes its gradient:
 3 (K + 1) N C elements, the least there is without keeping probabilities. Rows of up to TILE classes stay in
 registers; longer ones are read twice in the forward pass, once for the softmax statistics (online, so in one
-sweep) and once for the divergence. All arithmetic is float32. Formulas: the reference in kernels/kd.py.
+sweep) and once for the divergence. All arithmetic is float32. Formulas: kernels/kd_reference.py.
 
 With half-precision logits a modern GPU has time for some fifteen instructions an element, so they are
 counted: exponentials are powers of 2, which are one instruction where e^x is five, and the series that a

@@ -37,14 +37,19 @@ class Fork:
         self.returncode: int | None = None
         stdout, stderr = map(str, self.output)
         env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-        self.pid = _ask(argv=self.args, env=env, stdout=stdout, stderr=stderr)
+        self.server = _server(env.get("TRITON_INTERPRET"))
+        self.pid = self._ask(argv=self.args, env=env, stdout=stdout, stderr=stderr)
 
     def poll(self) -> int | None:
         return self.wait(0)
 
     def wait(self, seconds: float = PATIENCE) -> int | None:
-        if self.returncode is None:
-            self.returncode = _ask(wait=self.pid, seconds=seconds)
+        end = time.monotonic() + seconds
+        while self.returncode is None:
+            left = end - time.monotonic()
+            self.returncode = self._ask(wait=self.pid, seconds=max(0, min(left, 1)))  # the server sees its end in time
+            if left <= 0:
+                break
         return self.returncode
 
     def send_signal(self, signum: int) -> None:
@@ -67,10 +72,15 @@ class Fork:
         stdout, stderr = self.communicate()
         return subprocess.CompletedProcess(self.args, self.returncode, stdout, stderr)
 
+    def _ask(self, **request) -> int | None:
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
 
-def forked(script: str, *arguments) -> subprocess.CompletedProcess:
+
+def forked(script: str, *arguments, **environment) -> subprocess.CompletedProcess:
     """What `python script arguments` does, forked."""
-    return Fork(script, *arguments).completed()
+    return Fork(script, *arguments, **environment).completed()
 
 
 def forked_processes(count: int, script: str, *arguments, on_cpu: bool = True) -> subprocess.CompletedProcess:
@@ -164,20 +174,15 @@ def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
 
 
 @cache
-def _server() -> subprocess.Popen:
-    """The worker's own, which ends with it."""
+def _server(triton_interpret: str | None) -> subprocess.Popen:
+    """The worker's own, which ends with it; another one where Triton, when it is imported, shall interpret."""
     words = [sys.executable, "-m", "tests.fork_server"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    # Looking for GPUs as CUDA does it would leave forks without any.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    if triton_interpret is not None:
+        environment["TRITON_INTERPRET"] = triton_interpret
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    server = subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
     atexit.register(server.wait)
     atexit.register(server.stdin.close)  # which ends it; the last to register is called first
     return server
-
-
-def _ask(**request) -> int | None:
-    server = _server()
-    server.stdin.write(json.dumps(request) + "\n")
-    server.stdin.flush()
-    return json.loads(server.stdout.readline())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._inductor.config
 
 from common import UserError
 from data.batch import Batch
@@ -11,7 +12,7 @@ from models.compiled import compile_regions, regions
 from models.network import BeforeReLU
 from models.pool import Pool
 from objectives.registry import TEACHERS
-from tests.runs import TINY, forked, python, read_rows, succeeded
+from tests.runs import TINY, forked, here, read_rows, succeeded
 from train_teacher import TeacherConfig
 
 POOL = Pool(stem=4, widths=[4, 4, 8, 8], strides=[1, 1, 2, 1], head=8, candidates=["res3x2", "res3x4", "identity"])
@@ -103,6 +104,7 @@ def test_a_compiled_run_learns_alike(tmp_path):
         succeeded(forked("train_teacher.py", *TINY, *flags, "--output_dir", run))
         losses.append(read_rows(run / "metrics.jsonl")[0]["losses"]["ce"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
-    refused = python("train_teacher.py", *TINY, "--compile", "--output_dir", tmp_path / "no", CXX="no-such-compiler")
+    with torch._inductor.config.patch({"cpp.cxx": "no-such-compiler"}):
+        refused = here("train_teacher.py", *TINY, "--compile", "--output_dir", tmp_path / "no")
     assert refused.returncode == 2 and "--compile: needs a C++ compiler" in refused.stderr
     assert not (tmp_path / "no").exists()

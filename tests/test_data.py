@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from common import UserError
 from data.datasets import hold_out, load_images
-from tests.runs import forked, python
+from tests.runs import forked
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -232,7 +232,7 @@ def test_nothing_there(tmp_path):
 
 def test_cifar_without_a_network_is_one_line(tmp_path):
     arguments = ["--dataset", "cifar10", "--output_dir", tmp_path / "run"]
-    done = python("train_teacher.py", *arguments, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
+    done = forked("train_teacher.py", *arguments, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
     assert done.returncode == 2 and "cannot fetch 'uoft-cs/cifar10'" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 

@@ -153,7 +153,7 @@ def test_the_scripts_train_peers(tmp_path):
     general = [*fixed, "--method", "kdcl_general", "--output_dir", tmp_path / "general"]
     refused = here("distill.py", *general)
     assert refused.returncode == 2 and "--method kdcl_general: weighs its peers on a" in refused.stderr
-    succeeded(forked_two("distill.py", *general, "--val_fraction", "0.2", "--peers", "resnet8x2"))
+    succeeded(forked_two("distill.py", *general, "--val_fraction", "0.2", "--peers", "resnet8x2", "--epochs", "2"))
     state = load_file(tmp_path / "general" / "checkpoints" / "last.safetensors")
     (shares,) = (tensor for name, tensor in state.items() if name.endswith("shares"))
     assert shares.sum().item() == pytest.approx(1) and shares.tolist() != [0.5, 0.5]

@@ -1,23 +1,16 @@
 """The Triton kernels meet their formulas, and train: on the GPU where there is one, else in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.runs import TINY, TINY_GTN, python, read_json, read_rows, succeeded
+from tests.runs import TINY, TINY_GTN, forked, read_json, read_rows, succeeded
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[1]
 INTERPRETER = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}  # read when triton is imported
 
 
 def test_the_kernels_meet_their_formulas():
-    command = [sys.executable, "-m", "pytest", "tests/triton_grid.py", "-q", "-W", "ignore::RuntimeWarning"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | INTERPRETER, capture_output=True, text=True)
+    done = forked("-m", "pytest", "tests/triton_grid.py", "-q", "-W", "ignore::RuntimeWarning", **INTERPRETER)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
@@ -27,10 +20,10 @@ def test_both_scripts_train_alike_with_either_implementation(tmp_path):
     for choice in ("triton", "reference"):
         teacher, student = tmp_path / f"teacher-{choice}", tmp_path / f"student-{choice}"
         fixed = ("--kernels", choice, "--batch_size", "360", "--lr", "0.01")
-        succeeded(python("train_teacher.py", *TINY_GTN, *fixed, "--output_dir", teacher, **INTERPRETER))
+        succeeded(forked("train_teacher.py", *TINY_GTN, *fixed, "--output_dir", teacher, **INTERPRETER))
         source = tmp_path / "teacher-triton"
         arguments = ("--teacher", source, "--student", "pool:1", *TINY[2:], *fixed, "--output_dir", student)
-        done = succeeded(python("distill.py", *arguments, **INTERPRETER))
+        done = succeeded(forked("distill.py", *arguments, **INTERPRETER))
         assert f"kernels: {choice}" in done.stdout
         assert read_json(student / "summary.json")["kernels"].startswith(choice)
         losses[choice] = [read_rows(run / "metrics.jsonl")[0]["losses"] for run in (teacher, student)]
