@@ -24,6 +24,7 @@ DKD_BETAS = {
 }
 DKD_BETA = 8.0  # of all other pairs
 DKD_RAMP = 20  # epochs
+SCKD_SCALE = 2.0**12  # of the losses whose gradients are compared
 
 
 class CrossEntropy(Method):
@@ -112,8 +113,7 @@ class SCKD(Method):
     (Zhu and Wang, section 3: transfer where the gradients are similar).
 
     The similarity is the cosine of the two gradients with respect to the student's last block, of the whole
-    global batch; the paper's text leaves the parameters and any smoothing open, the last block and single
-    steps are ours.
+    global batch; the paper's text leaves open which parameters and whether the cosine is smoothed.
     """
 
     paper = "Zhu, Wang: Student Customized Knowledge Distillation (2021)"
@@ -130,7 +130,8 @@ class SCKD(Method):
         if not kl.requires_grad:
             return {"sckd": kl[0]}
         ce = cross_entropy(student.logits, batch.labels)
-        tasks = (self._gradient(each.sum()) for each in (ce, kl))
+        # In float16 gradients on the way would underflow, without GradScaler's scale; the cosine does not depend on it.
+        tasks = (self._gradient(SCKD_SCALE * each.sum()) for each in (ce, kl))
         helps = (torch.dot(*tasks) > 0).to(kl.dtype)
         return {"sckd": kl[0] * helps}
 
