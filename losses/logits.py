@@ -28,7 +28,7 @@ SCKD_SCALE = 2.0**12  # of the losses whose gradients are compared
 
 
 class CrossEntropy(Method):
-    """CE(q, y): the student trained alone, the baseline of every method, and what stands beside most of them."""
+    """CE(q, y): the student trained alone, the baseline of every method, and a term beside most of them."""
 
     paper = "no distillation: the student trained alone"
     usual = ""
@@ -63,7 +63,7 @@ class KD(Method):
 
 
 def with_labels(methods: Sequence[Method], context: MethodContext, ce_weight: float, kd_weight: float) -> list[Method]:
-    """`methods` with the cross-entropy that all of them share: first KD, if it has a weight, else the labels alone."""
+    """The methods, behind one cross-entropy for all of them: in KD's pass, if that has a weight, else alone."""
     others = [method for method in methods if not isinstance(method, (KD, CrossEntropy))]
     own = next((method for method in methods if isinstance(method, KD)), None)
     if kd_weight:
@@ -74,8 +74,8 @@ def with_labels(methods: Sequence[Method], context: MethodContext, ce_weight: fl
 
 
 class RCO(KD):
-    """KD from the teacher as it was on its way: the student follows its anchors one after the other, each for an
-    equal share of the epochs, going on from where it is (Jin et al., section 3, anchors at equal intervals).
+    """KD from checkpoints of the teacher's own training, its anchors, one after the other, each for an
+    equal share of the epochs (Jin et al., section 3, anchors at equal intervals).
 
     The learning rate's schedule starts anew at each anchor (--lr_restarts). With one anchor it is plain KD.
     """
@@ -117,7 +117,6 @@ class SCKD(Method):
     """
 
     paper = "Zhu, Wang: Student Customized Knowledge Distillation (2021)"
-    usual = "1"
 
     def __init__(self, context: MethodContext):
         super().__init__(context)

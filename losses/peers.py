@@ -48,7 +48,7 @@ class KDCLGeneral(KDCL):
 
 
 def mutual(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [K, N, C] -> cross-entropies [K] and, for each, the mean KL from the others [K], in nats (Zhang et al.)."""
+    """Logits [K, N, C] -> cross-entropies [K] and, for each, the mean KL from the others [K], in nats."""
     others, ce = torch.zeros(len(logits), dtype=torch.float32, device=logits.device), None
     for index, teacher in enumerate(logits.detach()):
         ce, kl = kd_loss(logits, teacher, labels)
