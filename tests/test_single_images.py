@@ -25,7 +25,7 @@ def test_reviewkd_with_one_image():
         batch = Batch(x, torch.zeros(images, dtype=torch.int64))
         return method(outputs_of(student, x, True), outputs_of(teacher, x, "preact"), batch)["reviewkd"]
 
-    with pytest.raises(UserError, match="^--batch_size: --method reviewkd needs at least 2 images") as raised:
+    with pytest.raises(UserError, match=r"^--batch_size: --method reviewkd needs at least 2 images") as raised:
         loss(1)
     assert "\n" not in str(raised.value)
     assert loss(2).isfinite()
