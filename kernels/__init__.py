@@ -1,7 +1,7 @@
-"""The one door to the operations that are worth a kernel of their own.
+"""The public API of the operations that have kernels of their own; other packages import from here alone.
 
-Callers import from here and nowhere deeper. Every operation has a plain PyTorch reference, which is its
-specification, and Triton kernels; `use` chooses between them, and on an NVIDIA GPU the kernels are the default.
+Every operation has a plain PyTorch reference, which is its specification, and Triton kernels; `use` chooses between
+them, and on an NVIDIA GPU the kernels are the default.
 """
 
 from kernels.dispatch import use

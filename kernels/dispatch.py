@@ -15,7 +15,7 @@ _choice = "auto"
 
 
 def use(choice: str, device: torch.device | str) -> str:
-    """Set the implementation for this process, and say which one will run on `device`, and why.
+    """Set the implementation for this process; return which one will run on `device`, and why.
 
     Args:
         choice: "triton", "reference", or "auto": Triton wherever it runs, the reference elsewhere. float64
@@ -41,7 +41,7 @@ def runs_triton(*tensors: Tensor | None) -> bool:
     """Whether these tensors go to the Triton kernels.
 
     Raises:
-        ValueError: "triton" was asked for, and they cannot.
+        ValueError: the choice is "triton", and they cannot.
     """
     present = [tensor for tensor in tensors if tensor is not None]
     device, types = present[0].device, {tensor.dtype for tensor in present}

@@ -1,8 +1,8 @@
 """The gated mixed operation of a supernet layer, and the gradient of its gates.
 
 Source: Cai et al., ProxylessNAS (ICLR 2019), section 3.2: binary gates choose one candidate operation a
-layer, and the gates' gradient is what the loss says about every candidate's output. The plain PyTorch
-reference in this file is the specification of the Triton kernels in kernels/gates_triton.py.
+layer, and a gate's gradient is the inner product of its candidate's output with the gradient of the mix. The plain
+PyTorch reference in this file is the specification of the Triton kernels in kernels/gates_triton.py.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import recorded, runs_triton
+from kernels.dtypes import accumulate_dtype, mixed_dtype
 
 
 def gated_mix(
@@ -199,19 +200,6 @@ def reference_mix_backward(grad, outputs, gates, y, for_gates):
         pairs = zip(gates, outputs, strict=True)
         d_outputs = [(gate.to(dtype) * wide).to(output.dtype) for gate, output in pairs if output is not None]
     return grad.new_empty(0) if y is None else dz, dots, d_outputs
-
-
-def mixed_dtype(terms: Sequence[Tensor]) -> torch.dtype:
-    """What the terms of a sum promote to."""
-    dtype = terms[0].dtype
-    for term in terms[1:]:
-        dtype = torch.promote_types(dtype, term.dtype)
-    return dtype
-
-
-def accumulate_dtype(*terms: Tensor) -> torch.dtype:
-    """What sums over the terms are computed in."""
-    return torch.promote_types(mixed_dtype(terms), torch.float32)
 
 
 def _same_layout(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

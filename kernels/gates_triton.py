@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import on_device_of
-from kernels.gates import accumulate_dtype, mixed_dtype
+from kernels.dtypes import accumulate_dtype, mixed_dtype
 
 BLOCK = 4096
 

@@ -97,7 +97,9 @@ def decoupled_kd_loss(
     beta T^2 non_target: alpha, beta and T^2 are the caller's weights; target + (1 - p_y) non_target, row by
     row, is KL(p || q).
 
-    Args and errors as in `kd_loss`, with C >= 2; a row with `ignore_index` counts in none of the three means.
+    Args and errors as in `kd_loss`, with C >= 2; a row with `ignore_index` counts in none of the three means. A row
+    whose label is neither a class nor `ignore_index` has `ce` and `target` of NaN, with gradients of NaN, as `kd_loss`
+    has for `ce`; no class is left out of its `non_target`, which is then all of KL(p || q).
     """
     students = students.unsqueeze(0) if students.dim() == 2 else students
     _check_logits(students, teacher)

@@ -86,7 +86,7 @@ def _log_sigmoid(z):
 
 @triton.jit
 def _target_divergence(z_s, z_t):
-    """KL between two coins, in nats, from the log odds of their heads."""
+    """KL between two Bernoulli distributions, in nats, from their log odds."""
     yes_s, yes_t, no_s, no_t = _log_sigmoid(z_s), _log_sigmoid(z_t), _log_sigmoid(-z_s), _log_sigmoid(-z_t)
     yes = _series_terms(tl.exp(yes_t), tl.exp(yes_s), yes_t - yes_s)
     return yes + _series_terms(tl.exp(no_t), tl.exp(no_s), no_t - no_s)
@@ -125,13 +125,13 @@ def _load_row(rows, PLANE: tl.constexpr, k, row, K, N):
 
 @triton.jit
 def _log_odds(x_y, largest, log_sum, scale):
-    """In nats: the labelled logit against the softmax numbers of the other classes, `scale` = log2(e) / T."""
+    """In nats: the labelled logit against the softmax statistics of the other classes, `scale` = log2(e) / T."""
     return ((x_y - largest) * scale - log_sum) * LN2
 
 
 @triton.jit
 def _cross_entropy(s_y, mean, largest, log_sum, smoothing, counted):
-    """From the labelled logit, the mean logit less the largest, and the softmax numbers at temperature 1."""
+    """From the labelled logit, the mean logit less the largest, and the softmax statistics at temperature 1."""
     log_sum *= LN2
     loss = (1 - smoothing) * (log_sum - (s_y - largest)) + smoothing * (log_sum - mean)
     return tl.where(counted, loss, 0.0)
@@ -160,7 +160,7 @@ def forward_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Losses and softmax numbers of BLOCK_N rows, all students, with whole rows in registers."""
+    """Losses and softmax statistics of BLOCK_N rows, all students, with whole rows in registers."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1)  # past the end: the last row again, not stored
     columns = tl.arange(0, BLOCK_C)[None, :]
@@ -264,7 +264,7 @@ def _sum_divergence(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The divergence of whole rows whose softmax numbers are known, in one sweep over both."""
+    """The divergence of whole rows whose softmax statistics are known, in one sweep over both."""
     terms = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for start in range(0, C, BLOCK_C):
         columns = start + tl.arange(0, BLOCK_C)[None, :]

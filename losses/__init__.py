@@ -1,1 +1,1 @@
-"""What a student is distilled with: one file a family of losses, named as in the papers."""
+"""Distillation losses, one file a family, named as in the papers."""

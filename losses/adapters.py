@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def pair_stages(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[int, int]]:
     """Pairs (stage of the student, stage of the teacher), order kept, the stems left out.
 
-    Where one network has more stages than the other, some of its stages go without: those whose leaving
+    Where one network has more stages than the other, some of its stages have no partner: those whose omission
     makes the sizes in the pairs agree best (sum of |log2 of the ratio of sides|), deeper stages being kept in
     a tie. The field's code pairs from the front there, whatever the sizes are.
     """

@@ -21,13 +21,12 @@ class CRD(Method):
     -1/N sum_b [log h(own) + sum_k log(1 - h(k))], P = exp(<e, M> / 0.07) / Z. Z is n times the mean of the
     first batch and stays. Negatives are drawn uniformly, with repetition, on the device.
 
-    Several processes hold the same banks: what all of them say goes into each. The student's embedding
-    belongs to the training image's number in the split, so streams cannot be used.
+    Several processes hold the same banks: the embeddings of all of them go into each. They are stored by the
+    image's index in the split, so streams cannot be used.
     """
 
     paper = "Tian, Krishnan, Isola: Contrastive Representation Distillation (2020)"
     weight, terms = 0.8, {"crd": 1.0}
-    usual = "0.8"
     student_features = teacher_features = "embedding"
     WIDTH, TEMPERATURE, NEGATIVES, MOMENTUM = 128, 0.07, 16384, 0.5
 
@@ -35,11 +34,11 @@ class CRD(Method):
         super().__init__(context)
         if context.images is None:
             raise UserError("--method crd: keeps a memory of every training image; it cannot use --streaming")
-        views = (context.student_outputs, context.teacher_outputs)
+        outputs = (context.student_outputs, context.teacher_outputs)
         # The most images a process has in a step; the last batch of an epoch may be larger than the others by a few.
         self.share = context.options.batch_size // _processes() + 3
-        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # indices and embeddings of the step's parts
-        self.embed = nn.ModuleList(nn.Linear(each.embedding.shape[1], self.WIDTH) for each in views)
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []  # indices and embeddings of the step's parts
+        self.embed = nn.ModuleList(nn.Linear(each.embedding.shape[1], self.WIDTH) for each in outputs)
         bound = 1 / math.sqrt(self.WIDTH / 3)
         for name in ("student_bank", "teacher_bank"):
             self.register_buffer(name, torch.empty(context.images, self.WIDTH).uniform_(-bound, bound))
@@ -48,7 +47,7 @@ class CRD(Method):
         self.register_buffer("starts", torch.zeros(0, dtype=torch.int64), persistent=False)
 
     def know_labels(self, labels: Tensor) -> None:
-        """Told once, of the whole training split [n]: images of a class follow each other in `by_class`."""
+        """Images of a class follow each other in `by_class`."""
         counts = torch.bincount(labels)
         if int((counts > 0).sum()) < 2:
             raise UserError("--method crd: needs training images of at least two classes")
@@ -56,38 +55,38 @@ class CRD(Method):
         self.starts = F.pad(counts.cumsum(0), (1, 0))
 
     def draw_negatives(self, labels: Tensor) -> Tensor:
-        """[N, K] numbers of training images of classes other than `labels` [N], each alike."""
+        """[N, K] indices of training images of classes other than `labels` [N], uniformly drawn."""
         images = len(self.by_class)
         start, end = self.starts[labels][:, None], self.starts[labels + 1][:, None]
         negatives = min(self.NEGATIVES, images)
-        numbers = torch.rand(len(labels), negatives, device=labels.device, dtype=torch.float64)
-        numbers = (numbers * (images - (end - start))).long()  # places among the others
-        return self.by_class[numbers + (numbers >= start) * (end - start)]
+        uniform = torch.rand(len(labels), negatives, device=labels.device, dtype=torch.float64)
+        places = (uniform * (images - (end - start))).long()  # among the images of other classes
+        return self.by_class[places + (places >= start) * (end - start)]
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
-        ours, theirs = self._embed(0, student.embedding), self._embed(1, teacher.embedding)
+        embedded = self._embed(0, student.embedding), self._embed(1, teacher.embedding)
         chosen = torch.cat([batch.indices[:, None], self.draw_negatives(batch.labels)], 1)
         ratios = [
-            similarity_ratios(ours, self.teacher_bank, chosen, self.TEMPERATURE),
-            similarity_ratios(theirs, self.student_bank, chosen, self.TEMPERATURE),
+            similarity_ratios(embedded[0], self.teacher_bank, chosen, self.TEMPERATURE),
+            similarity_ratios(embedded[1], self.student_bank, chosen, self.TEMPERATURE),
         ]
         self._fix_constants(ratios)
         images = len(self.by_class)
         loss = sum(contrast(ratio, z, images) for ratio, z in zip(ratios, self.z, strict=True))
-        self._seen.append((batch.indices, ours.detach(), theirs.detach()))
+        self._pending.append((batch.indices, *(each.detach() for each in embedded)))
         return {"crd": loss}
 
     def after_step(self) -> None:
         """The banks are part of the loss's graph until its gradients are there."""
-        self._remember(*(torch.cat(parts) for parts in zip(*self._seen, strict=True)))
-        self._seen.clear()
+        self._update_banks(*(torch.cat(parts) for parts in zip(*self._pending, strict=True)))
+        self._pending.clear()
 
     def _embed(self, side: int, embedding: Tensor) -> Tensor:
         return unit(self.embed[side](embedding))
 
     @torch.no_grad()
     def _fix_constants(self, ratios: list[Tensor]) -> None:
-        """Z = n x mean exp(...), of the first batch, over all processes. No waiting for the device."""
+        """Z = n x mean exp(...), of the first batch, over all processes, without waiting for the device."""
         means = torch.stack([ratio.mean() for ratio in ratios]) * len(self.by_class)
         if _processes() > 1:
             dist.all_reduce(means)
@@ -95,10 +94,10 @@ class CRD(Method):
         self.z.copy_(torch.where(self.z == 0, means, self.z))
 
     @torch.no_grad()
-    def _remember(self, indices: Tensor, ours: Tensor, theirs: Tensor) -> None:
+    def _update_banks(self, indices: Tensor, student: Tensor, teacher: Tensor) -> None:
         if _processes() > 1:
-            indices, ours, theirs = (_everyones(each, self.share) for each in (indices, ours, theirs))
-        for bank, embedding in ((self.student_bank, ours), (self.teacher_bank, theirs)):
+            indices, student, teacher = (_gathered(each, self.share) for each in (indices, student, teacher))
+        for bank, embedding in ((self.student_bank, student), (self.teacher_bank, teacher)):
             mixed = F.normalize(self.MOMENTUM * bank[indices] + (1 - self.MOMENTUM) * embedding.to(bank.dtype), dim=1)
             bank.index_copy_(0, indices, mixed)
 
@@ -133,9 +132,9 @@ def _processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _everyones(tensor: Tensor, length: int) -> Tensor:
+def _gathered(tensor: Tensor, length: int) -> Tensor:
     """All processes' rows in one tensor, the same in every process: `length` of each, which has fewer and repeats its
-    last. (What is written twice is the same twice; asking each for its number would make the host wait.)"""
+    last. (Writing a row twice writes the same; gathering the lengths would make the host wait.)"""
     padded = tensor[torch.arange(length, device=tensor.device).clamp(max=len(tensor) - 1)]
     parts = [torch.empty_like(padded) for _ in range(_processes())]
     dist.all_gather(parts, padded)

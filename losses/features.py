@@ -15,14 +15,13 @@ from losses.method import Method, MethodContext, Outputs, full_precision
 class FitNets(Method):
     """mean (r(f_S) - f_T)^2 over one hint layer, the second stage (Romero et al., eq. 3).
 
-    The regressor r ends in a ReLU where the teacher's map does: the paper asks for the same nonlinearity on
+    The regressor r ends in a ReLU where the teacher's map does: the paper wants the same nonlinearity on
     both sides, and no ReLU can reach the signed maps of WRNs. It trains together with the student, as in the
     field's benchmarks, not before it.
     """
 
     paper = "Romero et al.: FitNets: Hints for Thin Deep Nets (2015)"
     weight, terms = 100.0, {"fitnets": 1.0}
-    usual = "100"
     student_features = teacher_features = "maps"
     HINT = 2  # stages are counted from the stem's, 0
 
@@ -46,7 +45,7 @@ def mean_squares(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Stagewise(Method):
-    """A loss summed over paired stages; subclasses say what it is for one pair of maps."""
+    """A loss summed over paired stages; subclasses define it for one pair of maps."""
 
     student_features = teacher_features = "maps"
 
@@ -67,7 +66,6 @@ class AT(Stagewise):
 
     paper = "Zagoruyko, Komodakis: Paying More Attention to Attention (2017)"
     weight, terms = 1000.0, {"at": 1.0}
-    usual = "1000"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"at": sum(attention_transfer(*pair) for pair in self.matched(student, teacher))}
@@ -91,7 +89,6 @@ class NST(Stagewise):
 
     paper = "Huang, Wang: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer (2017)"
     weight, terms = 50.0, {"nst": 1.0}
-    usual = "50"
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         return {"nst": sum(neuron_selectivity(*pair) for pair in self.matched(student, teacher))}
@@ -117,7 +114,6 @@ class VID(Stagewise):
 
     paper = "Ahn et al.: Variational Information Distillation for Knowledge Transfer (2019)"
     weight, terms = 1.0, {"vid": 1.0}
-    usual = "1"
     START, SMALLEST = 5.0, 1e-5
 
     def __init__(self, context: MethodContext):
@@ -132,9 +128,9 @@ class VID(Stagewise):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         total = 0
-        for mean, rho, (ours, theirs) in zip(self.means, self.rhos, self.matched(student, teacher), strict=True):
-            ours, theirs = same_size(ours, theirs)
-            total = total + gaussian_likelihood(mean(ours), theirs, rho, self.SMALLEST)
+        for mean, rho, pair in zip(self.means, self.rhos, self.matched(student, teacher), strict=True):
+            source, target = same_size(*pair)
+            total = total + gaussian_likelihood(mean(source), target, rho, self.SMALLEST)
         return {"vid": total}
 
 
@@ -162,11 +158,11 @@ class AB(Method):
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
-        ours, theirs = context.student_outputs.preact, context.teacher_outputs.preact
-        self.pairs = pair_stages(ours, theirs)
+        student, teacher = context.student_outputs.preact, context.teacher_outputs.preact
+        self.pairs = pair_stages(student, teacher)
+        matched = [(student[s], teacher[t]) for s, t in self.pairs]
         self.connectors = nn.ModuleList(
-            nn.Identity() if ours[s].shape == theirs[t].shape else regressor(ours[s], theirs[t], rectified=False)
-            for s, t in self.pairs
+            nn.Identity() if a.shape == b.shape else regressor(a, b, rectified=False) for a, b in matched
         )
         self._student = (context.student,)  # no submodule
 
@@ -205,34 +201,28 @@ class FT(Method):
 
     paper = "Kim, Park, Kwak: Paraphrasing Complex Network: Network Compression via Factor Transfer (2018)"
     weight, terms = 500.0, {"ft": 1.0}
-    usual = "500"
     student_features = teacher_features = "maps"
     warmup_epochs, warmup_terms = 30, {"paraphraser": 1.0}
     SHARE = 0.5
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
-        ours, theirs = context.student_outputs.maps[-1], context.teacher_outputs.maps[-1]
-        channels = theirs.shape[1]
+        width, channels = context.student_outputs.maps[-1].shape[1], context.teacher_outputs.maps[-1].shape[1]
         factors = max(1, round(self.SHARE * channels))
         self.encoder = convolutions(channels, channels, factors, norm=False)
         self.decoder = convolutions(factors, factors, channels, norm=False, transposed=True)
-        self.translator = convolutions(ours.shape[1], ours.shape[1], factors, norm=True)
+        self.translator = convolutions(width, width, factors, norm=True)
         # The paper's rate for the paraphraser is below the usual one of ResNets.
         self.slow = context.student_name.startswith(("resnet", "wrn"))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
-            theirs = self.encoder(teacher.maps[-1])
-        ours, theirs = same_size(self.translator(student.maps[-1]), theirs)
-        return {"ft": factor_transfer(ours, theirs)}
+            factors = self.encoder(teacher.maps[-1])
+        return {"ft": factor_transfer(*same_size(self.translator(student.maps[-1]), factors))}
 
     def warmup(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         maps = teacher.maps[-1]
         return {"paraphraser": mean_squares(self.decoder(self.encoder(maps)), maps)}
-
-    def warmup_parameters(self) -> list[nn.Parameter]:
-        return [*self.encoder.parameters(), *self.decoder.parameters()]
 
     def warmup_only(self) -> list[nn.Module]:
         return [self.encoder, self.decoder]
@@ -268,25 +258,25 @@ class OH(Method):
 
     paper = "Heo et al.: A Comprehensive Overhaul of Feature Distillation (2019)"
     weight, terms = 1e-3, {"oh": 1.0}
-    usual = "0.001"
     student_features = teacher_features = "preact"
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
-        ours, theirs = context.student_outputs.preact, context.teacher_outputs.preact
-        self.pairs = pair_stages(ours, theirs)
+        student, teacher = context.student_outputs.preact, context.teacher_outputs.preact
+        self.pairs = pair_stages(student, teacher)
         self.connectors = nn.ModuleList()
         for index, (s, t) in enumerate(self.pairs):
-            convolution = nn.Conv2d(ours[s].shape[1], theirs[t].shape[1], 1, bias=False)
-            nn.init.normal_(convolution.weight, 0.0, math.sqrt(2.0 / theirs[t].shape[1]))
-            self.connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(theirs[t].shape[1])))
-            self.register_buffer(f"margin{index}", margins(last_norm(context.teacher, t, theirs[t].shape[1])))
+            width, channels = student[s].shape[1], teacher[t].shape[1]
+            convolution = nn.Conv2d(width, channels, 1, bias=False)
+            nn.init.normal_(convolution.weight, 0.0, math.sqrt(2.0 / channels))
+            self.connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(channels)))
+            self.register_buffer(f"margin{index}", margins(last_norm(context.teacher, t, channels)))
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         last, total = len(self.pairs) - 1, 0
         for index, (connector, (s, t)) in enumerate(zip(self.connectors, self.pairs, strict=True)):
-            ours, theirs = same_size(connector(student.preact[s]), teacher.preact[t])
-            total = total + 2.0 ** (index - last) * partial_distance(ours, theirs, getattr(self, f"margin{index}"))
+            pair = same_size(connector(student.preact[s]), teacher.preact[t])
+            total = total + 2.0 ** (index - last) * partial_distance(*pair, getattr(self, f"margin{index}"))
         return {"oh": total}
 
 

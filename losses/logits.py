@@ -24,10 +24,11 @@ DKD_BETAS = {
 }
 DKD_BETA = 8.0  # of all other pairs
 DKD_RAMP = 20  # epochs
+SCKD_SCALE = 2.0**12  # of the losses whose gradients are compared
 
 
 class CrossEntropy(Method):
-    """CE(q, y): the student trained alone, the baseline of every method, and what stands beside most of them."""
+    """CE(q, y): the student trained alone, the baseline of every method, and a term beside most of them."""
 
     paper = "no distillation: the student trained alone"
     usual = ""
@@ -62,7 +63,7 @@ class KD(Method):
 
 
 def with_labels(methods: Sequence[Method], context: MethodContext, ce_weight: float, kd_weight: float) -> list[Method]:
-    """`methods` with the cross-entropy that all of them share: first KD, if it has a weight, else the labels alone."""
+    """The methods, behind one cross-entropy for all of them: in KD's pass, if that has a weight, else alone."""
     others = [method for method in methods if not isinstance(method, (KD, CrossEntropy))]
     own = next((method for method in methods if isinstance(method, KD)), None)
     if kd_weight:
@@ -73,8 +74,8 @@ def with_labels(methods: Sequence[Method], context: MethodContext, ce_weight: fl
 
 
 class RCO(KD):
-    """KD from the teacher as it was on its way: the student follows its anchors one after the other, each for an
-    equal share of the epochs, going on from where it is (Jin et al., section 3, anchors at equal intervals).
+    """KD from checkpoints of the teacher's own training, its anchors, one after the other, each for an
+    equal share of the epochs (Jin et al., section 3, anchors at equal intervals).
 
     The learning rate's schedule starts anew at each anchor (--lr_restarts). With one anchor it is plain KD.
     """
@@ -112,12 +113,10 @@ class SCKD(Method):
     (Zhu and Wang, section 3: transfer where the gradients are similar).
 
     The similarity is the cosine of the two gradients with respect to the student's last block, of the whole
-    global batch; the paper's text leaves the parameters and any smoothing open, the last block and single
-    steps are ours.
+    global batch; the paper's text leaves open which parameters and whether the cosine is smoothed.
     """
 
     paper = "Zhu, Wang: Student Customized Knowledge Distillation (2021)"
-    usual = "1"
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
@@ -130,7 +129,8 @@ class SCKD(Method):
         if not kl.requires_grad:
             return {"sckd": kl[0]}
         ce = cross_entropy(student.logits, batch.labels)
-        tasks = (self._gradient(each.sum()) for each in (ce, kl))
+        # In float16 gradients on the way would underflow, without GradScaler's scale; the cosine does not depend on it.
+        tasks = (self._gradient(SCKD_SCALE * each.sum()) for each in (ce, kl))
         helps = (torch.dot(*tasks) > 0).to(kl.dtype)
         return {"sckd": kl[0] * helps}
 

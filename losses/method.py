@@ -1,4 +1,4 @@
-"""What a distillation method is: a module between a student's and its teacher's outputs for a batch."""
+"""What a distillation method is: a loss of a student's and its teacher's outputs for a batch."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,8 @@ class Outputs:
     """A network's outputs for a batch of N images.
 
     logits [N, C]; maps: its feature maps, one a stage, the stem's first, each [N, C_l, H_l, W_l]; preact: the
-    same before their last ReLU; embedding [N, D]. Only what a method has asked for (`Method.features`).
+    same before their last ReLU; embedding [N, D]. Only logits and what the methods' `student_features` and
+    `teacher_features` name are there.
     """
 
     logits: Tensor
@@ -37,9 +38,13 @@ class Outputs:
 class MethodContext:
     """What a method is made for.
 
-    student, teacher: the networks. student_outputs, teacher_outputs: theirs, in eval mode, for two random images, for
-    the shapes. student_name, teacher_name: as in the zoo. images: how many the training split
-    has, None for a stream. options: temperature and what else the user may set (losses.Options).
+    Attributes:
+        student, teacher: the networks.
+        student_outputs, teacher_outputs: their outputs for two random images, in eval mode, for the shapes.
+        num_classes: of the labels.
+        images: how many the training split has, None for a stream.
+        options: temperature and what else the user may set (distill.py).
+        student_name, teacher_name: as in the zoo.
     """
 
     student: nn.Module
@@ -62,22 +67,25 @@ class Method(nn.Module):
     Attributes:
         paper: the source.
         weight: the method's usual weight in the sum of losses; terms: its parts and their weights within it.
-        student_features, teacher_features: what is asked of the networks beside logits: "", "embedding", "maps"
-            or "preact", the latter two with the embedding.
-        rotations: whether both networks see every image in four rotations, [4 N, ...], upright ones first.
+        usual: the usual weights in words, for the table; `weight` where a class does not set it.
+        student_features, teacher_features: which outputs it needs beside logits: "", "embedding", "maps" or "preact",
+            the latter two with the embedding.
+        rotations: whether both networks get every image in four rotations, [4 N, ...], upright ones first.
         warmup_epochs: epochs before the student's own, in which `warmup` is minimised over
             `warmup_parameters` alone; warmup_terms: its parts and their weights.
         warmup_student: whether the warm-up trains the student; its terms are then weighted like the method's own.
         ce_weight, kd_weight: of the cross-entropy with the labels and of T^2 KL on logits beside this method.
-        anchors: whether the teacher walks along the models that were kept on its way.
+        anchors: whether the teacher takes the weights of its own training's checkpoints, one after the other.
         peers: whether it is no loss between a student and a teacher, but networks that train together.
         needs_validation: whether it learns from a validation split (--val_fraction).
-        usual: the usual weights in words, for the table.
         needs_teacher: False for none at all.
+
+    Raises:
+        TypeError: a subclass with warmup_epochs, but without warmup() or warmup_terms.
     """
 
     paper: str
-    usual: str
+    usual: str = "1"
     weight: float = 1.0
     terms: Mapping[str, float] = MappingProxyType({})
     needs_teacher = True
@@ -95,6 +103,8 @@ class Method(nn.Module):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if "weight" in vars(cls) and "usual" not in vars(cls):
+            cls.usual = f"{cls.weight:g}"
         if cls.warmup_epochs and (cls.warmup is Method.warmup or not cls.warmup_terms):
             raise TypeError(f"{cls.__name__}: a method with warmup_epochs needs warmup() and warmup_terms")
 
@@ -102,25 +112,26 @@ class Method(nn.Module):
         super().__init__()
 
     def know_labels(self, labels: Tensor) -> None:
-        """Told once, before training: the labels int64 [n] of the training split, where it has numbers."""
+        """Called once, before training, with the labels int64 [n] of the whole training split; not for a stream."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The terms, scalars, by their names in `terms`. The teacher's outputs have no gradient."""
         return {}
 
     def after_step(self) -> None:
-        """Told after every update of the student."""
+        """Called after every update of the student."""
 
     def warmup(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The terms that the warm-up minimises, scalars, by their names in `warmup_terms`."""
         return {}
 
-    def warmup_parameters(self) -> list[nn.Parameter]:
-        return []
-
     def warmup_only(self) -> list[nn.Module]:
         """Modules of the method that are trained in the warm-up alone, and frozen after it."""
         return []
+
+    def warmup_parameters(self) -> list[nn.Parameter]:
+        """What the warm-up trains: those modules, if nothing else."""
+        return [parameter for module in self.warmup_only() for parameter in module.parameters()]
 
     def warmup_lr(self, epoch: int, lr: float) -> float:
         """The learning rate of the warm-up in epoch `epoch` of `warmup_epochs`; `lr` is the run's."""

@@ -56,7 +56,7 @@ def find_methods(names: str) -> list[type[Method]]:
 
 
 def _own_method(place: str) -> type[Method]:
-    """The class of the user's own file: it is executed, as any program is that one asks for by name."""
+    """The class in a file of the user's, which is executed."""
     path, _, name = place.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"--method {place}: there is no file '{path}'")
@@ -73,7 +73,7 @@ def _own_method(place: str) -> type[Method]:
 
 
 def needs_of(method: type[Method]) -> str:
-    """What a method works on, in words."""
+    """The networks' outputs that a method compares, for the table."""
     if not method.needs_teacher:
         return "peers' logits" if method.peers else "labels"
     words = {"": "logits", "embedding": "embedding", "maps": "maps", "preact": "pre-activations"}

@@ -13,26 +13,35 @@ from losses.method import Method, MethodContext, Outputs, full_precision
 
 
 def rotate(images: Tensor) -> Tensor:
-    """[N, 3, H, H] -> [4 N, 3, H, H]: upright, then turned by 90, 180 and 270 degrees."""
-    turned = torch.cat([images.rot90(quarter, (2, 3)) for quarter in range(4)])
-    return turned.contiguous(memory_format=torch.channels_last)
+    """[N, 3, H, H] -> [4 N, 3, H, H]: upright, then rotated by 90, 180 and 270 degrees."""
+    rotated = torch.cat([images.rot90(quarter, (2, 3)) for quarter in range(4)])
+    return rotated.contiguous(memory_format=torch.channels_last)
 
 
-class SSKD(Method):
-    """Self-supervision as an auxiliary task (Xu et al., section 3): 0.9 KD on upright images, 2.7 KD on turned
-    ones, and 10 times the divergence between teacher and student in which upright image a turned one is most
+class SelfSupervised(Method):
+    """A method on four rotations, with a warm-up for modules behind the teacher."""
+
+    rotations = True
+
+    def warmup_lr(self, epoch: int, lr: float) -> float:
+        """A tenth after half the warm-up, and a tenth of that after three quarters."""
+        return lr * 0.1 ** sum(epoch >= share * self.warmup_epochs for share in (0.5, 0.75))
+
+
+class SSKD(SelfSupervised):
+    """Self-supervision as an auxiliary task (Xu et al., section 3): 0.9 KD on upright images, 2.7 KD on rotated
+    ones, and 10 times the divergence between teacher and student in which upright image a rotated one is most
     like, by a softmax over cosines of projected embeddings at temperature 0.5; all at T^2 KL.
 
-    In a warm-up of 60 epochs the teacher's projection learns to tell images by their turned versions. Of the
-    turned images on which the teacher errs, those are kept whose true class, or upright image, it ranks
+    In a warm-up of 60 epochs the teacher's projection learns to match images with their rotations. Of the
+    rotated images on which the teacher errs, those are kept whose true class, or upright image, it ranks
     highest: all for classes, three quarters for images. The four rotations share one crop; the authors'
     code crops each anew.
     """
 
     paper = "Xu et al.: Knowledge Distillation Meets Self-Supervision (2020)"
-    usual = "0.9 KD, 2.7 turned, 10 self-supervised"
+    usual = "0.9 KD, 2.7 rotated, 10 self-supervised"
     student_features = teacher_features = "embedding"
-    rotations = True
     warmup_epochs, warmup_terms = 60, {"contrast": 1.0}
     ce_weight, kd_weight = 0.1, 0.9
     TEMPERATURE = 0.5  # of the cosines
@@ -41,38 +50,32 @@ class SSKD(Method):
     def __init__(self, context: MethodContext):
         super().__init__(context)
         self.heads = nn.ModuleList(
-            projection(views.embedding.shape[1]) for views in (context.student_outputs, context.teacher_outputs)
+            projection(outputs.embedding.shape[1]) for outputs in (context.student_outputs, context.teacher_outputs)
         )
         self.temperature = context.options.temperature
         square = self.temperature**2
-        self.terms = {"sskd_turned": 2.7 * square, "sskd_ss": 10.0 * self.TEMPERATURE**2}
+        self.terms = {"sskd_rotated": 2.7 * square, "sskd_ss": 10.0 * self.TEMPERATURE**2}
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         n = len(batch.labels)
         labels = batch.labels.repeat(3)
-        turned = selected_divergence(
+        rotated = selected_divergence(
             student.logits[n:], teacher.logits[n:], labels, self.temperature, self.KEPT_CLASSES
         )
-        ours = cosines(self.heads[0](student.embedding), n)
+        alike = cosines(self.heads[0](student.embedding), n)
         with torch.no_grad():
-            theirs = cosines(self.heads[1](teacher.embedding), n)
-        own = torch.arange(n, device=ours.device).repeat(3)
-        ss = selected_divergence(ours, theirs, own, self.TEMPERATURE, self.KEPT_IMAGES)
-        return {"sskd_turned": turned, "sskd_ss": ss}
+            target = cosines(self.heads[1](teacher.embedding), n)
+        own = torch.arange(n, device=alike.device).repeat(3)
+        ss = selected_divergence(alike, target, own, self.TEMPERATURE, self.KEPT_IMAGES)
+        return {"sskd_rotated": rotated, "sskd_ss": ss}
 
     def warmup(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         n = len(batch.labels)
         own = torch.arange(n, device=batch.labels.device).repeat(3)
         return {"contrast": cross_entropy(cosines(self.heads[1](teacher.embedding), n), own)}
 
-    def warmup_parameters(self) -> list[nn.Parameter]:
-        return list(self.heads[1].parameters())
-
     def warmup_only(self) -> list[nn.Module]:
         return [self.heads[1]]
-
-    def warmup_lr(self, epoch: int, lr: float) -> float:
-        return lr * 0.1 ** sum(epoch >= share * self.warmup_epochs for share in (0.5, 0.75))
 
 
 def projection(width: int) -> nn.Sequential:
@@ -82,7 +85,7 @@ def projection(width: int) -> nn.Sequential:
 
 @full_precision
 def cosines(projected: Tensor, count: int) -> Tensor:
-    """[4 N, D] -> [3 N, N]: each turned image with each upright one."""
+    """[4 N, D] -> [3 N, N]: each rotated image with each upright one."""
     unit = F.normalize(projected, dim=1)
     return unit[count:] @ unit[:count].T
 
@@ -102,19 +105,18 @@ def selected_divergence(student: Tensor, teacher: Tensor, own: Tensor, temperatu
     return (divergence * kept).sum() / kept.sum().clamp(min=1)
 
 
-class HSAKD(Method):
+class HSAKD(SelfSupervised):
     """Hierarchical self-supervision (Yang et al., section 3): T^2 KL on all four rotations between the logits,
     and between auxiliary classifiers, one behind every block, of class and rotation jointly (4 C); T = 3.
 
     An auxiliary classifier is a fresh copy of the network's later blocks; behind the last block it is a
-    linear layer. In a warm-up of 60 epochs (ours) the teacher's learn by cross-entropy, its body frozen: the
-    form that takes any trained teacher; the paper's own teachers are trained with them from the start.
+    linear layer. The teacher's learn in the warm-up by cross-entropy, its body frozen, so that any trained teacher
+    will do; the paper's own teachers are trained with them from the start.
     """
 
     paper = "Yang et al.: Hierarchical Self-supervised Augmented Knowledge Distillation (2021)"
-    usual = "1 logits, 1 towers"
+    usual = "1 logits, 1 auxiliary classifiers"
     student_features = teacher_features = "maps"
-    rotations = True
     warmup_epochs, warmup_terms = 60, {"towers": 1.0}
     TEMPERATURE = 3.0
 
@@ -128,28 +130,22 @@ class HSAKD(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():
-            theirs = self.teacher_towers(teacher)
-        ours = self.student_towers(student)
+            targets = self.teacher_towers(teacher)
+        auxiliary = self.student_towers(student)
         logits = kd_loss(student.logits, teacher.logits, temperature=self.TEMPERATURE)[1][0]
-        towers = sum(kd_loss(s, t, temperature=self.TEMPERATURE)[1][0] for s, t in zip(ours, theirs, strict=True))
+        towers = sum(kd_loss(s, t, temperature=self.TEMPERATURE)[1][0] for s, t in zip(auxiliary, targets, strict=True))
         return {"hsakd_logits": logits, "hsakd_towers": towers}
 
     def warmup(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         joint = torch.cat([4 * batch.labels + quarter for quarter in range(4)])
         return {"towers": sum(cross_entropy(logits, joint) for logits in self.teacher_towers(teacher))}
 
-    def warmup_parameters(self) -> list[nn.Parameter]:
-        return list(self.teacher_towers.parameters())
-
     def warmup_only(self) -> list[nn.Module]:
         return [self.teacher_towers]
 
-    def warmup_lr(self, epoch: int, lr: float) -> float:
-        return lr * 0.1 ** sum(epoch >= share * self.warmup_epochs for share in (0.5, 0.75))
-
 
 class Towers(nn.Module):
-    """Classifiers of `classes` behind every block of a network: from its views to a list of logits [N, classes]."""
+    """Auxiliary classifiers behind every block of a network: from its outputs to a list of logits [N, classes]."""
 
     def __init__(self, network: nn.Module, classes: int):
         super().__init__()
@@ -166,6 +162,6 @@ class Towers(nn.Module):
             self.towers.append(tower)
         self.last = nn.Linear(network.fc.in_features, classes)
 
-    def forward(self, views: Outputs) -> list[Tensor]:
-        maps = views.maps[-len(self.towers) - 1 : -1]
-        return [*(tower(x) for tower, x in zip(self.towers, maps, strict=True)), self.last(views.embedding)]
+    def forward(self, outputs: Outputs) -> list[Tensor]:
+        maps = outputs.maps[-len(self.towers) - 1 : -1]
+        return [*(tower(x) for tower, x in zip(self.towers, maps, strict=True)), self.last(outputs.embedding)]

@@ -17,7 +17,7 @@ CACHE_BATCH = 500
 
 
 class Distillation(Objective):
-    """Trains `student`; teachers are frozen, in eval mode, and asked once a step on the student's own batch.
+    """Trains `student`; teachers are frozen, in eval mode, and evaluated once a step on the student's own batch.
 
     L = ce_weight CE(q, y) + kd_weight T^2 KL(p_T || q_T) + sum over methods of weight x terms, with the mean
     of the teachers' logits. Methods with a warm-up train before, in epochs of their own, with an optimiser
@@ -28,8 +28,8 @@ class Distillation(Objective):
         teachers: trained networks; none where nothing is distilled.
         methods: made for these networks (`build_methods`), the cross-entropy with the labels among them.
         weights: one a method.
-        warmup_epochs: of all methods that have a warm-up; None: their own.
-        anchors: state dicts that the first teacher takes one after the other, each for its share of the epochs.
+        warmup_epochs: of all methods that have a warm-up; None: those of each.
+        anchors: state dicts that the first teacher takes one after the other, each for an equal share of the epochs.
         cache_logits: compute the teachers' logits once, before training, for every view of every image.
         options: epochs, and lr, momentum and weight_decay of the warm-up.
     """
@@ -127,7 +127,7 @@ class Distillation(Objective):
             teacher = Outputs(self.cached_logits[batch.indices, batch.views])
         batch, terms = batch._replace(epoch=self.epoch), {}
         for method in self.methods:
-            terms |= method(*self._seen_by(method, student, teacher, batch), batch)
+            terms |= method(*self._outputs_for(method, student, teacher, batch), batch)
         return terms
 
     def _warm_up(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -137,14 +137,14 @@ class Distillation(Objective):
                 continue
             if student is None and method.warmup_student:
                 student = outputs_of(self.student, images, self.student_features)
-            outputs = self._seen_by(method, student or teacher, teacher, batch)
+            outputs = self._outputs_for(method, student or teacher, teacher, batch)
             terms |= method.warmup(*outputs, batch._replace(epoch=self.epoch + length))
         return terms
 
-    def _seen_by(
+    def _outputs_for(
         self, method: Method, student: Outputs, teacher: Outputs | None, batch: Batch
     ) -> tuple[Outputs, Outputs | None]:
-        """Methods without rotations see the upright images, which come first."""
+        """Those of all rotations, or of the upright images, which come first."""
         if method.rotations or not self.rotations:
             return student, teacher
         return student.first(len(batch.labels)), teacher.first(len(batch.labels))

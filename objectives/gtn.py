@@ -25,7 +25,7 @@ from models.supernet import Draw
 from objectives.gates import Gates
 from objectives.grafted import BranchOptions, Grafted, branch_points
 
-COLLAPSED = 0.1  # normalised entropy under which a gate is said to have collapsed
+COLLAPSED = 0.1  # normalised entropy under which a gate counts as collapsed
 SMALL_BRANCHES = 3.0  # times the teacher's multiply-accumulates: the largest ratio measured
 STILL_HIGH = 0.9  # share of its peak that the KL must have left behind by the end
 

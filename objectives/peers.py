@@ -1,4 +1,4 @@
-"""Peers that teach each other while they train, without any teacher: DML and KDCL."""
+"""Peers that learn from each other while they train, without a teacher: DML and KDCL."""
 
 from collections.abc import Sequence
 
@@ -13,11 +13,11 @@ from losses.peers import ENSEMBLES, error_products, least_error_shares, mutual, 
 
 
 class Peers(Objective):
-    """L = sum_k [CE(q_k, y) + kl_weight T^2 KL_k] over K peers; the first is the product.
+    """L = sum_k [CE(q_k, y) + kl_weight T^2 KL_k] over K peers; the first is the one that is kept.
 
     DML (Zhang et al., eq. 5 and its form for more networks): KL_k is the mean over the other peers j of
-    KL(p_j || p_k), at T = 1, each p_j taken as it is.
-    KDCL (Guo et al., section 3): the peers see differently augmented copies of the batch, and KL_k is
+    KL(p_j || p_k), at T = 1, each p_j without gradient.
+    KDCL (Guo et al., section 3): the peers get differently augmented copies of the batch, and KL_k is
     KL(p_e || p_k) to an ensemble e of all logits (section 3.2): those of the peer with the lowest
     cross-entropy on the batch, the convex combination with the lowest, the least of each logit over the target's,
     or (general) the combination whose error on the validation split was the least after the epoch before.
@@ -41,8 +41,8 @@ class Peers(Objective):
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """`batch.images` [copies x N, ...]: a copy of the batch for each peer, or one for all."""
         images, labels = batch.images, batch.labels
-        seen = images.chunk(len(self.peers)) if self.copies > 1 else [images] * len(self.peers)
-        logits = torch.stack([peer(each) for peer, each in zip(self.peers, seen, strict=True)])
+        copies = images.chunk(len(self.peers)) if self.copies > 1 else [images] * len(self.peers)
+        logits = torch.stack([peer(each) for peer, each in zip(self.peers, copies, strict=True)])
         if self.method == "dml":
             ce, kl = mutual(logits, labels)
         else:
@@ -61,7 +61,7 @@ class Peers(Objective):
     def observe_validation(self, logits: dict[str, Tensor], labels: Tensor) -> None:
         if self.general:
             errors = error_products(torch.stack(list(logits.values())), labels)
-            if dist.is_initialized():  # summed here, so that a checkpoint holds what all processes saw
+            if dist.is_initialized():  # summed here, so that a checkpoint holds the errors of all processes
                 dist.all_reduce(errors)
             self.errors += errors
 
