@@ -19,6 +19,7 @@ import torch
 
 from common import UserError, check_name, write_atomically
 from data.datasets import AnySplit, ImageSet, hold_out
+from data.sources import HUB
 from engine.checkpoint import state_tensors
 from engine.config import RunConfig, parse
 from engine.distributed import run_script
@@ -84,8 +85,8 @@ class TeacherConfig(GTNOptions, RunConfig):
 
 def main() -> None:
     config = parse(TeacherConfig, __doc__, LISTINGS)
-    students = pool_students(config)
     source = source_run(config)
+    students = pool_students(config)
     reference = Reference(config.vanilla_run) if config.vanilla_run else None
     run = Run(config, config.method, config.model)
     data, gate_split = load_data(run, source)
@@ -95,7 +96,7 @@ def main() -> None:
     objective = TEACHERS[config.method].build(teacher, config, data.image_size, gate_split)
     if config.compile:
         compile_regions(objective)
-    pool = asdict(config.pool) if config.method == "gtn" else None
+    pool = asdict(config.pool.for_images(data.image_size)) if config.method == "gtn" else None
     info = ModelInfo(config.model, data.name, data.num_classes, data.image_size, data.mean, data.std, pool=pool)
 
     def after_epoch(epoch: int, row: dict) -> None:
@@ -144,7 +145,7 @@ def save(objective: Objective, info: ModelInfo, config: TeacherConfig, students:
     """Write the teacher and, as asked, its supernet and its pool's named students."""
     info = save_pretrained(objective.trained_model(), info, folder)
     if config.method == "gtn" and config.save_supernet:
-        save_supernet(objective, folder / "supernet.safetensors")
+        save_supernet(objective, info.pool, folder / "supernet.safetensors")
     for name, spec in students.items():  # pool:SEED of the smaller pool is another network
         write_atomically(spec_path(folder, name), json.dumps(spec, indent=1) + "\n")
     return info
@@ -162,7 +163,8 @@ def next_command(config: TeacherConfig, students: dict[str, dict], folder: Path)
 
 
 def spec_of(name: str, config: TeacherConfig) -> dict:
-    if (spec := find_spec(name, config.pool, "--pool_students")) is None:
+    named = HUB[config.dataset].size if config.dataset in HUB else 32  # of other sets --pool.stem_stride may say it
+    if (spec := find_spec(name, config.pool, "--pool_students", config.image_size or named)) is None:
         raise UserError(f"--pool_students {name}: is no student of a pool; give pool:SEED, nas_* or a spec (.json)")
     return spec
 
@@ -218,12 +220,12 @@ class Reference:
         return [found] if top1 < self.top1 else []
 
 
-def save_supernet(objective, path: Path) -> None:
+def save_supernet(objective, pool: dict, path: Path) -> None:
     """Branches and gates of a GTN run, with the pool and the gates' probabilities as JSON in the metadata."""
     names = ("branches.", "gates.phi")
     tensors = {name: tensor for name, tensor in state_tensors(objective).items() if name.startswith(names)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"pool": json.dumps(asdict(objective.options.pool)), "gates": json.dumps(objective.record()["gates"])}
+    metadata = {"pool": json.dumps(pool), "gates": json.dumps(objective.record()["gates"])}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
