@@ -129,7 +129,7 @@ def main() -> None:
     lines = [loss, initial and f"initial weights: {initial}", cache_logits(config, objective, data)]
     run.introduce(what, data, lines)
     loop.run()
-    spec = find_spec(config.student, pool)
+    spec = find_spec(config.student, pool, image_size=data.image_size)
     info = ModelInfo(config.student, data.name, data.num_classes, data.image_size, data.mean, data.std, spec)
     if run.is_main:
         info = save_pretrained(objective.trained_model(), info, run.folder.path)

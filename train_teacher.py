@@ -89,18 +89,18 @@ class TeacherConfig(GTNOptions, RunConfig):
 
 def main() -> None:
     config = parse(TeacherConfig, __doc__, LISTINGS)
-    students = pool_students(config)
     source = source_run(config)
     reference = Reference(config.vanilla_run) if config.vanilla_run else None
     run = Run(config, config.method, config.model)
     data, gate_split = load_data(run, source)
+    students = pool_students(config, data.image_size)
     torch.manual_seed(config.seed)
     teacher = create_model(config.model, data.num_classes, config.pool, "--model", data.image_size)
     initial = run.first(initial_weights, teacher, config.pretrained, config.weights)
     objective = TEACHERS[config.method].build(teacher, config, data.image_size, gate_split)
     if config.compile:
         compile_regions(objective)
-    pool = asdict(config.pool) if config.method == "gtn" else None
+    pool = asdict(config.pool.for_images(data.image_size)) if config.method == "gtn" else None
     info = ModelInfo(config.model, data.name, data.num_classes, data.image_size, data.mean, data.std, pool=pool)
 
     def after_epoch(epoch: int, row: dict) -> None:
@@ -134,9 +134,9 @@ def load_data(run: Run, source: ModelInfo | None) -> tuple[ImageSet, AnySplit | 
     return replace(data, val=val), gate_split
 
 
-def pool_students(config: TeacherConfig) -> dict[str, dict]:
+def pool_students(config: TeacherConfig, image_size: int) -> dict[str, dict]:
     """Specs of --pool_students by name; the pool becomes theirs."""
-    students = {name: spec_of(name, config) for name in config.pool_students}
+    students = {name: spec_of(name, config, image_size) for name in config.pool_students}
     if len({spec_path(Path(), name) for name in students}) < len(config.pool_students):
         raise UserError(f"--pool_students {' '.join(config.pool_students)}: two have the same name")
     if students:
@@ -149,7 +149,7 @@ def save(objective: Objective, info: ModelInfo, config: TeacherConfig, students:
     """Write the teacher and, as asked, its supernet and its pool's named students."""
     info = save_pretrained(objective.trained_model(), info, folder)
     if config.method == "gtn" and config.save_supernet:
-        save_supernet(objective, folder / "supernet.safetensors")
+        save_supernet(objective, info.pool, folder / "supernet.safetensors")
     for name, spec in students.items():  # pool:SEED of the smaller pool is another network
         write_atomically(spec_path(folder, name), json.dumps(spec, indent=1) + "\n")
     return info
@@ -166,9 +166,9 @@ def next_command(config: TeacherConfig, students: dict[str, dict], folder: Path)
     )
 
 
-def spec_of(name: str, config: TeacherConfig) -> dict:
+def spec_of(name: str, config: TeacherConfig, image_size: int) -> dict:
     """The spec of a student of --pool_students."""
-    if (spec := find_spec(name, config.pool, "--pool_students")) is None:
+    if (spec := find_spec(name, config.pool, "--pool_students", image_size)) is None:
         raise UserError(f"--pool_students {name}: is no student of a pool; give pool:SEED, nas_* or a spec (.json)")
     return spec
 
@@ -225,12 +225,12 @@ class Reference:
         return [found] if top1 < self.top1 else []
 
 
-def save_supernet(objective, path: Path) -> None:
+def save_supernet(objective, pool: dict, path: Path) -> None:
     """Branches and gates of a GTN run, with the pool and the gates' probabilities as JSON in the metadata."""
     names = ("branches.", "gates.phi")
     tensors = {name: tensor for name, tensor in state_tensors(objective).items() if name.startswith(names)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"pool": json.dumps(asdict(objective.options.pool)), "gates": json.dumps(objective.record()["gates"])}
+    metadata = {"pool": json.dumps(pool), "gates": json.dumps(objective.record()["gates"])}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 

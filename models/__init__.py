@@ -74,7 +74,8 @@ def create_model(
         num_classes: width of the classifier, at least 2.
         pool: the pool that `pool:SEED` draws from; the paper's when None.
         argument: what error messages call `name`, for example "--student".
-        image_size: side of the images it is for. ResNets 18 to 152 have a form for sides up to 64.
+        image_size: side of the images it is for. ResNets 18 to 152 have a form for sides up to 64, and members of a
+            pool a stem that suits it (Pool.stem_stride).
 
     Raises:
         UserError: unknown name, a bad seed or spec, or a depth that the family does not have.
@@ -104,7 +105,7 @@ def create_model(
         return DenseNet(depth, growth, num_classes, bc)
     if name.startswith("timm:"):
         return TimmNetwork(name[5:], num_classes, image_size, argument)
-    if (spec := find_spec(name, pool, argument)) is not None:
+    if (spec := find_spec(name, pool, argument, image_size)) is not None:
         return PoolNet(spec, num_classes)
     check_name(argument, name, [*list_models(), "pool:SEED", "timm:NAME"])
     raise AssertionError(f"'{name}' is listed but cannot be built")
@@ -136,8 +137,8 @@ def describe_models() -> Iterator[str]:
         yield f"{name:<{width}}  {parameters:>11,}  {flops / 1e6:>8,.1f}  {size:>5}  {shapes}"
 
 
-def find_spec(name: str, pool: Pool | None = None, argument: str = "model") -> dict | None:
-    """The JSON spec behind `nas_*`, `pool:SEED` or a .json path; None for names of other kinds."""
+def find_spec(name: str, pool: Pool | None = None, argument: str = "model", image_size: int = 32) -> dict | None:
+    """The JSON spec behind `nas_*`, `pool:SEED` (for images of this side) or a .json path; None for other names."""
     if name in NAS_STUDENTS:
         return NAS_STUDENTS[name]
     if name.startswith("pool:"):
@@ -145,7 +146,7 @@ def find_spec(name: str, pool: Pool | None = None, argument: str = "model") -> d
             raise UserError(
                 f"{argument} {name}: write pool:SEED with a whole number of at most 18 digits, for example pool:7"
             )
-        return (pool or Pool()).sample(int(name[5:]))
+        return (pool or Pool()).for_images(image_size).sample(int(name[5:]))
     return read_spec(Path(name), argument) if name.endswith(".json") else None
 
 

@@ -75,6 +75,7 @@ def graft(
 
     `shapes` holds the (channels, side) of those blocks' feature maps; `share` ties the branches' blocks.
     """
+    pool = pool.for_images(image_size)
     if len(shapes) != len(pool.blocks()) - 1:
         raise UserError(f"pool.partition: the teacher has {len(shapes) + 1} blocks, the pool {len(pool.blocks())}")
     branches = nn.ModuleList()

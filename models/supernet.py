@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels import gated_mix
-from models.network import conv_bn, initialise
-from models.pool import Pool, build_candidate, build_head
+from models.network import initialise
+from models.pool import Pool, build_candidate, build_head, build_stem
 
 
 class Draw(NamedTuple):
@@ -61,7 +61,7 @@ class Supernet(nn.Module):
     def __init__(self, pool: Pool, num_classes: int, first: int = 0, shared: "Supernet | None" = None):
         super().__init__()
         skipped = sum(pool.blocks()[:first])
-        self.stem = nn.Sequential(*conv_bn(3, pool.stem, 3), nn.ReLU()) if first == 0 else nn.Identity()
+        self.stem = build_stem(pool.stem, pool.stem_stride or 1) if first == 0 else nn.Identity()
         if shared is None:
             self.layers = nn.ModuleList(MixedLayer(pool, i) for i in range(skipped, len(pool.widths)))
             self.head = build_head(pool.widths[-1], pool.head)
@@ -83,6 +83,6 @@ def input_shape(pool: Pool, block: int, image_size: int) -> tuple[int, int]:
     """(channels, side) of the feature map that block `block` >= 1 of the pool's students takes."""
     layers = sum(pool.blocks()[:block])
     side = image_size
-    for stride in pool.strides[:layers]:
+    for stride in (pool.for_images(image_size).stem_stride, *pool.strides[:layers]):
         side = -(-side // stride)
     return (pool.inputs() + pool.widths[-1:])[layers], side

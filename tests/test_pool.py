@@ -12,6 +12,8 @@ import torch
 
 from common import UserError
 from models import create_model
+from models.branches import graft
+from models.network import block_shapes, cost, macs
 from models.pool import (
     NAS_STUDENTS,
     Pool,
@@ -22,7 +24,9 @@ from models.pool import (
     even_blocks,
     pool_of,
 )
+from models.supernet import input_shape
 from tests.runs import forked
+from train_teacher import TeacherConfig, spec_of
 
 # (type, in, out, kernel, stride) of every row of the GTN supplement's Tables 1, 2 and 3, and of each ResBlock
 # the number in its "(xn)".
@@ -169,6 +173,10 @@ def test_students_of_different_pools_are_in_no_pool():
         ({"strides": [1, 1]}, "pool.widths"),
         ({"strides": [1, 1, 1, 2, 2, 3]}, "pool.strides"),
         ({"stem": 0}, "pool.stem"),
+        *(
+            ({"stem_stride": stride}, f"pool.stem_stride {stride!r}: must be a power of 2")
+            for stride in (0, 3, True, "4")
+        ),
         ({"partition": [3, 2]}, "pool.partition"),
         ({"candidates": ["res3x3"]}, "even depth"),
         ({"candidates": ["res4x2"]}, "odd kernel"),
@@ -206,7 +214,9 @@ def broken(change) -> dict:
         (lambda spec: spec["layers"][2].update(stride=True), "layer 2 has stride True"),
         (lambda spec: spec["layers"][2].update(shortcut=1), "layer 2 has shortcut 1"),
         (lambda spec: spec["layers"][0].update(kernel=7), "first conv"),
-        (lambda spec: spec["layers"][-2].update(kernel=3), "the last has kernel 1"),
+        (lambda spec: spec["layers"][0].update(stride=3), "first conv .* stride of 1, 2, 4"),
+        (lambda spec: spec["layers"][-2].update(stride=2), "the last conv has kernel 1 and stride 1"),
+        (lambda spec: spec["layers"][-2].update(kernel=3), "the last conv has kernel 1"),
         (lambda spec: spec.update(blocks=[2, 2.0]), "blocks"),
         (lambda spec: spec.update(blocks=[1, 1]), "blocks"),
         (lambda spec: spec.pop("blocks"), "blocks"),
@@ -304,6 +314,73 @@ def test_a_spec_file_that_is_not_there_is_named(tmp_path):
         create_model(str(tmp_path / "nowhere.json"), 10, argument="--student")
 
 
+TINY = {"stem": 4, "widths": [4, 4, 8], "strides": [1, 1, 2], "head": 8, "partition": [1, 0, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"), [(8, 1), (32, 1), (64, 1), (65, 2), (128, 2), (160, 4), (224, 4), (299, 8)]
+)
+def test_the_stem_leaves_maps_of_64_at_most(size, stride):
+    pool = Pool(**TINY)
+    assert pool.for_images(size).stem_stride == stride and pool.stem_stride is None
+    assert Pool(**TINY, stem_stride=2).for_images(size).stem_stride == 2
+    model, side = create_model("pool:3", 5, pool, image_size=size).eval(), -(-size // stride)
+    assert model.stem(torch.randn(1, 3, size, size)).shape == (1, 4, side, side) and side <= 64
+    assert input_shape(pool, 1, size) == (4, side)
+    assert [module.kernel_size for module in model.stem if hasattr(module, "kernel_size")] == [
+        (3, 3), *[3] * (stride // 4 if stride < 8 else 2)]  # fmt: skip
+    assert block_shapes(model, size) == [input_shape(pool, block, size) for block in (1, 2, 3)]
+
+
+def test_stems_differ_in_no_parameter():
+    names, drawn = set(), []
+    for size in (32, 64, 128, 224):
+        torch.manual_seed(5)
+        model = create_model("pool:3", 5, Pool(**TINY), image_size=size)
+        names.add(tuple(model.state_dict()))
+        drawn.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    assert len(names) == 1 and all(torch.equal(drawn[0], other) for other in drawn)
+    assert create_model("pool:3", 5, Pool(**TINY), image_size=64).stem[0].stride == (1, 1)
+
+
+def test_multiply_accumulates_at_224_pixels_are_those_counted_by_hand():
+    spec = Pool(**TINY).for_images(224).spec(["res3x2", "zero", "identity"])
+    model = PoolNet(json.loads(json.dumps(spec)), 10).eval()
+    stem = 112**2 * 27 * 4  # its convolution has stride 2
+    layers = 2 * 56**2 * 9 * 4 * 4 + 28**2 * 4 * 8  # two 3x3 convolutions, and a strided 1x1 convolution
+    assert cost(model, 224)[1] == 2 * (stem + layers + 28**2 * 8 * 8 + 8 * 10)
+    assert pool_of({"it": spec}).stem_stride == 4 and pool_of({"it": spec}).sample(0) == spec
+
+
+def test_branches_of_efficientnet_at_224_pixels_take_its_maps():
+    with torch.device("meta"):
+        teacher = create_model("efficientnet_b0", 200, image_size=224)
+        shapes, pool = block_shapes(teacher, 224), Pool()
+        assert shapes == [(24, 56), (40, 28), (112, 14)]
+        assert [input_shape(pool, block, 224) for block in (1, 2, 3)] == [(64, 56), (64, 56), (256, 14)]
+        means = {}
+        for stride in (1, None):
+            branches = graft(shapes, Pool(stem_stride=stride), 200, 224)
+            even = [[[1 / len(layer.names)] * len(layer.names) for layer in each.supernet.layers] for each in branches]
+            means[stride] = sum(b.macs(at, row) for b, at, row in zip(branches, shapes, even, strict=True))
+        assert [part.kernel_size for each in branches for part in each.transform[::3]] == [(1, 1), (4, 4), (1, 1)]
+    assert means[None] * 15 < means[1] and means[None] < 7e9
+    assert 0.38e9 < macs(teacher, torch.zeros(1, 3, 224, 224, device="meta"))[0] < 0.39e9
+
+
+@pytest.mark.parametrize(
+    ("options", "stride"),
+    [
+        ({"dataset": "imagenet200"}, 4),
+        ({"dataset": "cifar100"}, 1),
+        ({"dataset": "folder:x", "image_size": 96}, 2),
+        ({"dataset": "imagenet200", "pool": Pool(stem_stride=2)}, 2),
+    ],
+)
+def test_students_that_a_pool_is_made_of_have_the_stem_of_the_data_set(options, stride):
+    assert spec_of("pool:1", TeacherConfig(**options))["layers"][0]["stride"] == stride
+
+
 def parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -366,6 +443,14 @@ def test_a_member_by_size_is_the_same_on_every_machine():
         Pool(sampling="size").check()
 
 
+def test_nas_students_are_no_members_of_the_pool():
+    layers = {name: len(spec["layers"]) - 3 for name, spec in NAS_STUDENTS.items()}
+    assert layers == {"nas_s": 4, "nas_m": 7, "nas_l": 10} and len(Pool().widths) == 6
+    assert max(layer["out"] for layer in NAS_STUDENTS["nas_s"]["layers"][:-2]) < 512
+    sizes = [parameters(create_model(name, 100)) for name in NAS_STUDENTS]
+    assert sizes == [1_655_476, 7_017_140, 19_322_292] and parameters(create_model("resnet32", 100)) == 472_756
+
+
 def list_members(*arguments: str) -> CompletedProcess:
     return forked("-m", "models.pool", *arguments)
 
@@ -377,6 +462,7 @@ def test_the_listing_of_members(tmp_path):
     options = ("--image_size", "8", "--num_classes", "5", "--max_params", limit)
     done = list_members("--pool", tmp_path / "model.json", "--count", "4", *options)
     header, *rows, footer = done.stdout.splitlines()
+    assert "stems of stride 1;" in footer
     assert header.split() == ["student", "parameters", "MFLOPs", "latency", "layers"] and "images of 8x8" in footer
     sizes = {seed: parameters(create_model(f"pool:{seed}", 5, Pool(**pool))) for seed in range(30)}
     fits = [seed for seed in sizes if sizes[seed] <= limit][:4]

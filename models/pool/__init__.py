@@ -2,11 +2,15 @@
 
 Source: Binici et al., "Generalizing Teacher Networks" (arXiv 2407.16040), supplement, section 1 and Tables
 1-3. Widths and strides of the six reconfigurable layers are read off its Table 2.
+
+The three students of Tables 1-3 (nas_s, nas_m, nas_l) are no members of the pool, nor of any pool of six layers that
+would hold all three: nas_s has no layer of 512 channels, nas_l has ten layers behind its stem. By the printed tables
+students have 1.7 (nas_s) to 19 (nas_l) million parameters, more than the paper's ResNet-32 teacher (0.47).
 """
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +32,7 @@ from models.pool.sizes import draw_by_size
 from models.resnet import chain
 
 RES = re.compile(r"res([1-9]\d*)x([1-9]\d*)")
+LARGEST_MAP = 64  # side of the map that the first reconfigurable layer takes at most, where stem_stride is not given
 
 
 @dataclass
@@ -36,6 +41,9 @@ class Pool:
 
     Args:
         stem: channels of the 3x3 stem.
+        stem_stride: stride of the stem, a power of 2; default: the least that leaves a map of at most 64x64: 1 for
+            images up to 64x64, 4 at 224x224. Over 2 it is a convolution of stride 2 and 3x3 max-poolings of stride 2,
+            as in ImageNet's ResNets, so that every pixel is seen.
         widths: output channels of the reconfigurable layers.
         strides: strides of the reconfigurable layers.
         head: channels of the last 1x1 convolution.
@@ -43,12 +51,13 @@ class Pool:
         layers: what each layer may be, where that differs from layer to layer; empty: `candidates` in all.
         partition: reconfigurable layers in each of the blocks; empty: about equal blocks.
         shortcut: layers that keep their shape compute x + candidate(x), so that zero skips the layer.
-        identity: with such a shortcut, `identity` is x + x (added, as the other candidates are) or x (plain). Plain is
-            what zero does there, so that zero takes its place.
+        identity: with such a shortcut, `identity` computes x + x = 2x (added, as the other candidates are) or x
+            (plain). Plain is what `zero` computes there, so that zero takes its place.
         sampling: what pool:SEED is uniform over: the choices of every layer, or the sizes of whole networks.
     """
 
     stem: int = 16
+    stem_stride: int | None = None
     widths: list[int] = field(default_factory=lambda: [64, 64, 64, 128, 256, 512])
     strides: list[int] = field(default_factory=lambda: [1, 1, 1, 2, 2, 2])
     head: int = 1280
@@ -76,6 +85,8 @@ class Pool:
             raise UserError("pool.stem, pool.head and pool.widths must be at least 1, and pool.strides 1 or 2")
         if self.partition and (sum(self.partition) != layers or len(self.partition) < 2 or min(self.partition) < 0):
             raise UserError(f"pool.partition {self.partition} must have 2 or more parts that sum to {layers}")
+        if self.stem_stride is not None and not _power_of_2(self.stem_stride):
+            raise UserError(f"pool.stem_stride {self.stem_stride!r}: must be a power of 2: 1, 2, 4, ...")
         check_name("pool.sampling", self.sampling, ["choices", "sizes"])
         check_name("pool.identity", self.identity, ["added", "plain"])
         self._check_candidates("candidates", self.candidates)
@@ -97,6 +108,15 @@ class Pool:
                 raise UserError(f"pool.{where}: '{name}' needs an odd kernel and an even depth")
         if len(set(names)) < len(names):
             raise UserError(f"pool.{where}: must hold nothing twice")
+
+    def for_images(self, image_size: int) -> "Pool":
+        """This pool with the stem's stride for images of this side, if that is open."""
+        if self.stem_stride is not None:
+            return self
+        stride = 1
+        while -(-image_size // stride) > LARGEST_MAP:
+            stride *= 2
+        return replace(self, stem_stride=stride)
 
     def keeps_shape(self, layer: int) -> bool:
         return self.strides[layer] == 1 and self.widths[layer] == self.inputs()[layer]
@@ -128,9 +148,9 @@ class Pool:
         return spec | {"stride": self.strides[layer], "shortcut": self.shortcut and self.keeps_shape(layer)}
 
     def spec(self, choice: list[str]) -> dict:
-        """The spec of the student that takes choice[l] in layer l."""
+        """The spec of the student that takes choice[l] in layer l; a `stem_stride` that is open is 1 (`for_images`)."""
         layers = [self.layer_spec(layer, candidate) for layer, candidate in enumerate(choice)]
-        return _spec(self.stem, layers, self.head, self.blocks())
+        return _spec(self.stem, layers, self.head, self.blocks(), self.stem_stride or 1)
 
     def sample(self, seed: int) -> dict:
         """The spec of the pool's member number `seed`, uniform as `sampling` says, the same on every machine."""
@@ -159,6 +179,7 @@ def pool_of(specs: dict[str, dict]) -> Pool:
     stem, *layers, head, _ = specs[first]["layers"]
     pool = Pool(
         stem=stem["out"],
+        stem_stride=stem["stride"],
         widths=[layer["out"] for layer in layers],
         strides=[layer["stride"] for layer in layers],
         head=head["out"],
@@ -171,7 +192,7 @@ def pool_of(specs: dict[str, dict]) -> Pool:
         if len(choices[name]) != len(layers) or pool.spec(choices[name]) != spec:
             raise UserError(
                 f"--pool_students {name}: is in no pool with {first}: they may differ in what a layer is, not in "
-                "stem, widths, strides, head, blocks and shortcuts"
+                "stem and its stride, widths, strides, head, blocks and shortcuts"
             )
     pool.layers = [list(dict.fromkeys(names)) for names in zip(*choices.values(), strict=True)]
     pool.candidates = list(dict.fromkeys(name for names in pool.layers for name in names))
@@ -189,8 +210,8 @@ def even_blocks(layers: int, blocks: int = 4) -> list[int]:
     return [after - before for before, after in pairwise(edges)]
 
 
-def _spec(stem: int, layers: list[dict], head: int, blocks: list[int]) -> dict:
-    first = {"type": "conv", "in": 3, "out": stem, "kernel": 3, "stride": 1}
+def _spec(stem: int, layers: list[dict], head: int, blocks: list[int], stem_stride: int = 1) -> dict:
+    first = {"type": "conv", "in": 3, "out": stem, "kernel": 3, "stride": stem_stride}
     last = {"type": "conv", "in": layers[-1]["out"], "out": head, "kernel": 1, "stride": 1}
     return {"layers": [first, *layers, last, {"type": "linear", "in": head}], "blocks": blocks}
 
@@ -206,7 +227,7 @@ def _nas(*rows: tuple[str, int, int, int, int, int]) -> dict:
 
 
 # (type, in, out, kernel, convolutions, stride): the supplement's Tables 1, 2 and 3. "ResBlock (xn)" is n
-# basic blocks, hence 2n convolutions.
+# basic blocks, hence 2n convolutions. They are no members of the default pool (see above).
 NAS_STUDENTS = {
     "nas_s": _nas(
         ("identity", 16, 16, 0, 0, 1),
@@ -263,6 +284,12 @@ def _parameters(*spec: tuple[str, int | str]) -> int:
         return count_parameters(build_candidate(dict(spec)))
 
 
+def build_stem(channels: int, stride: int) -> nn.Sequential:
+    """The pool's stem: 3x3 convolution, BatchNorm, ReLU, and for each factor of 2 over a stride of 2 a max-pooling."""
+    poolings = [nn.MaxPool2d(3, 2, padding=1) for _ in range(stride.bit_length() - 2)]
+    return nn.Sequential(*conv_bn(3, channels, 3, min(stride, 2)), nn.ReLU(), *poolings)
+
+
 def build_head(channels_in: int, channels_out: int) -> nn.Sequential:
     """The pool's embedding: 1x1 convolution, BatchNorm, ReLU and global average pooling."""
     return nn.Sequential(*conv_bn(channels_in, channels_out, 1), nn.ReLU(), global_average_pool())
@@ -293,7 +320,7 @@ class PoolNet(Network):
         super().__init__()
         check_spec(spec)
         stem, *layers, head, _ = spec["layers"]
-        self.stem = nn.Sequential(*conv_bn(3, stem["out"], 3), nn.ReLU())
+        self.stem = build_stem(stem["out"], stem["stride"])
         self.layers = nn.ModuleList(PoolLayer(layer) for layer in layers)
         self.head = build_head(head["in"], head["out"])
         self.fc = nn.Linear(head["out"], num_classes)
@@ -313,8 +340,10 @@ def check_spec(spec: dict) -> None:
             _check_numbers(index, layer)
         if stem["type"] != "conv" or head["type"] != "conv" or linear["type"] != "linear" or not layers:
             raise UserError("spec: layers must be a conv, the reconfigurable layers, a conv and a linear")
-        if [(each["in"], each["kernel"], each["stride"]) for each in (stem, head)] != [(3, 3, 1), (head["in"], 1, 1)]:
-            raise UserError("spec: the first conv takes 3 channels with kernel 3, the last has kernel 1, both stride 1")
+        if (stem["in"], stem["kernel"]) != (3, 3) or not _power_of_2(stem["stride"]):
+            raise UserError("spec: the first conv takes 3 channels with kernel 3 and a stride of 1, 2, 4, ...")
+        if (head["kernel"], head["stride"]) != (1, 1):
+            raise UserError("spec: the last conv has kernel 1 and stride 1")
         channels = stem["out"]
         for index, layer in enumerate(layers, start=1):
             where = f"spec: layer {index} ({layer['type']})"
@@ -340,6 +369,10 @@ def check_spec(spec: dict) -> None:
         if isinstance(error, UserError):
             raise
         raise UserError(f"spec: not a student's spec ({type(error).__name__}: {error})") from None
+
+
+def _power_of_2(number: object) -> bool:
+    return type(number) is int and number > 0 and number.bit_count() == 1
 
 
 def _check_numbers(index: int, layer: dict) -> None:

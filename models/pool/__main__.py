@@ -25,7 +25,7 @@ MIN_SECONDS = 0.2  # of timing, a member
 
 def main() -> None:
     options = arguments()
-    pool = read_pool(options.pool)
+    pool = read_pool(options.pool).for_images(options.image_size)
     if options.sampling:
         pool.sampling = options.sampling
     smallest = min_parameters(pool, options.num_classes)
@@ -55,8 +55,9 @@ def main() -> None:
     size = options.image_size
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     print(
-        f"{options.num_classes} classes, images of {size}x{size}; 2 FLOPs a multiply-accumulate; latency: median of "
-        f"forward passes of one image on {name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+        f"{options.num_classes} classes, images of {size}x{size}, stems of stride {pool.stem_stride}; 2 FLOPs a "
+        f"multiply-accumulate; latency: median of forward passes of one image on {name}, "
+        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}"
     )
 
 
