@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from common import UserError
 
@@ -35,7 +35,7 @@ def run_script(main: Callable[[], None]) -> None:
         main()
         _give_group_back()
     except UserError as error:
-        _leave(f"error: {error}", 2)
+        _leave(f"error: {one_line(error)}", 2)
     except RunError as error:
         _leave(f"stopped: {error}", 1)
     except OSError as error:
@@ -44,6 +44,11 @@ def run_script(main: Callable[[], None]) -> None:
         _leave(str(interruption), 128 + interruption.signum)
     except KeyboardInterrupt:
         _leave("interrupted while not training; what was saved is whole", 130)
+
+
+def one_line(error: Exception) -> str:
+    """An error's message with what would break its line, a name with a newline in it, spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
 
 
 def _leave(message: str, code: int) -> None:
@@ -83,7 +88,7 @@ def start_accelerator(mixed_precision: str | None, report_to: str | None, loggin
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
             log_with=report_to.split(",") if report_to else None,
-            project_dir=logging_dir if report_to else None,
+            project_config=ProjectConfiguration(logging_dir, os.path.join(logging_dir, "tensorboard")),
             kwargs_handlers=[ddp],
         )
     except ValueError as error:

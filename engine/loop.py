@@ -24,6 +24,7 @@ from engine.gradients import GradientAverager
 from engine.objective import Objective, Phase, weighted_sum
 from engine.run_folder import RunFolder
 from engine.schedule import learning_rate
+from engine.tracking import log_epoch, start_trackers
 
 READ_EVERY = 20  # iterations between two looks at the losses: each look waits for the device
 EVALUATION_BATCH = 500
@@ -110,7 +111,7 @@ class Loop:
             self.folder.begin(self.config.as_dict())
             self.folder.write_history(self.progress.history)
         if self.config.with_tracking:
-            self.accelerator.init_trackers("tensorboard")
+            start_trackers(self.accelerator, self.config)
         keep_freed_memory(self.accelerator.device)
         start = time.perf_counter()
         self.objective.before_training(self.train, self.accelerator, self.console)
@@ -224,12 +225,7 @@ class Loop:
         latest = {}
         for iteration, name, value in totals.read():
             if not math.isfinite(value):
-                saved = self.folder.last if self.folder.last.is_file() else "none yet"
-                raise RunError(
-                    f"the loss term '{name}' became {value} in iteration {iteration} "
-                    f"({self._name(self.progress.epoch)}); "
-                    f"last good checkpoint: {saved}. A lower --lr usually helps."
-                )
+                raise self._diverged(f"the loss term '{name}' became {value} in iteration {iteration}")
             latest[name] = f"{value:.3f}"
         return latest
 
@@ -282,7 +278,8 @@ class Loop:
                 copy_checkpoint(self.folder.last, self.folder.best)
             self.folder.write_history(progress.history)
         self.console.row(row, self._name(progress.epoch - 1).removeprefix("epoch "))
-        self._track(row)
+        if config.with_tracking:
+            log_epoch(self.accelerator, row, progress.epoch)
         if self.accelerator.is_main_process and progress.epoch > self.warmup:
             self.after_epoch(progress.epoch - self.warmup, row)
         self._warn()
@@ -308,13 +305,6 @@ class Loop:
             self.progress.best = {"top1": top1, "epoch": row["epoch"], "chosen_on": chosen_on}
         return better
 
-    def _track(self, row: dict) -> None:
-        if self.config.with_tracking:  # trackers want flat plain numbers
-            values = {f"loss/{name}": value for name, value in row["losses"].items()}
-            values |= {f"accuracy/{name}": value for name, value in row["accuracy"].items()}
-            values |= {name: row[name] for name in ("lr", "images_per_second")}
-            self.accelerator.log(values, step=self.progress.epoch)
-
     def _evaluate(self, split: AnySplit) -> tuple[dict[str, float], dict[str, float]]:
         """Top-1 and top-5 in percent, by network name, over all images of `split` exactly once."""
         objective, epoch = self.objective.eval(), self.progress.epoch
@@ -333,11 +323,12 @@ class Loop:
         device = self.accelerator.device
         norms = torch.stack([tensor.abs().max().to(device) for tensor in self._floating_state()])
         if not norms.isfinite().all():
-            saved = self.folder.last if self.folder.last.is_file() else "none yet"
-            raise RunError(
-                f"the weights are no longer finite after iteration {self.progress.iteration - 1} "
-                f"({self._name(self.progress.epoch)}); last good checkpoint: {saved}. A lower --lr usually helps."
-            )
+            last = self.progress.iteration - 1
+            raise self._diverged(f"the weights are no longer finite after iteration {last}")
+
+    def _diverged(self, what: str) -> RunError:
+        saved, epoch = self.folder.last if self.folder.last.is_file() else "none yet", self._name(self.progress.epoch)
+        return RunError(f"{what} ({epoch}); last good checkpoint: {saved}. A lower --lr usually helps.")
 
     @torch.no_grad()
     def _check_in_step(self) -> None:

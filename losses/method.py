@@ -39,7 +39,7 @@ class MethodContext:
 
     student, teacher: the networks. student_outputs, teacher_outputs: theirs, in eval mode, for two random images, for
     the shapes. student_name, teacher_name: as in the zoo. images: how many the training split
-    has, None for a stream. options: temperature and what else the user may set (losses.Options).
+    has, None for a stream. options: the run's, those of `Method.options` among them.
     """
 
     student: nn.Module
@@ -74,10 +74,15 @@ class Method(nn.Module):
         needs_validation: whether it learns from a validation split (--val_fraction).
         usual: the usual weights in words, for the table.
         needs_teacher: False for none at all.
+        options: a dataclass of the options that are the method's own, each a flag with a default; found in
+            `context.options`. Weights, the teacher's and the warm-up's are not among them: they follow from the above.
+        joined_options: the same where other methods stand beside it; None: no others.
     """
 
     paper: str
     usual: str
+    options: type | None = None
+    joined_options: type | None = None
     weight: float = 1.0
     terms: Mapping[str, float] = MappingProxyType({})
     needs_teacher = True

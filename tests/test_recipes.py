@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distill import DistillConfig
-from engine.config import parse
+from engine.command_line import parse
 from losses.registry import find_methods
 from models import create_model
 from objectives.registry import TEACHERS
@@ -39,7 +39,7 @@ def test_every_recipe_is_understood_and_can_be_built(kind):
             assert find_methods(config.method)
         else:
             assert config.method in TEACHERS
-            config.check_gtn()
+            config.check()
     assert len(networks) >= (2 if not kind else 10)
     with torch.device("meta"):
         for name, size in networks:

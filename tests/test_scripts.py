@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 from distill import DistillConfig
-from engine.config import parse
+from engine.command_line import parse
 from models import create_model, load_pretrained
 from models.pool import Pool
 from tests.runs import ROOT, TINY, TINY_GTN, TINY_POOL, here, launch, python, read_json, read_rows, start, succeeded

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import UserError
-from engine.config import parse
+from engine.command_line import parse
 from engine.loop import learning_rate
 from models import create_model
 from models.network import run_blocks
@@ -176,7 +176,7 @@ def test_mistakes_are_named():
         ("--teacher_weight", "-1", "--method", "sftn"): "must be at least 0",
     }.items():
         with pytest.raises(UserError, match=said):
-            parse(TeacherConfig, "", {}, list(arguments)).check_gtn()
+            parse(TeacherConfig, "", {}, list(arguments))
 
 
 def test_squared_error_is_equation_1():
