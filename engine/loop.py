@@ -110,8 +110,7 @@ class Loop:
             self.folder.lock()
             self.folder.begin(self.config.as_dict())
             self.folder.write_history(self.progress.history)
-        if self.config.with_tracking:
-            start_trackers(self.accelerator, self.config)
+        start_trackers(self.accelerator, self.config)
         keep_freed_memory(self.accelerator.device)
         start = time.perf_counter()
         self.objective.before_training(self.train, self.accelerator, self.console)
@@ -278,8 +277,7 @@ class Loop:
                 copy_checkpoint(self.folder.last, self.folder.best)
             self.folder.write_history(progress.history)
         self.console.row(row, self._name(progress.epoch - 1).removeprefix("epoch "))
-        if config.with_tracking:
-            log_epoch(self.accelerator, row, progress.epoch)
+        log_epoch(self.accelerator, row, progress.epoch)
         if self.accelerator.is_main_process and progress.epoch > self.warmup:
             self.after_epoch(progress.epoch - self.warmup, row)
         self._warn()

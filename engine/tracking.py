@@ -12,7 +12,9 @@ RUN_NAME = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab":
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
-    """Open the run in every tracker, with its options."""
+    """Open the run in every tracker, with its options, where --with_tracking asks for it."""
+    if not config.with_tracking:
+        return
     name = config.run_name or Path(config.output_dir).name
     names = {tracker: {keyword: name} for tracker, keyword in RUN_NAME.items()}
     accelerator.init_trackers(config.tracker_project_name, flat(config.as_dict()), names)
