@@ -258,9 +258,8 @@ def _settle_unread(config: RunConfig, typed: dict[str, str], recipes: dict[str, 
     optional = {each.name for parts in config.rows().values() for part in parts for each in fields(part)}
     unread = optional - {each.name for part in config.chosen() for each in fields(part)}
     if refused := [name for name in typed if name in unread]:
-        flags = ", ".join(typed[name] for name in refused)
-        readers = [f"--{name} by {_few(_readers(type(config), name))}" for name in refused]
-        raise UserError(f"{flags}: not read by --method {config.method} (but {', '.join(readers)}); leave out")
+        flags = ", ".join(f"{typed[name]} (for {_few(_readers(type(config), name))})" for name in refused)
+        raise UserError(f"{flags}: not read by --method {config.method}; leave {'them' if refused[1:] else 'it'} out")
     config.unread = tuple(dict.fromkeys(key for recipe in recipes.values() for key in recipe if key in unread))
     for each in fields(config):
         if each.name in config.unread:

@@ -41,7 +41,7 @@ def read_recipe(path: str) -> dict:
     if not path:
         raise UserError("--config: name a recipe, for example --config recipes/digits_gtn.yaml")
     try:
-        content = yaml.load(Path(path).read_text(), _Loader)
+        content = _Loader(Path(path).read_text()).get_single_data()
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserError(f"--config {path}: cannot read the recipe ({line}{error.problem})") from None

@@ -124,7 +124,11 @@ def test_an_option_that_two_classes_declare_apart_is_a_mistake_of_the_programs()
         (teacher, "--method sftn --full_gates", ("--full_gates", "gtn")),
         (teacher, "--method gtn --student resnet8", ("--student resnet8", "sftn")),
         (teacher, "--pool.stem 8", ("--pool.stem 8", "sftn, gtn")),
-        (student, "--method at --alpha 0.5 --dkd_beta 3", ("--alpha 0.5, --dkd_beta 3", "kd, rco", "dkd")),
+        (
+            student,
+            "--method at --alpha 0.5 --dkd_beta 3",
+            ("--alpha 0.5 (for kd, rco), --dkd_beta 3 (for dkd)",),
+        ),
         (student, "--method at+kd --alpha 0.5", ("--alpha 0.5",)),
         (student, "--method at --temperature 2", ("--temperature 2",)),
         (student, "--method at --warmup_epochs 2", ("--warmup_epochs 2", "ab, ft")),

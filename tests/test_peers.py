@@ -8,9 +8,9 @@ from torch import nn
 
 from data.datasets import load_images
 from data.loader import Augmentation, DeviceLoader, Normalise
+from losses.registry import METHODS
 from models import create_model
 from objectives.peers import (
-    ENSEMBLES,
     Peers,
     best_combination,
     best_peer,
@@ -23,7 +23,7 @@ from objectives.peers import (
 from tests.runs import TINY, here, launch_two, python, read_json, read_rows, succeeded
 
 F64 = torch.float64
-NAMES = ["dml", *ENSEMBLES, "kdcl_general"]
+NAMES = [name for name, method in METHODS.items() if method.peers]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -102,7 +102,7 @@ def test_swapping_peers_swaps_their_gradients(name):
     images, labels = torch.randn(6, 3, 16, 16), torch.arange(6) % 4
     results = []
     for networks in ([one, two], [two, one]):
-        objective = Peers(networks, name)
+        objective = Peers(networks, METHODS[name])
         batch = images if objective.copies == 1 else torch.cat([images, images])
         objective.zero_grad()
         terms = objective(batch, labels, 0)
@@ -118,7 +118,7 @@ def test_twins_have_nothing_to_teach(name):
     torch.manual_seed(0)
     one, two = create_model("resnet8", 4), create_model("resnet8", 4)
     two.load_state_dict(one.state_dict())
-    objective = Peers([one, two], name).eval()
+    objective = Peers([one, two], METHODS[name]).eval()
     images, labels = torch.randn(6, 3, 16, 16), torch.arange(6) % 4
     found = objective(images if objective.copies == 1 else torch.cat([images] * 2), labels, 0)["kl"]
     assert abs(found.item()) < 1e-5
@@ -155,10 +155,10 @@ def test_the_scripts_train_peers(tmp_path):
     (shares,) = (tensor for name, tensor in state.items() if name.endswith("shares"))
     assert shares.sum().item() == pytest.approx(1) and shares.tolist() != [0.5, 0.5]
     done = here("distill.py", *fixed, "--method", "none", "--peers", "resnet8", "--output_dir", tmp_path / "no")
-    assert done.returncode == 2 and "--peers resnet8: are for" in done.stderr
+    assert done.returncode == 2 and "--peers resnet8 (for dml" in done.stderr
 
 
 def test_peers_are_an_objective():
-    objective = Peers([nn.Identity(), nn.Identity()], "kdcl")
+    objective = Peers([nn.Identity(), nn.Identity()], METHODS["kdcl"])
     assert objective.copies == 2 and objective.term_weights == {"ce": 1.0, "kl": 4.0}
-    assert Peers([nn.Identity(), nn.Identity()], "dml").term_weights == {"ce": 1.0, "kl": 1.0}
+    assert Peers([nn.Identity(), nn.Identity()], METHODS["dml"]).term_weights == {"ce": 1.0, "kl": 1.0}
