@@ -7,7 +7,7 @@ accelerate launch --config_file accelerate_config.yaml distill.py \\
     --config recipes/cifar100_kd.yaml --teacher runs/t --student nas_m --output_dir runs/s
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 from shlex import quote
 
@@ -17,12 +17,13 @@ from common import UserError
 from data.datasets import hold_out
 from data.pipeline import augmentation_of
 from data.splits import ImageSet, Split, StreamSplit
-from engine.config import RunConfig, parse
+from engine.command_line import parse
+from engine.config import RunConfig, union
 from engine.distributed import run_script
 from engine.objective import Objective
 from engine.run import Run
 from losses.method import Method
-from losses.registry import describe_methods, find_methods
+from losses.registry import METHODS, describe_methods, find_methods, options_of
 from models import ModelInfo, create_model, describe_models, find_spec, is_model, load_pretrained, save_pretrained
 from models.compiled import compile_regions
 from models.network import Network, count_parameters
@@ -35,62 +36,39 @@ LISTINGS = {"models": describe_models, "methods": describe_methods}
 
 
 @dataclass
-class DistillConfig(RunConfig):
+class DistillConfig(*union(each for method in METHODS.values() for each in options_of([method])), RunConfig):
     """Options of distill.py.
 
     Args:
-        teacher: run folders of trained teachers (the logits of several are averaged), or names as for --student,
-            for example timm:resnet18, with published weights or those of --teacher_weights; none for --method none.
-        teacher_weights: weights of a teacher given by its name: a .safetensors, .pth or .pt file.
         student: a zoo name (--list_models), pool:SEED, or the path of a student's spec (.json).
         method: a name of --list_methods, several joined by +, or FILE.py:CLASS, a method of your own.
-        method_weights: weight of each method of --method; default: its paper's.
-        ce_weight: weight of the cross-entropy with the labels; default: the method's, usually 1.
-        kd_weight: weight of T^2 KL on logits beside the method; default: the method's, usually 0.
-        alpha: of --method kd: its weight; cross-entropy with the labels gets 1 - alpha.
-        temperature: softmax temperature of teacher and student in terms on logits (dml and kdcl have their own).
-        peers: of --method dml and kdcl: the networks that train together with the student; default: one like it.
-        dkd_alpha: weight of the target's part in --method dkd.
-        dkd_beta: weight of the other classes' part in --method dkd; default: the paper's for the pair, else 8.
-        warmup_epochs: epochs of the warm-up of methods that have one; default: the method's.
-        cache_teacher: ask the teacher before training about every crop and mirror of every image, and never again, for
-            methods on its logits; default: where that at least halves its work and takes at most 1 GiB.
         pool: the pool of pool:SEED; default: the one a GTN teacher was trained for, else the paper's.
     """
 
-    teacher: list[str] = field(default_factory=list)
-    teacher_weights: str | None = None
+    title = "student"
+    essential = ("student", "pool", *RunConfig.essential)
+
     student: str = "pool:0"
     method: str = "kd"
-    method_weights: list[float] = field(default_factory=list)
-    ce_weight: float | None = None
-    kd_weight: float | None = None
-    alpha: float = 0.9
-    temperature: float = 4.0
-    peers: list[str] = field(default_factory=list)
-    dkd_alpha: float = 1.0
-    dkd_beta: float | None = None
-    warmup_epochs: int | None = None
-    cache_teacher: bool | None = None
     pool: Pool | None = None
 
+    @classmethod
+    def with_method(cls, method: str) -> "type[DistillConfig]":
+        return with_own_options(cls, method)
+
+    @classmethod
+    def rows(cls) -> dict[str, tuple[type, ...]]:
+        return {name: options_of([method]) for name, method in METHODS.items()}
+
+    def chosen(self) -> tuple[type, ...]:
+        return options_of(find_methods(self.method), self.kd_weight)
+
     def check(self) -> None:
-        super().check()
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature}: must be above 0")
-        if not 0 <= self.alpha <= 1:
-            raise UserError(f"--alpha {self.alpha}: must be in [0, 1]")
-        for name in ("ce_weight", "kd_weight", "dkd_alpha", "dkd_beta"):
-            if (weight := getattr(self, name)) is not None and not 0 <= weight < float("inf"):
-                raise UserError(f"--{name} {weight}: must be a number of at least 0")
-        if not all(0 <= weight < float("inf") for weight in self.method_weights):
-            raise UserError(f"--method_weights {self.method_weights}: must be numbers of at least 0")
-        if self.warmup_epochs is not None and self.warmup_epochs < 1:
-            raise UserError(f"--warmup_epochs {self.warmup_epochs}: must be at least 1")
         if self.pool is not None:
             self.pool.check()
 
     def inputs(self) -> dict[str, list[str]]:
+        """See RunConfig."""
         specs = [name for name in (self.student, *self.peers) if name.endswith(".json")]
         weights = [self.teacher_weights] if self.teacher_weights else []
         return super().inputs() | {"--teacher": self.teacher, "--teacher_weights": weights, "the spec": specs}
@@ -119,7 +97,7 @@ def main() -> None:
             compile_regions(network)
     taught = describe_teachers(config, teachers)
     if peers:
-        objective = Peers([student, *peers], config.method, 1.0 if config.kd_weight is None else config.kd_weight)
+        objective = Peers([student, *peers], methods[0], 1.0 if config.kd_weight is None else config.kd_weight)
     else:
         objective = distillation(config, methods, student, teachers, data)
     loop = run.loop(objective, data, {f"the teacher {each['path']}": each["sha256"] for each in taught})
@@ -136,14 +114,26 @@ def main() -> None:
     described = {"method": config.method, "model": config.student, "parameters": parameters, "sha256": info.sha256}
     described |= {"loss": objective.term_weights, "teachers": taught}
     following = run.folder.path / "model.json" if spec else config.student
-    run.finish(loop, described, [], next_command(config, following, data.image_size))
+    run.finish(loop, described, [], next_command(config, following, data.image_size, alone=not (teachers or peers)))
+
+
+def with_own_options(config_class: type[DistillConfig], names: str) -> type[DistillConfig]:
+    """The options of distill.py, and those of the methods of the user's own among `names`."""
+    own = [each for each in options_of(find_methods(names)) if not issubclass(config_class, each)]
+    if not own:
+        return config_class
+    try:
+        bases = (config_class, *union([config_class, *own])[1:])
+        found = make_dataclass(config_class.__name__, [], bases=bases)
+        found()
+    except TypeError as error:
+        raise UserError(f"--method {names}: its options need defaults and names of their own ({error})") from None
+    return found
 
 
 def check_methods(config: DistillConfig) -> list[type[Method]]:
     """The classes of --method. Raises UserError for options that do not go with them."""
     methods = find_methods(config.method)
-    if config.peers and not methods[0].peers:
-        raise UserError(f"--peers {' '.join(config.peers)}: are for --method dml and kdcl")
     if config.method_weights and len(config.method_weights) != len(methods):
         raise UserError(f"--method_weights: {len(config.method_weights)} for the {len(methods)} of --method")
     if methods[0].needs_validation and not config.val_fraction:
@@ -200,10 +190,10 @@ def describe_teachers(config: DistillConfig, teachers: list[Network]) -> list[di
     ]
 
 
-def next_command(config: DistillConfig, student: str | Path, size: int) -> str:
+def next_command(config: DistillConfig, student: str | Path, size: int, alone: bool) -> str:
     """The other half of a comparison: the same student trained alone, or distilled."""
-    other = "--method none" if config.method != "none" else "--method kd --teacher RUN_FOLDER"
-    name = config.output_dir.rstrip("/") + ("-alone" if config.method != "none" else "-distilled")
+    other = "--method kd --teacher RUN_FOLDER" if alone else "--method none"
+    name = config.output_dir.rstrip("/") + ("-distilled" if alone else "-alone")
     return (
         f"python distill.py {other} --student {quote(str(student))} --dataset {quote(config.dataset)} "
         f"--image_size {size} --epochs {config.epochs} --output_dir {quote(name)}"
@@ -213,8 +203,6 @@ def next_command(config: DistillConfig, student: str | Path, size: int) -> str:
 def load_teachers(config: DistillConfig, needed: bool) -> list[Network | str]:
     """Trained teachers of run folders, and the names of those that can be built only when the data is known."""
     if not needed:
-        if config.teacher:
-            raise UserError(f"--teacher {config.teacher[0]}: --method {config.method} trains the student alone")
         return []
     if not config.teacher:
         raise UserError(f"--teacher: --method {config.method} needs the run folder of a trained teacher")

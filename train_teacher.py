@@ -10,18 +10,17 @@ python train_teacher.py --method gtn --weights runs/vanilla --freeze_teacher_epo
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shlex import quote
 
-import safetensors.torch
 import torch
 
 from common import UserError, check_name, write_atomically
 from data.datasets import hold_out
 from data.splits import AnySplit, ImageSet
-from engine.checkpoint import state_tensors
-from engine.config import RunConfig, parse
+from engine.command_line import parse
+from engine.config import RunConfig, union
 from engine.distributed import run_script
 from engine.objective import Objective
 from engine.run import Run
@@ -30,35 +29,39 @@ from models.compiled import compile_regions
 from models.network import count_parameters
 from models.pool import pool_of
 from models.weights import initial_weights
-from objectives.gtn import GTNOptions
 from objectives.registry import TEACHERS
 
 LISTINGS = {"models": describe_models, "methods": [f"{name}: {row.paper}" for name, row in TEACHERS.items()]}
 
 
 @dataclass
-class TeacherConfig(GTNOptions, RunConfig):
+class TeacherConfig(*union(each for row in TEACHERS.values() for each in row.reads()), RunConfig):
     """Options of train_teacher.py.
 
     Args:
         method: what the teacher is trained for: vanilla, mse, sftn or gtn.
         model: the teacher: a zoo name (--list_models); default: that of the run of --weights, else resnet20.
-        student: of --method sftn: the one student that the branches stand for, named as for distill.py.
-        pool_students: of --method gtn: students of the pool, named as for distill.py (pool:SEED, specs as .json): the
-            supernet offers in each layer what these take there, and nothing else. Their specs are kept in students/.
         schedule: STEP/TOTAL: TOTAL epochs, the learning rate times lr_gamma every STEP (as early-stopped teachers
             have it); takes the place of --epochs, --lr_schedule and --lr_milestones.
         anchors: keep this many models on the way, at equal intervals of epochs, for distill.py --method rco.
         vanilla_run: run folder of a vanilla teacher to compare with, epoch by epoch; default: the run of --weights.
     """
 
+    title = "teacher"
+    essential = ("model", *RunConfig.essential)
+
     method: str = "vanilla"
     model: str | None = None
-    student: str | None = None
-    pool_students: list[str] = field(default_factory=list)
     schedule: str | None = None
     anchors: int = 0
     vanilla_run: str | None = None
+
+    @classmethod
+    def rows(cls) -> dict[str, tuple[type, ...]]:
+        return {name: row.reads() for name, row in TEACHERS.items()}
+
+    def chosen(self) -> tuple[type, ...]:
+        return TEACHERS[check_name("--method", self.method, TEACHERS)].reads(self.model)
 
     def check(self) -> None:
         if self.schedule is not None:
@@ -66,23 +69,11 @@ class TeacherConfig(GTNOptions, RunConfig):
                 raise UserError(f"--schedule {self.schedule}: write STEP/TOTAL in epochs, for example 15/50")
             step, self.epochs = int(match[1]), int(match[2])
             self.lr_schedule, self.lr_milestones = "multistep", list(range(step, self.epochs, step))
-        super().check()
-        check_name("--method", self.method, TEACHERS)
-        self.check_gtn()
         if not 0 <= self.anchors <= self.last_epoch:
             raise UserError(f"--anchors {self.anchors}: must be between 0 and the {self.last_epoch} epochs")
-        if self.freeze_teacher_epochs and self.method not in ("sftn", "gtn"):
-            raise UserError(
-                f"--freeze_teacher_epochs {self.freeze_teacher_epochs}: --method {self.method} has no branches to train"
-            )
-        if self.student is not None and self.method != "sftn":
-            raise UserError(f"--student {self.student}: is for --method sftn, which trains for one student")
-        if self.branches and self.method not in ("sftn", "gtn"):
-            raise UserError(f"--branches {' '.join(map(str, self.branches))}: --method {self.method} has none")
-        if self.pool_students and self.method != "gtn":
-            raise UserError(f"--pool_students {' '.join(self.pool_students)}: are for --method gtn")
 
     def inputs(self) -> dict[str, list[str]]:
+        """See RunConfig."""
         specs = [name for name in (self.student, *self.pool_students) if name and name.endswith(".json")]
         return super().inputs() | {"--vanilla_run": [self.vanilla_run] if self.vanilla_run else [], "the spec": specs}
 
@@ -100,7 +91,7 @@ def main() -> None:
     objective = TEACHERS[config.method].build(teacher, config, data.image_size, gate_split)
     if config.compile:
         compile_regions(objective)
-    pool = asdict(config.pool.for_images(data.image_size)) if config.method == "gtn" else None
+    pool = asdict(objective.pool.for_images(data.image_size)) if objective.pool else None
     info = ModelInfo(config.model, data.name, data.num_classes, data.image_size, data.mean, data.std, pool=pool)
 
     def after_epoch(epoch: int, row: dict) -> None:
@@ -119,8 +110,8 @@ def main() -> None:
     warnings += reference.verdict(progress.history) if reference else []
     described = {"method": config.method, "model": config.model, "parameters": parameters}
     if run.is_main:
-        described["sha256"] = save(objective, info, config, students, run.folder.path).sha256
-    run.finish(loop, described, warnings, next_command(config, students, run.folder.path))
+        described["sha256"] = save(objective, info, students, run.folder.path).sha256
+    run.finish(loop, described, warnings, next_command(config, info, students, run.folder.path))
 
 
 def load_data(run: Run, source: ModelInfo | None) -> tuple[ImageSet, AnySplit | None]:
@@ -130,7 +121,7 @@ def load_data(run: Run, source: ModelInfo | None) -> tuple[ImageSet, AnySplit | 
     if source and source.dataset == config.dataset:
         data = replace(data, mean=source.mean, std=source.std)
     data, val = hold_out(data, config.val_fraction, "validation")
-    data, gate_split = hold_out(data, config.gate_holdout if config.method == "gtn" else 0.0, "the gates")
+    data, gate_split = hold_out(data, TEACHERS[config.method].objective.held_out(config), "the gates")
     return replace(data, val=val), gate_split
 
 
@@ -145,19 +136,18 @@ def pool_students(config: TeacherConfig, image_size: int) -> dict[str, dict]:
     return students
 
 
-def save(objective: Objective, info: ModelInfo, config: TeacherConfig, students: dict[str, dict], folder: Path):
-    """Write the teacher and, as asked, its supernet and its pool's named students."""
+def save(objective: Objective, info: ModelInfo, students: dict[str, dict], folder: Path) -> ModelInfo:
+    """Write the teacher, what its method keeps beside it, and its pool's named students."""
     info = save_pretrained(objective.trained_model(), info, folder)
-    if config.method == "gtn" and config.save_supernet:
-        save_supernet(objective, info.pool, folder / "supernet.safetensors")
+    objective.save_beside(folder)
     for name, spec in students.items():  # pool:SEED of the smaller pool is another network
         write_atomically(spec_path(folder, name), json.dumps(spec, indent=1) + "\n")
     return info
 
 
-def next_command(config: TeacherConfig, students: dict[str, dict], folder: Path) -> str:
+def next_command(config: TeacherConfig, info: ModelInfo, students: dict[str, dict], folder: Path) -> str:
     """The command that distils a student of this teacher."""
-    student = config.student or ("pool:7" if config.method == "gtn" else "resnet8")
+    student = config.student or ("pool:7" if info.pool else "resnet8")
     if students:
         student = str(spec_path(folder, next(iter(students))))
     return (
@@ -223,15 +213,6 @@ class Reference:
         top1 = history[-1]["accuracy"]["teacher"]
         found = f"the teacher reaches {top1:.2f}%, the vanilla teacher of {self.run} {self.top1:.2f}%"
         return [found] if top1 < self.top1 else []
-
-
-def save_supernet(objective, pool: dict, path: Path) -> None:
-    """Branches and gates of a GTN run, with the pool and the gates' probabilities as JSON in the metadata."""
-    names = ("branches.", "gates.phi")
-    tensors = {name: tensor for name, tensor in state_tensors(objective).items() if name.startswith(names)}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"pool": json.dumps(pool), "gates": json.dumps(objective.record()["gates"])}
-    write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
 if __name__ == "__main__":

@@ -172,23 +172,9 @@ def command(run: Run, work: Path, data: dict[str, str]) -> list[str]:
         options["teacher"] = str(work / run.teacher)
     if "weights" in options:
         options["weights"] = str(work / options["weights"])
-    words = [sys.executable, str(ROOT / run.script), "--output_dir", str(work / run.name)]
-    return [*words, *flags(options)]
-
-
-def flags(options: dict, prefix: str = "--") -> list[str]:
-    """Options as words of a command line, nested ones with a dot."""
-    words = []
-    for name, value in options.items():
-        if isinstance(value, dict):
-            words += flags(value, f"{prefix}{name}.")
-        elif value is not None:
-            words += [f"{prefix}{name}", *(map(str, value) if isinstance(value, list) else [_word(value)])]
-    return words
-
-
-def _word(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    recipe = work / f"{run.name}.yaml"  # what a plan says of all students, not every method reads
+    write_atomically(recipe, yaml.safe_dump({name: each for name, each in options.items() if each is not None}))
+    return [sys.executable, str(ROOT / run.script), "--config", str(recipe), "--output_dir", str(work / run.name)]
 
 
 def train(run: Run, campaign: "Campaign") -> Path:

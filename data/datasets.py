@@ -60,6 +60,8 @@ class DataOptions:
         data_workers: processes that decode images for the workers pipeline; default: one for each core but one.
     """
 
+    title = "data"
+
     dataset: str | None = None
     data_dir: str | None = None
     cache_dir: str | None = None

@@ -1,29 +1,17 @@
-"""The command line: dataclasses become flags, a recipe sets their defaults, flags win over the recipe."""
+"""The options that every run has; a script adds its own, and those of its methods."""
 
-import argparse
-import difflib
-import json
 import re
-import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, is_dataclass
-from itertools import pairwise
-from pathlib import Path
-from typing import Literal, TypeVar, get_args, get_type_hints
-
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, DefaultHelpFormatter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 from common import UserError
 from data.datasets import DataOptions
 
-Config = TypeVar("Config", bound="RunConfig")
-Listing = list[str] | Callable[[], Iterable[str]]
-
 
 @dataclass
-class RunConfig(DataOptions):
-    """Options that every run has, whatever its method.
+class TrainingOptions:
+    """How networks are trained.
 
     Args:
         pretrained: start from torchvision's ImageNet weights, or for timm:NAME from timm's.
@@ -46,19 +34,9 @@ class RunConfig(DataOptions):
         lr_restarts: run the schedule this many times, each in its share of the epochs; default: once (--method rco:
             once an anchor).
         seed: seeds everything random in the run.
-        output_dir: the run folder; default: runs/DATE-METHOD-MODEL-DATASET.
-        overwrite: replace what an earlier run left in output_dir.
-        resume_from_checkpoint: a checkpoint file, or "latest" for the one in output_dir.
-        checkpointing_epochs: epochs between checkpoints.
-        mixed_precision: no, fp16 or bf16; default: what accelerate launch says.
-        process_timeout: seconds that a process waits for the others before it gives up; default: PyTorch's.
-        compile: compile the networks' blocks with torch.compile, each once, when they first run.
-        cuda_graph: record the steady step as a CUDA graph and replay it: one launch instead of hundreds. On one GPU,
-            not for gtn, and for methods of your own only if they decide nothing on the host within an epoch.
-        kernels: triton or reference (plain PyTorch) for losses and gates; auto is Triton on an NVIDIA GPU.
-        with_tracking: also log to the trackers of --report_to.
-        report_to: tracker names known to Accelerate, comma-separated.
     """
+
+    title = "training"
 
     pretrained: bool = False
     weights: str | None = None
@@ -76,6 +54,31 @@ class RunConfig(DataOptions):
     lr_gamma: float = 0.1
     lr_restarts: int | None = None
     seed: int = 0
+
+
+@dataclass
+class PlaceOptions:
+    """Where and how a run runs.
+
+    Args:
+        output_dir: the run folder; default: runs/DATE-METHOD-MODEL-DATASET.
+        overwrite: replace what an earlier run left in output_dir.
+        resume_from_checkpoint: a checkpoint file, or "latest" for the one in output_dir.
+        checkpointing_epochs: epochs between checkpoints.
+        mixed_precision: no, fp16 or bf16; default: what accelerate launch says.
+        process_timeout: seconds that a process waits for the others before it gives up; default: PyTorch's.
+        compile: compile the networks' blocks with torch.compile, each once, when they first run.
+        cuda_graph: record the steady step as a CUDA graph and replay it: one launch instead of hundreds. On one GPU,
+            not for gtn, and for methods of your own only if they decide nothing on the host within an epoch.
+        kernels: triton or reference (plain PyTorch) for losses and gates; auto is Triton on an NVIDIA GPU.
+        with_tracking: also log to the trackers of --report_to.
+        report_to: tracker names known to Accelerate, comma-separated.
+        tracker_project_name: the project that trackers put the run in.
+        run_name: the run's name there; default: that of output_dir.
+    """
+
+    title = "where and how it runs"
+
     output_dir: str | None = None
     overwrite: bool = False
     resume_from_checkpoint: str | None = None
@@ -87,6 +90,35 @@ class RunConfig(DataOptions):
     kernels: Literal["auto", "triton", "reference"] = "auto"
     with_tracking: bool = False
     report_to: str = "tensorboard"
+    tracker_project_name: str = "student-friendly-teachers"
+    run_name: str | None = None
+
+
+@dataclass
+class RunConfig(DataOptions, TrainingOptions, PlaceOptions):
+    """Options that every run has, whatever its method.
+
+    A script's subclass adds its own and those of its methods, a dataclass each, and says which of them a run reads. A
+    dataclass of options may have a `check` of its own, and a `title` for --help.
+    """
+
+    unread = ()  # names of options that a recipe gives and the run's method does not read
+    essential = ("method", "dataset", "image_size", "weights", "epochs", "batch_size", "lr", "seed", "output_dir")
+    essential += ("overwrite", "resume_from_checkpoint")  # what --help shows besides the method's options
+
+    @classmethod
+    def with_method(cls, method: str) -> "type[RunConfig]":
+        """This class, with the options that --method `method` brings from a file of the user's."""
+        return cls
+
+    @classmethod
+    def rows(cls) -> dict[str, tuple[type, ...]]:
+        """By the name of each method, the dataclasses of the options that it reads."""
+        return {}
+
+    def chosen(self) -> tuple[type, ...]:
+        """The dataclasses of the options that this run's method reads."""
+        return ()
 
     def check(self) -> None:
         """Raise UserError for the first value outside its range."""
@@ -117,6 +149,10 @@ class RunConfig(DataOptions):
             raise UserError(f"--stop_after {self.stop_after}: must be between 1 and --epochs {self.epochs}")
         if self.lr_restarts is not None and not 1 <= self.lr_restarts <= self.epochs:
             raise UserError(f"--lr_restarts {self.lr_restarts}: must be between 1 and --epochs {self.epochs}")
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.tracker_project_name):
+            raise UserError(
+                f"--tracker_project_name {self.tracker_project_name}: must be of letters, digits, '.', '_' and '-'"
+            )
         if self.pretrained and self.weights is not None:
             raise UserError(f"--weights {self.weights}: cannot be combined with --pretrained")
 
@@ -138,144 +174,23 @@ class RunConfig(DataOptions):
         return asdict(self)
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of the example commands, shows types and defaults."""
-
-
 # Where and whether a run is written, not what is computed: free to differ when a run is resumed.
 NOT_COMPUTED = {"output_dir", "overwrite", "resume_from_checkpoint", "with_tracking", "report_to"}
-NOT_COMPUTED |= {"checkpointing_epochs", "config", "process_timeout"}
+NOT_COMPUTED |= {"checkpointing_epochs", "tracker_project_name", "run_name", "process_timeout"}
 
 
-def parse(config_class: type[Config], usage: str, listings: dict[str, Listing], argv=None) -> Config:
-    """The command line as an instance of `config_class`.
-
-    Args:
-        config_class: a dataclass whose docstring describes its fields under "Args:".
-        usage: example commands, shown by --help.
-        listings: lines to print for each flag --list_<key>, or a function that makes them when asked for.
-        argv: arguments; default: those of the process.
+def union(classes: Iterable[type]) -> tuple[type, ...]:
+    """Bases of a dataclass with the options of all `classes`.
 
     Raises:
-        UserError: an unknown flag or recipe key (with the nearest known one), or a value of the wrong type.
+        TypeError: two classes that declare the same option apart from each other.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    for name, values in listings.items():
-        if f"--list_{name}" in argv:
-            for value in values() if callable(values) else values:
-                print(value, flush=True)
-            raise SystemExit(0)
-    parser = ArgumentParser(description=usage, formatter_class=_HelpFormatter, exit_on_error=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file of these options")
-    parser.add_class_arguments(config_class, fail_untyped=True)
-    for name in listings:
-        parser.add_argument(f"--list_{name}", action="store_true", help=f"print the known {name} and stop")
-    known = {name for action in parser._actions for name in action.option_strings}
-    known |= {f"--{name}" for name, _ in _field_types(config_class)}
-    try:
-        _check_flags(argv, known)
-        _check_recipe(argv, known)
-        namespace = parser.parse_args(_recipe_first(_spell_out(argv, config_class)))
-        for name in ["config", *(f"list_{name}" for name in listings)]:
-            namespace.pop(name, None)
-        config = config_class(**vars(parser.instantiate(namespace)))
-    except (ArgumentError, TypeError) as error:
-        raise UserError(_in_words(error)) from None
-    config.check()
-    return config
-
-
-def _recipe_first(argv: list[str]) -> list[str]:
-    """jsonargparse lets the later of recipe and flag win; flags shall win wherever they stand."""
-    recipes, rest = [], []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument == "--config":
-            recipes += [argument, next(arguments, "")]
-        else:
-            (recipes if argument.startswith("--config=") else rest).append(argument)
-    return recipes + rest
-
-
-def _spell_out(argv: list[str], config_class: type) -> list[str]:
-    """`--flag` alone is `--flag=true` for a boolean, `--list 1 2` is `--list=[1,2]` for a list."""
-    kinds = {f"--{name}": hint for name, hint in _field_types(config_class)}
-    spelled, rest = [], list(argv)
-    while rest:
-        argument = rest.pop(0)
-        values = []
-        while rest and not re.match(r"--[a-z]", rest[0]):
-            values.append(rest.pop(0))
-        name, given, value = argument.partition("=")
-        hint = str(kinds.get(name, ""))
-        if given and "list" in hint:
-            argument, values = name, [value]
-        if "bool" in hint and not values and not given:
-            argument += "=true"
-        elif "list" in hint and values and not values[0].startswith("["):
-            # Words are quoted, so that a path may hold what means something in a list.
-            words = [json.dumps(word) for word in values] if "str" in hint else values
-            argument, values = f"{argument}=[{','.join(words)}]", []
-        spelled += [argument, *values]
-    return spelled
-
-
-def _field_types(config_class: type) -> list[tuple[str, object]]:
-    """(dotted name, type) of every field, those of nested dataclasses included."""
-    found = []
-    for name, hint in get_type_hints(config_class).items():
-        found.append((name, hint))
-        for part in get_args(hint) or (hint,):  # a nested dataclass may be optional
-            if is_dataclass(part):
-                found += [(f"{name}.{inner}", inner_hint) for inner, inner_hint in _field_types(part)]
-    return found
-
-
-def _check_flags(argv: list[str], known: set[str]) -> None:
-    for argument in argv:
-        flag = argument.split("=")[0]
-        if flag.startswith("--") and flag not in known:
-            raise UserError(f"unknown option {flag}{_nearest(flag, known)}")
-
-
-def _check_recipe(argv: list[str], known: set[str]) -> None:
-    recipes = _recipe_first(argv)
-    for flag, value in pairwise(recipes):
-        if flag != "--config":
-            continue
-        if not value:
-            raise UserError("--config: name a recipe, for example --config recipes/digits_gtn.yaml")
-        try:
-            content = yaml.safe_load(Path(value).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"--config {value}: cannot read the recipe ({_one_line(str(error))})") from None
-        if not isinstance(content, dict):
-            raise UserError(f"--config {value}: a recipe is a YAML mapping of options")
-        for key in content:
-            if f"--{key}" not in known:
-                raise UserError(f"--config {value}: unknown key '{key}'{_nearest(f'--{key}', known)}")
-
-
-def _nearest(flag: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else "; --help lists the options"
-
-
-def _in_words(error: Exception) -> str:
-    """jsonargparse's account of a wrong value as one line: --name value: expected type."""
-    message = _one_line(str(error))
-    value = r"(?:Got|Given) value: (.*?)(?: - Expected a .*)?$"
-    simple = re.search(rf'Parser key "([^"]+)": Expected an? (.+?)\. {value}', message)
-    union = re.search(rf'Parser key "([^"]+)": Does not validate .*?Subtypes: \[(.+?)\] .*{value}', message)
-    match = simple or union
-    if not match:
-        return message
-    name, wanted, got = match.groups()
-    if simple and union:  # a field of an optional nested dataclass
-        name = f"{union[1]}.{name}"
-    wanted = re.sub(r"<class '(\w+)'>", r"\1", wanted).replace("NoneType", "null").replace("typing.Literal", "one of ")
-    return f"--{name} {got}: expected {wanted}"
-
-
-def _one_line(message: str) -> str:
-    return re.sub(r"\s+", " ", message).strip()
+    classes = list(dict.fromkeys(classes))
+    bases = tuple(a for a in classes if not any(a is not b and issubclass(b, a) for b in classes))
+    owners: dict[str, type] = {}
+    for each in bases:
+        for part in each.__mro__:
+            for name in vars(part).get("__annotations__", {}):
+                if owners.setdefault(name, part) is not part:
+                    raise TypeError(f"{part.__name__} and {owners[name].__name__} both declare '{name}'")
+    return bases

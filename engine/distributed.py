@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
 from common import UserError, derive_seed
 
@@ -41,7 +41,7 @@ def run_script(main: Callable[[], None]) -> None:
         main()
         _give_group_back()
     except UserError as error:
-        _leave(f"error: {error}", 2)
+        _leave(f"error: {one_line(error)}", 2)
     except RunError as error:
         _leave(f"stopped: {error}", 1)
     except OSError as error:
@@ -115,6 +115,11 @@ def describe(error: OSError) -> str:
     return f"{error.strerror or error}{where}{following}"
 
 
+def one_line(error: Exception) -> str:
+    """An error's message with what would break its line, a name with a newline in it, spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+
+
 def _leave(message: str, code: int) -> None:
     # Every process meets a user's mistake alike; one of them says it. What only another meets, it says too.
     if int(os.environ.get("RANK", 0)) == 0 or code == 1:
@@ -156,7 +161,7 @@ def start_accelerator(
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
             log_with=report_to.split(",") if report_to else None,
-            project_dir=logging_dir if report_to else None,
+            project_config=ProjectConfiguration(logging_dir, os.path.join(logging_dir, "tensorboard")),
             kwargs_handlers=[ddp, *([InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))] if timeout else [])],
         )
     except ValueError as error:

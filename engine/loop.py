@@ -26,6 +26,7 @@ from engine.objective import Objective, Phase, weighted_sum
 from engine.run_folder import RunFolder
 from engine.schedule import learning_rate
 from engine.totals import Totals
+from engine.tracking import log_epoch, start_trackers
 
 READ_EVERY = 20  # iterations between two looks at the losses: each look waits for the device
 EVALUATION_BATCH = 500
@@ -114,8 +115,7 @@ class Loop:
             self.folder.lock()
             self.folder.begin(self.config.as_dict())
             self._follow_up()
-        if self.config.with_tracking:
-            self.accelerator.init_trackers("tensorboard")
+        start_trackers(self.accelerator, self.config)
         keep_freed_memory(self.accelerator.device)
         start = time.perf_counter()
         self.objective.before_training(self.train, self.accelerator, self.console)
@@ -239,12 +239,7 @@ class Loop:
         latest = {}
         for iteration, name, value in totals.read():
             if not math.isfinite(value):
-                saved = self.folder.last if self.folder.last.is_file() else "none yet"
-                raise RunError(
-                    f"the loss term '{name}' became {value} in iteration {iteration} "
-                    f"({self._name(self.progress.epoch)}); "
-                    f"last good checkpoint: {saved}. A lower --lr usually helps."
-                )
+                raise self._diverged(f"the loss term '{name}' became {value} in iteration {iteration}")
             latest[name] = f"{value:.3f}"
         return latest
 
@@ -296,7 +291,7 @@ class Loop:
         ):
             self._save()
         self.console.row(row, self._name(progress.epoch - 1).removeprefix("epoch "))
-        self._track(row)
+        log_epoch(self.accelerator, row, progress.epoch)
         if self.accelerator.is_main_process:
             self._follow_up()
         self._warn()
@@ -332,13 +327,6 @@ class Loop:
             self.progress.best = {"top1": top1, "epoch": row["epoch"], "chosen_on": chosen_on}
         return better
 
-    def _track(self, row: dict) -> None:
-        if self.config.with_tracking:  # trackers want flat plain numbers
-            values = {f"loss/{name}": value for name, value in row["losses"].items()}
-            values |= {f"accuracy/{name}": value for name, value in row["accuracy"].items()}
-            values |= {name: row[name] for name in ("lr", "images_per_second")}
-            self.accelerator.log(values, step=self.progress.epoch)
-
     def _evaluate(self, split: AnySplit) -> tuple[dict[str, float], dict[str, float]]:
         """Top-1 and top-5 in percent, by network name, over all images of `split` exactly once."""
         objective, epoch = self.objective.eval(), self.progress.epoch
@@ -354,11 +342,11 @@ class Loop:
     def _check_finite(self) -> None:
         """A finite loss can be followed by an update that is not: stop before it is saved as good."""
         if not replicas.is_finite(self.objective, self.accelerator):
-            saved = self.folder.last if self.folder.last.is_file() else "none yet"
-            raise RunError(
-                f"the weights are no longer finite after iteration {self.progress.iteration - 1} "
-                f"({self._name(self.progress.epoch)}); last good checkpoint: {saved}. A lower --lr usually helps."
-            )
+            raise self._diverged(f"the weights are no longer finite after iteration {self.progress.iteration - 1}")
+
+    def _diverged(self, what: str) -> RunError:
+        saved, epoch = self.folder.last if self.folder.last.is_file() else "none yet", self._name(self.progress.epoch)
+        return RunError(f"{what} ({epoch}); last good checkpoint: {saved}. A lower --lr usually helps.")
 
     def _check_in_step(self) -> None:
         if not replicas.are_equal(self.objective, self.accelerator):

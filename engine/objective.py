@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -57,6 +58,7 @@ class Objective(nn.Module, ABC):
         copies: how many differently augmented copies of a batch, one behind the other, `forward` wants as its images.
         capturable: whether, within an epoch, every step of the weights launches the same kernels (--cuda_graph).
         sparse_gradients: whether some iterations leave some parameters without a gradient, the same in all processes.
+        pool: of a teacher for a pool of students: that pool (models.pool.Pool); it is kept in model.json.
     """
 
     term_weights: dict[str, float]
@@ -65,6 +67,12 @@ class Objective(nn.Module, ABC):
     copies = 1
     capturable = True
     sparse_gradients = False
+    pool = None
+
+    @classmethod
+    def held_out(cls, options) -> float:
+        """Part of the training split that is kept for its phases, and given to it when it is made."""
+        return 0.0
 
     @abstractmethod
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
@@ -81,6 +89,9 @@ class Objective(nn.Module, ABC):
     def phase(self, iteration: int) -> Phase | None:
         """Which of `phases` an iteration belongs to; None: it trains the weights."""
         return None
+
+    def save_beside(self, folder: Path) -> None:
+        """Called when training ends, in the main process: time to write more than the trained model."""
 
     def weight_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())

@@ -58,7 +58,8 @@ class Run:
             f"{data.image_size}x{data.image_size}, {data.num_classes} classes; seed {self.config.seed}, "
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, kernels: {self.kernels}"
         )
-        for line in (data.described, *lines):
+        unread = f"not read by --method {self.config.method}: {', '.join(self.config.unread)}"
+        for line in (data.described, unread if self.config.unread else None, *lines):
             if line:
                 self.console.print(line)
 

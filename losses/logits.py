@@ -1,15 +1,18 @@
 """Methods on logits: cross-entropy alone, KD, RCO, DKD and SCKD."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common import UserError
 from data.batch import Batch
 from kernels import cross_entropy, decoupled_kd_loss, kd_loss
 from losses.method import Method, MethodContext, Outputs
+from losses.options import TemperatureOptions, check_weights
 
 # beta by (teacher, student), as in the paper's Tables 6 and 7.
 DKD_BETAS = {
@@ -39,12 +42,28 @@ class CrossEntropy(Method):
         return {"ce": cross_entropy(student.logits, batch.labels)}
 
 
+@dataclass
+class KDOptions(TemperatureOptions):
+    """Options of plain KD.
+
+    Args:
+        alpha: weight of T^2 KL; the cross-entropy with the labels gets 1 - alpha.
+    """
+
+    alpha: float = 0.9
+
+    def check(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"--alpha {self.alpha}: must be in [0, 1]")
+
+
 class KD(Method):
     """(1 - alpha) CE(q, y) + alpha T^2 KL(p_T || q_T), p_T and q_T the softmax of teacher's and student's logits over T
     (Hinton et al., 2015, section 2). Both are computed in one pass over the logits."""
 
     paper = "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network (2015)"
     usual = "0.9 KD, 0.1 labels"
+    options, joined_options = KDOptions, TemperatureOptions
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
@@ -84,12 +103,29 @@ class RCO(KD):
     anchors = True
 
 
+@dataclass
+class DKDOptions(TemperatureOptions):
+    """Options of DKD.
+
+    Args:
+        dkd_alpha: weight of the target's part.
+        dkd_beta: weight of the other classes' part; default: the paper's for the pair, else 8.
+    """
+
+    dkd_alpha: float = 1.0
+    dkd_beta: float | None = None
+
+    def check(self) -> None:
+        check_weights(self, "dkd_alpha", "dkd_beta")
+
+
 class DKD(Method):
     """T^2 (alpha TCKD + beta NCKD) (Zhao et al., eq. 7): the divergence between target and others, and that
     among the others, at alpha 1 and beta by pair (--dkd_alpha, --dkd_beta). It rises from 0 over 20 epochs."""
 
     paper = "Zhao et al.: Decoupled Knowledge Distillation (2022)"
     usual = "1 target, others by pair (8)"
+    options = DKDOptions
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
@@ -117,6 +153,7 @@ class SCKD(Method):
     """
 
     paper = "Zhu, Wang: Student Customized Knowledge Distillation (2021)"
+    options = TemperatureOptions
 
     def __init__(self, context: MethodContext):
         super().__init__(context)

@@ -43,7 +43,7 @@ class MethodContext:
         student_outputs, teacher_outputs: their outputs for two random images, in eval mode, for the shapes.
         num_classes: of the labels.
         images: how many the training split has, None for a stream.
-        options: temperature and what else the user may set (distill.py).
+        options: the run's, those of `Method.options` among them.
         student_name, teacher_name: as in the zoo.
     """
 
@@ -79,6 +79,9 @@ class Method(nn.Module):
         peers: whether it is no loss between a student and a teacher, but networks that train together.
         needs_validation: whether it learns from a validation split (--val_fraction).
         needs_teacher: False for none at all.
+        options: a dataclass of the options that are the method's own, each a flag with a default; found in
+            `context.options`. Weights, the teacher's and the warm-up's are not among them: they follow from the above.
+        joined_options: the same where other methods stand beside it; None: no others.
 
     Raises:
         TypeError: a subclass with warmup_epochs, but without warmup() or warmup_terms.
@@ -86,6 +89,8 @@ class Method(nn.Module):
 
     paper: str
     usual: str = "1"
+    options: type | None = None
+    joined_options: type | None = None
     weight: float = 1.0
     terms: Mapping[str, float] = MappingProxyType({})
     needs_teacher = True

@@ -1,5 +1,7 @@
 """Losses of peers, networks that train together without a teacher: DML's mutual loss and KDCL's ensembles."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,39 +14,6 @@ STEPS = 14  # of Newton's method for the best combination
 BARRIERS = (1.0, 1e-5)  # nats, in the first of them and the last
 REACH = 0.95  # share of the way to the border of the simplex that a step may go
 HALVINGS = 6  # of the step, that its line search compares
-
-
-class DML(CrossEntropy):
-    """Mutual learning (objectives.peers)."""
-
-    paper = "Zhang et al.: Deep Mutual Learning (2018)"
-    usual, peers = "1", True
-
-
-class KDCL(CrossEntropy):
-    """Peers learn from the best of them."""
-
-    paper = "Guo et al.: Online Knowledge Distillation via Collaborative Learning (2020)"
-    usual, peers = "1", True
-
-
-class KDCLLinear(KDCL):
-    """Peers learn from the best convex combination of their logits."""
-
-    paper = f"{KDCL.paper}, linear"
-
-
-class KDCLMinLogit(KDCL):
-    """Peers learn from the least of their logits, class by class."""
-
-    paper = f"{KDCL.paper}, min-logit"
-
-
-class KDCLGeneral(KDCL):
-    """Peers learn from the combination with the least error on a validation split."""
-
-    paper = f"{KDCL.paper}, general"
-    needs_validation = True
 
 
 def mutual(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,5 +122,46 @@ def least_error_shares(errors: Tensor) -> Tensor:
     return shares / shares.sum()
 
 
-# Those that a batch's own labels decide.
-ENSEMBLES = {"kdcl": best_peer, "kdcl_linear": best_combination, "kdcl_minlogit": least_logits}
+class DML(CrossEntropy):
+    """The row of `objectives.peers.Peers` for mutual learning.
+
+    Attributes of all such rows:
+        temperature: of the KL.
+        own_copies: whether every peer sees a copy of the batch that is augmented for itself.
+        ensemble: the teacher's logits [N, C] of the peers' [K, N, C] and labels [N]; None: each peer learns from the
+            others, or with `needs_validation`, from the combination with the least error there.
+    """
+
+    paper = "Zhang et al.: Deep Mutual Learning (2018)"
+    usual, peers = "1", True
+    temperature, own_copies = 1.0, False
+    ensemble: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+class KDCL(DML):
+    """The row for the ensemble that is the best peer."""
+
+    paper = "Guo et al.: Online Knowledge Distillation via Collaborative Learning (2020)"
+    temperature, own_copies = 2.0, True
+    ensemble = staticmethod(best_peer)
+
+
+class KDCLLinear(KDCL):
+    """The row for the best convex combination."""
+
+    paper = f"{KDCL.paper}, linear"
+    ensemble = staticmethod(best_combination)
+
+
+class KDCLMinLogit(KDCL):
+    """The row for the least logits."""
+
+    paper = f"{KDCL.paper}, min-logit"
+    ensemble = staticmethod(least_logits)
+
+
+class KDCLGeneral(KDCL):
+    """The row for the combination with the least error on a validation split."""
+
+    paper = f"{KDCL.paper}, general"
+    ensemble, needs_validation = None, True

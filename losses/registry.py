@@ -1,6 +1,11 @@
 """Knowledge-distillation losses: one row in `METHODS` for each."""
 
 import importlib.util
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 
 from common import UserError, check_name
@@ -8,6 +13,7 @@ from losses.contrastive import CRD
 from losses.features import AB, AT, FT, NST, OH, VID, FitNets
 from losses.logits import DKD, KD, RCO, SCKD, CrossEntropy
 from losses.method import Method
+from losses.options import LabelOptions, PeersOptions, TeacherOptions, TemperatureOptions, WarmupOptions
 from losses.peers import DML, KDCL, KDCLGeneral, KDCLLinear, KDCLMinLogit
 from losses.relations import CC, PKT, RKD, SP
 from losses.review import ReviewKD
@@ -55,21 +61,49 @@ def find_methods(names: str) -> list[type[Method]]:
     return found
 
 
+def options_of(methods: Sequence[type[Method]], kd_weight: float | None = None) -> tuple[type, ...]:
+    """The dataclasses of the options that methods read together; `kd_weight` is the one of the T^2 KL beside them."""
+    found: list[type | None] = []
+    for method in methods:
+        joined = len(methods) > 1 and method.joined_options is not None
+        found += [method.joined_options if joined else method.options]
+        found += [WarmupOptions if method.warmup_epochs else None]
+        found += [TemperatureOptions if method.needs_teacher and (kd_weight or method.kd_weight) else None]
+        found += [TeacherOptions if method.needs_teacher else PeersOptions if method.peers else LabelOptions]
+    return tuple(dict.fromkeys(each for each in found if each is not None))
+
+
+@cache
 def _own_method(place: str) -> type[Method]:
     """The class in a file of the user's, which is executed."""
     path, _, name = place.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"--method {place}: there is no file '{path}'")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file does at its top level
-        raise UserError(f"--method {place}: cannot be imported ({type(error).__name__}: {error})") from None
-    found = getattr(module, name, None)
+    found = getattr(_own_module(place, path), name, None)
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise UserError(f"--method {place}: defines no class {name} that extends losses.method.Method")
+    if found.forward is Method.forward:
+        raise UserError(f"--method {place}: {name} has no forward(student, teacher, batch), which computes its terms")
+    for options in (found.options, found.joined_options):
+        if options is not None and not (isinstance(options, type) and is_dataclass(options)):
+            raise UserError(f"--method {place}: {name}.options must be a dataclass")
     return found
+
+
+@cache
+def _own_module(place: str, path: str):
+    name = f"method_{Path(path).stem}_{len(sys.modules)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for their module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever the user's file does at its top level
+        del sys.modules[name]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
+        said = f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}".rstrip(": ")
+        raise UserError(f"--method {place}: your file cannot be imported: {path}, line {line}: {said}") from None
+    return module
 
 
 def needs_of(method: type[Method]) -> str:

@@ -10,6 +10,7 @@ from common import UserError
 from data.batch import Batch
 from kernels import cross_entropy, kd_loss
 from losses.method import Method, MethodContext, Outputs, full_precision
+from losses.options import TemperatureOptions
 
 
 def rotate(images: Tensor) -> Tensor:
@@ -44,6 +45,7 @@ class SSKD(SelfSupervised):
     student_features = teacher_features = "embedding"
     warmup_epochs, warmup_terms = 60, {"contrast": 1.0}
     ce_weight, kd_weight = 0.1, 0.9
+    options = TemperatureOptions
     TEMPERATURE = 0.5  # of the cosines
     KEPT_CLASSES, KEPT_IMAGES = 1.0, 0.75  # shares of what the teacher gets wrong
 

@@ -288,6 +288,11 @@ def build_methods(
         *names,
     )
     built = [each(context) for each in classes]
+    for method in built:
+        if not method.terms:
+            raise UserError(
+                f"--method {type(method).__name__}: has no `terms`, the names of its losses and their weights"
+            )
     weights = options.method_weights or [method.weight for method in built]
     joined = len(built) > 1
     ce_weight = 1.0 if joined else built[0].ce_weight

@@ -12,12 +12,29 @@ from common import UserError
 from engine.objective import Objective
 from kernels import cross_entropy, kd_loss
 from models.network import Network
+from models.pool import Pool
 
 CAPPED = 0.8  # share of the cross-entropy at which the branches' pull balances the labels'
 
 
 @dataclass
-class BranchOptions:
+class PoolOptions:
+    """Options of whatever has to do with a pool of students.
+
+    Args:
+        pool: the pool of students: of pool:SEED, and of what GTN's supernet stands for.
+    """
+
+    title = "pool of students"
+
+    pool: Pool = field(default_factory=Pool)
+
+    def check(self) -> None:
+        self.pool.check()
+
+
+@dataclass
+class BranchOptions(PoolOptions):
     """Options of teachers with branches (--method sftn and gtn).
 
     Args:
@@ -51,8 +68,9 @@ class BranchOptions:
     branches: list[int] = field(default_factory=list)
     teacher_cut: Literal["stages", "depth"] = "stages"
 
-    def check_branches(self) -> None:
+    def check(self) -> None:
         """Raise UserError for values outside their range."""
+        super().check()
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"--temperature {self.temperature}: must be above 0")
         if not 0 <= self.alpha < float("inf"):

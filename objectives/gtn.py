@@ -5,22 +5,25 @@ Architectures" (arXiv 2407.16040). Branches as in SFTN (Park et al., NeurIPS 202
 (Cai et al., ICLR 2019). What the paper leaves open is an option here and marked (ours).
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Literal
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from common import UserError, derive_seed
+from common import UserError, derive_seed, write_atomically
 from data.batch import Batch
 from data.splits import AnySplit
+from engine.checkpoint import state_tensors
 from engine.objective import Phase
 from models.branches import graft
 from models.network import Network, block_shapes, count_parameters, cut, macs, run_blocks
-from models.pool import Pool
 from models.supernet import Draw
 from objectives.gates import Gates
 from objectives.grafted import BranchOptions, Grafted, branch_points
@@ -32,7 +35,7 @@ STILL_HIGH = 0.9  # share of its peak that the KL must have left behind by the e
 
 @dataclass
 class GTNOptions(BranchOptions):
-    """Options of --method gtn; those of branches are --method sftn's too.
+    """Options of GTN.
 
     Args:
         alpha_phi: weight of that KL in the gates' loss, at most 0; default -alpha.
@@ -45,7 +48,8 @@ class GTNOptions(BranchOptions):
         paths: a path of its own for every branch, or one, whose ends all branches run (the paper leaves it open).
         share_branches: branches share the supernet's weights where they overlap.
         save_supernet: save teacher, branches and gates beside the teacher, for student search.
-        pool: the student pool.
+        pool_students: students of the pool, named as for distill.py (pool:SEED, specs as .json): the supernet offers
+            in each layer what these take there, and nothing else. Their specs are kept in students/.
     """
 
     alpha_phi: float | None = None
@@ -57,11 +61,11 @@ class GTNOptions(BranchOptions):
     paths: Literal["own", "one"] = "own"
     share_branches: bool = False
     save_supernet: bool = False
-    pool: Pool = field(default_factory=Pool)
+    pool_students: list[str] = field(default_factory=list)
 
-    def check_gtn(self) -> None:
+    def check(self) -> None:
         """Raise UserError for values outside their range."""
-        self.check_branches()
+        super().check()
         if self.alpha_phi is not None and self.alpha_phi > 0:
             raise UserError(f"--alpha_phi {self.alpha_phi}: must be at most 0")
         if self.gate_every < 0 or self.gate_every == 1:
@@ -70,7 +74,6 @@ class GTNOptions(BranchOptions):
             raise UserError(f"--gate_holdout {self.gate_holdout}: must be in [0, 1), 0 when --gate_every is 0")
         if self.gate_lr <= 0:
             raise UserError(f"--gate_lr {self.gate_lr}: must be above 0")
-        self.pool.check()
 
 
 class GTN(Grafted):
@@ -87,7 +90,7 @@ class GTN(Grafted):
     def __init__(self, teacher: Network, options: GTNOptions, image_size: int, gate_split: AnySplit | None = None):
         super().__init__()
         self.teacher = teacher
-        self.options = options
+        self.options, self.pool = options, options.pool
         cut(teacher, options.teacher_cut)
         num_classes = teacher.fc.out_features
         shapes = block_shapes(teacher, image_size)
@@ -104,6 +107,10 @@ class GTN(Grafted):
         self.phases = (self._gate_phase(gate_split),)
         norms = (nn.modules.batchnorm._BatchNorm,)
         self._norms = tuple(module for module in self.modules() if isinstance(module, norms))
+
+    @classmethod
+    def held_out(cls, options: GTNOptions) -> float:
+        return options.gate_holdout
 
     def phase(self, iteration: int) -> Phase | None:
         every = self.options.gate_every
@@ -189,6 +196,16 @@ class GTN(Grafted):
                 gates[f"branch{index}"][f"L{first + place}"] = {name: round(p, 5) for name, p in named}
                 entropy[f"branch{index}"][f"L{first + place}"] = round(entropies[i][place], 5)
         return {"gates": gates, "gate_entropy": entropy}
+
+    def save_beside(self, folder: Path) -> None:
+        """With --save_supernet branches and gates, the pool and the gates' probabilities as JSON in the metadata."""
+        if not self.options.save_supernet:
+            return
+        names = ("branches.", "gates.phi")
+        tensors = {name: tensor for name, tensor in state_tensors(self).items() if name.startswith(names)}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"pool": json.dumps(asdict(self.pool)), "gates": json.dumps(self.record()["gates"])}
+        write_atomically(folder / "supernet.safetensors", safetensors.torch.save(tensors, metadata))
 
     def warnings(self, history: list[dict]) -> dict[str, str]:
         """The method's known ways to fail: collapsed gates, a KL that does not fall, a teacher that is held back."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from data.batch import Batch
 from engine.objective import Objective
 from kernels import kd_loss
-from losses.peers import ENSEMBLES, error_products, least_error_shares, mutual, shared_logits
+from losses.peers import DML, error_products, least_error_shares, mutual, shared_logits
 
 
 class Peers(Objective):
@@ -24,17 +24,16 @@ class Peers(Objective):
 
     Args:
         students: the networks, at least two.
-        method: dml, kdcl, kdcl_linear, kdcl_minlogit or kdcl_general.
-        kl_weight, temperature: as above; DML has T = 1.
+        method: the row of losses.registry.METHODS: a class of losses.peers.
+        kl_weight: as above.
     """
 
-    def __init__(self, students: Sequence[nn.Module], method: str, kl_weight: float = 1.0, temperature: float = 2.0):
+    def __init__(self, students: Sequence[nn.Module], method: type[DML], kl_weight: float = 1.0):
         super().__init__()
         self.peers, self.method = nn.ModuleList(students), method
-        self.temperature = 1.0 if method == "dml" else temperature
-        self.term_weights = {"ce": 1.0, "kl": kl_weight * self.temperature**2}
-        self.copies = 1 if method == "dml" else len(students)
-        self.general, count = method == "kdcl_general", len(students)
+        self.term_weights = {"ce": 1.0, "kl": kl_weight * method.temperature**2}
+        self.copies = len(students) if method.own_copies else 1
+        self.general, count = method.needs_validation, len(students)
         self.register_buffer("shares", torch.full((count,), 1 / count, dtype=torch.float64) if self.general else None)
         self.register_buffer("errors", torch.zeros(count, count, dtype=torch.float64) if self.general else None)
 
@@ -43,12 +42,12 @@ class Peers(Objective):
         images, labels = batch.images, batch.labels
         copies = images.chunk(len(self.peers)) if self.copies > 1 else [images] * len(self.peers)
         logits = torch.stack([peer(each) for peer, each in zip(self.peers, copies, strict=True)])
-        if self.method == "dml":
-            ce, kl = mutual(logits, labels)
+        fixed, method = logits.detach(), self.method
+        if self.general or method.ensemble:
+            teacher = shared_logits(fixed, self.shares) if self.general else method.ensemble(fixed, labels)
+            ce, kl = kd_loss(logits, teacher, labels, temperature=method.temperature)
         else:
-            fixed = logits.detach()
-            teacher = shared_logits(fixed, self.shares) if self.general else ENSEMBLES[self.method](fixed, labels)
-            ce, kl = kd_loss(logits, teacher, labels, temperature=self.temperature)
+            ce, kl = mutual(logits, labels)
         return {"ce": ce.sum(), "kl": kl.sum()}
 
     def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@ Source: Park et al., "Learning Student-Friendly Teacher Networks for Knowledge D
 arXiv 2102.07650), section 3, eq. 3 to 6.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,18 @@ from data.batch import Batch
 from models import create_model
 from models.branches import feature_transform
 from models.network import Network, block_shapes, cut, run_blocks
-from objectives.grafted import Grafted, branch_points
+from objectives.grafted import BranchOptions, Grafted, branch_points
+
+
+@dataclass
+class SFTNOptions(BranchOptions):
+    """Options of SFTN.
+
+    Args:
+        student: the one student that the branches stand for, named as for distill.py.
+    """
+
+    student: str | None = None
 
 
 class SFTN(Grafted):
@@ -23,7 +36,7 @@ class SFTN(Grafted):
     larger one than the student to come is the paper's Table 9.
     """
 
-    def __init__(self, teacher: Network, options, image_size: int):
+    def __init__(self, teacher: Network, options: SFTNOptions, image_size: int):
         super().__init__()
         if options.student is None:
             raise UserError("--student: --method sftn needs the student that the teacher is for")

@@ -209,4 +209,4 @@ def test_a_capped_teacher_is_named(teacher_ce, warned):
 )
 def test_options_out_of_range_are_named(options, named):
     with pytest.raises(UserError, match=named):
-        Options(**options).check_gtn()
+        Options(**options).check()

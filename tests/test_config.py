@@ -6,7 +6,8 @@ import pytest
 
 from common import UserError
 from distill import DistillConfig
-from engine.config import RunConfig, parse
+from engine.command_line import parse
+from engine.config import RunConfig
 from train_teacher import TeacherConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -19,7 +20,7 @@ def teacher(*argv: str) -> TeacherConfig:
 @pytest.fixture
 def recipe(tmp_path) -> str:
     path = tmp_path / "recipe.yaml"
-    path.write_text("lr: 0.2\nmethod: gtn\nepochs: 7\npool:\n  stem: 8\n  widths: [1, 2, 3]\n")
+    path.write_text("lr: 0.2\nmethod: gtn\nepochs: 7\npool:\n  stem: 8\n  widths: [1, 2, 3]\n  strides: [1, 1, 2]\n")
     return str(path)
 
 
@@ -39,10 +40,11 @@ def test_a_recipe_by_equals_sign(recipe):
     assert teacher("--lr=0.3", f"--config={recipe}").epochs == 7 and teacher(f"--config={recipe}").lr == 0.2
 
 
-@pytest.mark.parametrize("written", [["1", "2"], ["[1,2]"], ["[1, 2]"]])
+@pytest.mark.parametrize("written", [["1", "2", "2"], ["[1,2,2]"], ["[1, 2, 2]"]])
 def test_lists_as_words_or_in_brackets(written):
-    assert teacher("--lr_milestones", *written, "--pool.widths", *written).lr_milestones == [1, 2]
-    assert teacher("--pool.widths", *written).pool.widths == [1, 2]
+    flags = ("--lr_milestones", "--pool.widths", "--pool.strides")
+    config = teacher("--method", "gtn", *(word for flag in flags for word in (flag, *written)))
+    assert config.lr_milestones == config.pool.widths == config.pool.strides == [1, 2, 2]
 
 
 def test_booleans_alone_or_with_a_value():
@@ -134,7 +136,7 @@ def test_every_recipe_is_understood(path):
     config_class = DistillConfig if path.stem.endswith("_kd") else TeacherConfig
     config = parse(config_class, "usage", {}, ["--config", str(path)])
     if isinstance(config, TeacherConfig):
-        config.check_gtn()
+        config.check()
     assert config.dataset == path.stem.split("_")[0]
     assert 5 <= len(path.read_text().splitlines()) <= 25
 

@@ -15,7 +15,7 @@ NAMES = [name for name, method in METHODS.items() if method.needs_teacher]
 WARM = [name for name in NAMES if METHODS[name].warmup_epochs]
 BATCHES = 3  # an epoch
 FIXED = ["--student", "resnet8", "--train_fraction", "0.1", "--batch_size", "48", "--epochs", "1"]
-FIXED += ["--warmup_epochs", "1", "--lr", "0.01"]
+FIXED += ["--lr", "0.01"]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,8 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def arguments(teacher: Path, name: str, folder: Path, *more: str) -> list:
-    return ["--teacher", teacher, "--method", name, *FIXED, *more, "--output_dir", folder]
+    warmup = ["--warmup_epochs", "1"] if any(each in WARM for each in name.split("+")) else []
+    return ["--teacher", teacher, "--method", name, *FIXED, *warmup, *more, "--output_dir", folder]
 
 
 @pytest.fixture(scope="module")

@@ -238,7 +238,7 @@ def test_warnings_name_what_went_wrong_and_nothing_else():
 )
 def test_options_out_of_range_are_named(options, named):
     with pytest.raises(UserError, match=named):
-        Options(**options).check_gtn()
+        Options(**options).check()
 
 
 def test_what_is_not_drawn_gets_no_gradient_no_decay_and_no_momentum():

@@ -12,7 +12,6 @@ from data.datasets import load_images
 from data.loader import DeviceLoader
 from engine.objective import weighted_sum
 from losses.peers import (
-    ENSEMBLES,
     best_combination,
     best_peer,
     error_products,
@@ -21,12 +20,13 @@ from losses.peers import (
     mutual,
     shared_logits,
 )
+from losses.registry import METHODS
 from models import create_model
 from objectives.peers import Peers
 from tests.runs import TINY, forked, forked_two, here, read_json, read_rows, succeeded
 
 F64 = torch.float64
-NAMES = ["dml", *ENSEMBLES, "kdcl_general"]
+NAMES = [name for name, method in METHODS.items() if method.peers]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -105,7 +105,7 @@ def test_swapping_peers_swaps_their_gradients(name):
     images, labels = torch.randn(6, 3, 16, 16), torch.arange(6) % 4
     results = []
     for networks in ([one, two], [two, one]):
-        objective = Peers(networks, name)
+        objective = Peers(networks, METHODS[name])
         batch = Batch(images if objective.copies == 1 else torch.cat([images, images]), labels)
         objective.zero_grad()
         terms = objective(batch, 0)
@@ -121,7 +121,7 @@ def test_twins_have_nothing_to_teach(name):
     torch.manual_seed(0)
     one, two = create_model("resnet8", 4), create_model("resnet8", 4)
     two.load_state_dict(one.state_dict())
-    objective = Peers([one, two], name).eval()
+    objective = Peers([one, two], METHODS[name]).eval()
     images, labels = torch.randn(6, 3, 16, 16), torch.arange(6) % 4
     found = objective(Batch(images if objective.copies == 1 else torch.cat([images] * 2), labels), 0)["kl"]
     assert abs(found.item()) < 1e-5
@@ -158,10 +158,10 @@ def test_the_scripts_train_peers(tmp_path):
     (shares,) = (tensor for name, tensor in state.items() if name.endswith("shares"))
     assert shares.sum().item() == pytest.approx(1) and shares.tolist() != [0.5, 0.5]
     done = here("distill.py", *fixed, "--method", "none", "--peers", "resnet8", "--output_dir", tmp_path / "no")
-    assert done.returncode == 2 and "--peers resnet8: are for" in done.stderr
+    assert done.returncode == 2 and "--peers resnet8 (for dml" in done.stderr
 
 
 def test_peers_are_an_objective():
-    objective = Peers([nn.Identity(), nn.Identity()], "kdcl")
+    objective = Peers([nn.Identity(), nn.Identity()], METHODS["kdcl"])
     assert objective.copies == 2 and objective.term_weights == {"ce": 1.0, "kl": 4.0}
-    assert Peers([nn.Identity(), nn.Identity()], "dml").term_weights == {"ce": 1.0, "kl": 1.0}
+    assert Peers([nn.Identity(), nn.Identity()], METHODS["dml"]).term_weights == {"ce": 1.0, "kl": 1.0}

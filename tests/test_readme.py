@@ -9,7 +9,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from distill import DistillConfig
-from engine.config import parse
+from engine.command_line import parse
 from losses.registry import describe_methods
 from tests.runs import forked, forked_processes, succeeded
 from train_teacher import TeacherConfig

@@ -12,7 +12,7 @@ import torch
 
 from common import UserError
 from distill import DistillConfig
-from engine.config import parse
+from engine.command_line import parse
 from losses.registry import find_methods
 from models import create_model
 from objectives.registry import TEACHERS

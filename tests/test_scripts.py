@@ -18,7 +18,7 @@ from PIL import Image
 import distill
 import train_teacher
 from distill import DistillConfig
-from engine.config import parse
+from engine.command_line import parse
 from models import create_model, load_pretrained
 from models.pool import Pool
 from tests.runs import TINY, TINY_GTN, TINY_POOL, forked, here, launch, python, read_json, read_rows, succeeded

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data.datasets import load_images
-from engine.config import parse
+from engine.command_line import parse
 from engine.console import Console
 from engine.distributed import run_script, start_accelerator
 from engine.loop import Loop

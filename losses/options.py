@@ -1,0 +1,113 @@
+"""Options that several distillation methods read; those of one method stand beside it."""
+
+from dataclasses import dataclass, field
+
+from common import UserError
+
+
+@dataclass
+class LabelOptions:
+    """Options of whatever learns from labels.
+
+    Args:
+        ce_weight: weight of the cross-entropy with the labels; default: the method's, usually 1.
+    """
+
+    title = "loss"
+
+    ce_weight: float | None = None
+
+    def check(self) -> None:
+        check_weights(self, "ce_weight")
+
+
+@dataclass
+class KLOptions:
+    """Options of whatever can have a KL on logits.
+
+    Args:
+        kd_weight: weight of T^2 KL on logits beside the method (at --temperature), or between peers; default: the
+            method's, usually 0, and 1 between peers.
+    """
+
+    title = "loss"
+
+    kd_weight: float | None = None
+
+    def check(self) -> None:
+        check_weights(self, "kd_weight")
+
+
+@dataclass
+class TeacherOptions(LabelOptions, KLOptions):
+    """Options of methods that learn from a teacher.
+
+    Args:
+        teacher: run folders of trained teachers (the logits of several are averaged), or names as for --student,
+            for example timm:resnet18, with published weights or those of --teacher_weights.
+        teacher_weights: weights of a teacher given by its name: a .safetensors, .pth or .pt file.
+        method_weights: weight of each method of --method; default: its paper's.
+        cache_teacher: ask the teacher before training about every crop and mirror of every image, and never again, for
+            methods on its logits; default: where that at least halves its work and takes at most 1 GiB.
+    """
+
+    title = "teacher"
+
+    teacher: list[str] = field(default_factory=list)
+    teacher_weights: str | None = None
+    method_weights: list[float] = field(default_factory=list)
+    cache_teacher: bool | None = None
+
+    def check(self) -> None:
+        if not all(0 <= weight < float("inf") for weight in self.method_weights):
+            raise UserError(f"--method_weights {self.method_weights}: must be numbers of at least 0")
+
+
+@dataclass
+class PeersOptions(KLOptions):
+    """Options of networks that train together.
+
+    Args:
+        peers: the networks that train together with the student; default: one like it.
+    """
+
+    peers: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TemperatureOptions:
+    """Options of methods with a softmax temperature to choose.
+
+    Args:
+        temperature: softmax temperature of teacher and student in terms on logits.
+    """
+
+    title = "loss"
+
+    temperature: float = 4.0
+
+    def check(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"--temperature {self.temperature}: must be above 0")
+
+
+@dataclass
+class WarmupOptions:
+    """Options of methods with a warm-up.
+
+    Args:
+        warmup_epochs: epochs of the warm-up; default: the method's.
+    """
+
+    warmup_epochs: int | None = None
+
+    def check(self) -> None:
+        if self.warmup_epochs is not None and self.warmup_epochs < 1:
+            raise UserError(f"--warmup_epochs {self.warmup_epochs}: must be at least 1")
+
+
+def check_weights(options: object, *names: str) -> None:
+    """Raise UserError for a weight that is given and is no finite number of at least 0."""
+    for name in names:
+        if (weight := getattr(options, name)) is not None and not 0 <= weight < float("inf"):
+            raise UserError(f"--{name} {weight}: must be a number of at least 0")
