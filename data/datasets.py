@@ -104,12 +104,7 @@ def load_images(
             without `image_size`, labels that are not class indices, or an empty split.
     """
     options = options or DataOptions()
-    kind, _, place = name.partition(":")
-    check_name("--dataset", kind, ["digits", *HUB, "parquet", "folder"])
-    if bool(place) != (kind in ("parquet", "folder")):
-        raise UserError(f"--dataset {name}: a place follows parquet: and folder: only, and must follow them")
-    if options.data_dir is not None and kind not in HUB:
-        raise UserError(f"--data_dir {options.data_dir}: only for data sets by name ({', '.join(HUB)})")
+    kind, place = _kind_and_place(name, options)
     known = HUB.get(kind)
     augment = options.augment or ("resized_crop" if known and known.resized_crop else "crop")
     image_size = image_size or (known.size if known else None)
@@ -144,6 +139,16 @@ def load_images(
     mean, std = _normalisation(train, size, known is not None and known.resized_crop)
     flip = kind != "digits"
     return ImageSet(name, num_classes, size, train, test, mean, std, flip, augment, described)
+
+
+def _kind_and_place(name: str, options: DataOptions) -> tuple[str, str]:
+    kind, _, place = name.partition(":")
+    check_name("--dataset", kind, ["digits", *HUB, "parquet", "folder"])
+    if bool(place) != (kind in ("parquet", "folder")):
+        raise UserError(f"--dataset {name}: a place follows parquet: and folder: only, and must follow them")
+    if options.data_dir is not None and kind not in HUB:
+        raise UserError(f"--data_dir {options.data_dir}: only for data sets by name ({', '.join(HUB)})")
+    return kind, place
 
 
 def hold_out(data: ImageSet, fraction: float, purpose: str) -> tuple[ImageSet, AnySplit | None]:

@@ -77,7 +77,7 @@ def test_a_students_pool_is_optional_and_can_be_given_in_parts():
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--config"], "--config"),
         (["--lr", "0"], "--lr 0.0: must be above 0"),
-        (["--epochs", "0"], "--epochs 0: must be at least 1"),
+        (["--epochs", "0"], "--epochs 0: must be from 1 to a million"),
         (["--batch_size", "1"], "--batch_size 1"),
         (["--momentum", "1"], "--momentum 1.0"),
         (["--val_fraction", "1"], "--val_fraction 1.0"),
