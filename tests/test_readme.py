@@ -1,4 +1,4 @@
-"""The README's commands: every one is parsed by the real parsers, those for a CPU are run."""
+"""The commands of the README and of docs/: every one is parsed by the real parsers, those for a CPU are run."""
 
 import re
 import shlex
@@ -18,13 +18,21 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = {"train_teacher.py": TeacherConfig, "distill.py": DistillConfig}
 
 
+def text() -> str:
+    """The README, then the pages of docs/ in the order in which it names them."""
+    readme = (ROOT / "README.md").read_text()
+    pages = dict.fromkeys(re.findall(r"\(docs/(\w+\.md)", readme))
+    assert set(pages) == {page.name for page in (ROOT / "docs").glob("*.md")}
+    return "\n".join([readme, *((ROOT / "docs" / page).read_text() for page in pages)])
+
+
 def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", text(), flags=re.DOTALL)
     return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
 def script_commands() -> list[str]:
-    return [command for command in commands() if not command.startswith(("make ", "python -m "))]
+    return [command for command in commands() if not command.startswith(("make ", "python -m ", ". "))]
 
 
 def split(command: str) -> tuple[dict[str, str], list[str]]:
@@ -34,9 +42,9 @@ def split(command: str) -> tuple[dict[str, str], list[str]]:
 
 
 def test_readme_shows_the_commands_that_matter():
-    text = "\n".join(commands())
+    shown = "\n".join(commands())
     for needed in ("make demo", "make test", "train_teacher.py", "distill.py", "--num_machines", "latest"):
-        assert needed in text
+        assert needed in shown
 
 
 @pytest.mark.parametrize("command", [command for command in commands() if command.startswith("make ")])
@@ -87,12 +95,20 @@ def test_modules_run(command):
 
 
 def test_the_table_of_methods_is_the_codes():
-    inside = (ROOT / "README.md").read_text().split("<!-- methods -->\n")[1].split("<!-- end of methods -->")[0]
+    inside = (ROOT / "docs/methods.md").read_text().split("<!-- methods -->\n")[1].split("<!-- end of methods -->")[0]
     assert inside.splitlines() == describe_methods(markdown=True)
 
 
 def test_python_examples_run():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", text(), flags=re.DOTALL)
     assert blocks
     for block in blocks:
         succeeded(forked("-c", block))
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
