@@ -19,7 +19,7 @@ def teacher(*argv: str) -> TeacherConfig:
 @pytest.fixture
 def recipe(tmp_path) -> str:
     path = tmp_path / "recipe.yaml"
-    path.write_text("lr: 0.2\nmethod: gtn\nepochs: 7\npool:\n  stem: 8\n  widths: [1, 2, 3]\n")
+    path.write_text("lr: 0.2\nmethod: gtn\nepochs: 7\npool:\n  stem: 8\n  widths: [1, 2, 3]\n  strides: [1, 2, 2]\n")
     return str(path)
 
 
@@ -39,10 +39,10 @@ def test_a_recipe_by_equals_sign(recipe):
     assert teacher("--lr=0.3", f"--config={recipe}").epochs == 7 and teacher(f"--config={recipe}").lr == 0.2
 
 
-@pytest.mark.parametrize("written", [["1", "2"], ["[1,2]"], ["[1, 2]"]])
+@pytest.mark.parametrize("written", [["1", "2", "3"], ["[1,2,3]"], ["[1, 2, 3]"]])
 def test_lists_as_words_or_in_brackets(written):
-    assert teacher("--lr_milestones", *written, "--pool.widths", *written).lr_milestones == [1, 2]
-    assert teacher("--pool.widths", *written).pool.widths == [1, 2]
+    config = teacher("--lr_milestones", *written, "--pool.widths", *written, "--pool.strides", "1", "2", "2")
+    assert config.lr_milestones == config.pool.widths == [1, 2, 3]
 
 
 def test_booleans_alone_or_with_a_value():

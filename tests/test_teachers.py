@@ -172,7 +172,7 @@ def test_mistakes_are_named():
         ("--teacher_weight", "-1", "--method", "sftn"): "must be at least 0",
     }.items():
         with pytest.raises(UserError, match=message):
-            parse(TeacherConfig, "", {}, list(arguments)).check_gtn()
+            parse(TeacherConfig, "", {}, list(arguments))
 
 
 def test_squared_error_is_equation_1():
