@@ -127,7 +127,7 @@ def compare(students, teacher, labels, form, T, limit=None, **options):
         assert a.dtype == x.dtype and error(a, b) < max(limit or GRADIENT_LIMIT[x.dtype], 2 * error(c.to(a.dtype), b))
 
 
-SHAPES = [(1, 1, 2), (1, 3, 7), (3, 5, 100), (2, 41, 1271), (1, 64, 10), (1, 2, 5001)]
+SHAPES = [(1, 1, 2), (1, 3, 7), (3, 5, 100), (2, 41 if GPU else 13, 1271), (1, 64, 10), (1, 2, 5001)]
 GRID = list(
     itertools.product(
         SHAPES + ([(3, 8, 32000), (1, 3, 128256), (3, 256, 1000)] if GPU else []),
