@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
+from data.batch import Batch
+from engine.objective import weighted_sum
 from kernels import decoupled_kd_loss, gated_mix, kd_loss
 from kernels import kd as kd_module
 from kernels.gates import _mix, _mix_backward
@@ -125,7 +127,7 @@ def compare(students, teacher, labels, form, T, limit=None, **options):
         assert a.dtype == x.dtype and error(a, b) < max(limit or GRADIENT_LIMIT[x.dtype], 2 * error(c.to(a.dtype), b))
 
 
-SHAPES = [(1, 1, 2), (1, 3, 7), (3, 5, 100), (2, 41, 1271), (1, 64, 10), (1, 2, 5001)]
+SHAPES = [(1, 1, 2), (1, 3, 7), (3, 5, 100), (2, 41 if GPU else 13, 1271), (1, 64, 10), (1, 2, 5001)]
 GRID = list(
     itertools.product(
         SHAPES + ([(3, 8, 32000), (1, 3, 128256), (3, 256, 1000)] if GPU else []),
@@ -460,19 +462,17 @@ def test_a_training_step_has_the_same_losses_and_gradients_with_either_implement
     pool = Pool(stem=4, head=8, widths=[4, 4, 4, 8, 8, 8], candidates=["res3x2", "identity", "zero"])
     torch.manual_seed(0)
     objective = GTN(create_model("resnet8", 10), Options(pool=pool), 16).to(DEVICE)
-    images, labels = torch.randn(6, 3, 16, 16, generator=generator()).to(DEVICE), labels_of(6, 10)
+    batch = Batch(torch.randn(6, 3, 16, 16, generator=generator()).to(DEVICE), labels_of(6, 10))
     for iteration in range(4):
         results = []
         for choice in ("triton", "reference"):
             kernels.use(choice, DEVICE)
             objective.zero_grad()
-            terms = objective(images, labels, iteration)
-            loss = sum(objective.term_weights[name] * term for name, term in terms.items())
-            phase = objective.phase(iteration)
-            loss.backward(inputs=objective.grad_inputs(phase))
-            wanted = objective.grad_inputs(phase) or [p for p in objective.parameters() if p.grad is not None]
+            terms, phase = objective(batch, iteration), objective.phase(iteration)
+            weighted_sum(objective, terms).backward(inputs=phase.grad_inputs() if phase else None)
+            wanted = phase.grad_inputs() if phase else [p for p in objective.parameters() if p.grad is not None]
             results.append(({name: term.item() for name, term in terms.items()}, [p.grad.clone() for p in wanted]))
-            objective.after_update(phase)
+            phase.after_update() if phase else objective.after_step()
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
         fused, plain = (torch.cat([gradient.flatten() for gradient in gradients]) for _, gradients in results)
         assert error(fused, plain) < 1e-5
