@@ -77,7 +77,9 @@ def test_commands_for_a_cpu_run(tmp_path):
 
 
 # tests/test_zoo.py runs `python -m models`.
-@pytest.mark.parametrize("command", [command for command in commands() if command.startswith("python -m models.")])
+@pytest.mark.parametrize(
+    "command", [command for command in commands() if command.startswith(("python -m models.", "python -m recipes"))]
+)
 def test_modules_run(command):
     done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and len(done.stdout.splitlines()) > 3, done.stderr
