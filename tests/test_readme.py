@@ -88,7 +88,9 @@ def test_commands_for_a_cpu_run(tmp_path):
 
 
 # tests/test_zoo.py runs `python -m models`.
-@pytest.mark.parametrize("command", [command for command in commands() if command.startswith("python -m models.")])
+@pytest.mark.parametrize(
+    "command", [command for command in commands() if command.startswith(("python -m models.", "python -m recipes"))]
+)
 def test_modules_run(command):
     done = forked(*shlex.split(command)[1:])
     assert done.returncode == 0 and len(done.stdout.splitlines()) > 3, done.stderr
