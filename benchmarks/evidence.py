@@ -143,7 +143,7 @@ def main() -> None:
 def command(run: Run, work: Path, data: dict[str, str]) -> list[str]:
     options = run.options | {"dataset": data.get(run.options["dataset"], run.options["dataset"]), "seed": run.seed}
     if run.teacher:
-        options["teacher"] = str(work / run.teacher)
+        options["teacher"] = [str(work / run.teacher)]
     if "weights" in options:
         options["weights"] = str(work / options["weights"])
     recipe = work / f"{run.name}.yaml"  # what a plan says of all students, not every method reads
