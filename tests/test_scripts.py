@@ -71,7 +71,7 @@ def test_the_teacher_is_a_plain_model(teacher):
 def test_tensorboard_holds_the_epochs(teacher):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(teacher[0] / "tensorboard")).Reload()
+    events = EventAccumulator(str(teacher[0] / "tensorboard" / "student-friendly-teachers")).Reload()
     assert {"loss/teacher_ce", "accuracy/branch1", "lr"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss/teacher_ce")] == [1, 2]
 
