@@ -2,7 +2,7 @@
 
 python train_teacher.py
 accelerate launch --config_file accelerate_config.yaml train_teacher.py \\
-    --config recipes/digits_gtn.yaml --output_dir runs/gtn
+    --config recipes/digits_gtn.yaml --weights runs/vanilla --output_dir runs/gtn
 accelerate launch --config_file accelerate_config.yaml train_teacher.py \\
     --config recipes/cifar100_resnet32_gtn.yaml --output_dir runs/t
 python train_teacher.py --method gtn --weights runs/vanilla --freeze_teacher_epochs 5 --epochs 20 --output_dir runs/g

@@ -226,7 +226,7 @@ def _decode(source: Source, image_size: int | None, progress: bool) -> Split:
 
 def _label(row: Row) -> int:
     if isinstance(row.label, bool) or not isinstance(row.label, int) or not 0 <= row.label < MAX_CLASSES:
-        shown = str(row.label) if not isinstance(row.label, int) or abs(row.label) < 10**20 else "of many digits"
+        shown = repr(row.label) if not isinstance(row.label, int) or abs(row.label) < 10**20 else "of many digits"
         raise UserError(
             f"--dataset: {row.where} has the label {shown}; labels are whole numbers from 0 to {MAX_CLASSES - 1}"
         )

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -28,12 +29,17 @@ def read_rgb(open_image: Callable[[], Image.Image], where: str, side: int | None
     return image
 
 
-def from_cell(cell: object) -> Image.Image:
+def from_cell(cell: object, folder: str | None = None) -> Image.Image:
     """Open a cell of an image column: the encoded bytes, or a struct of `bytes` and `path`.
 
-    A path alone is not followed: a data set that was fetched could name any file of this machine.
+    A path is followed only into `folder`, where the user said that the images are: a fetched data set could name any file
+    of this machine.
     """
     data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+    if data is None and path is not None and folder is not None:
+        if Path(folder).resolve() in Path(path).resolve().parents:
+            return Image.open(path)
+        raise ValueError(f"the cell's path ({path}) leads out of {folder}")
     if data is None:
         raise ValueError("the cell holds no image" if path is None else f"the cell holds a path ({path}), not an image")
     return Image.open(io.BytesIO(data))

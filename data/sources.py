@@ -77,6 +77,7 @@ class TableSource:
     image: str
     label: str
     classes: tuple[int, ...] | None = None
+    folder: str | None = None  # where cells may name files
 
     def __post_init__(self):
         if self.classes is not None:
@@ -93,7 +94,7 @@ class TableSource:
     def row(self, index: int) -> Row:
         cells = self.table[int(index)]
         label = self._number(cells[self.label])
-        return Row(f"{self.name} image {index}", lambda: from_cell(cells[self.image]), label)
+        return Row(f"{self.name} image {index}", lambda: from_cell(cells[self.image], self.folder), label)
 
     def _number(self, label):
         return label if self.classes is None else self.classes.index(label)
@@ -219,7 +220,8 @@ def hub_sources(name: str, data_dir: str | None, cache_dir: str | None, offline:
     for split in _split_names(name, splits):
         table = splits[split]
         image, label = _columns(name, table.column_names)
-        sources.append(TableSource(f"{name} {split}", undecoded(table, image), image, label, HUB[name].classes))
+        parts = (undecoded(table, image), image, label, HUB[name].classes, data_dir)
+        sources.append(TableSource(f"{name} {split}", *parts))
     return sources
 
 

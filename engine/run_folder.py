@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 import yaml
@@ -22,6 +23,10 @@ OUR_FOLDERS = ("plots", "checkpoints", "tensorboard", "anchors", "students")
 LOCK = ".lock"
 RUN_KEYS = {"method", "dataset", "seed", "epochs", "output_dir", "checkpointing_epochs"}  # of any run's config.yaml
 PACKAGES = ("torch", "torchvision", "triton", "accelerate", "safetensors")
+
+
+_locks: WeakSet = WeakSet()  # of this process; a worker that outlives the run must not hold them
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in list(_locks)])
 
 
 class RunFolder:
@@ -95,7 +100,7 @@ class RunFolder:
             self._lock = open(self.path / LOCK, "a")  # noqa: SIM115 - held until the process ends
         except OSError as error:
             raise UserError(f"--output_dir {self.path}: cannot be written to ({error.strerror})") from None
-        os.register_at_fork(after_in_child=self._lock.close)  # workers that outlive the run must not hold it
+        _locks.add(self._lock)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

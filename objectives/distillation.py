@@ -289,7 +289,7 @@ def build_methods(
     )
     built = [each(context) for each in classes]
     for method in built:
-        if not method.terms:
+        if not (method.terms or method.warmup_terms):
             raise UserError(
                 f"--method {type(method).__name__}: has no `terms`, the names of its losses and their weights"
             )

@@ -44,7 +44,7 @@ class Gates(nn.Module):
         Raises:
             FloatingPointError: gate parameters that are no longer finite.
         """
-        if not self.phi.isfinite().all():
+        if not all(map(math.isfinite, self.phi.detach().flatten().tolist())):
             raise FloatingPointError("the gates' parameters are no longer finite")
         return self.phi.detach().masked_fill(~self.offered, -math.inf).softmax(-1)
 

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 from PIL import Image
 
-from engine.run_folder import RunFolder
+from engine.run_folder import RUN_KEYS, RunFolder
 from tests.runs import TINY, forked, here, read_rows, succeeded
 from tests.test_models import Payload
 
@@ -163,7 +163,7 @@ def test_a_finished_run_and_foreign_files_are_not_touched(run, tmp_path):
 def test_a_folder_that_another_run_is_writing_to(tmp_path):
     other = RunFolder(tmp_path / "run")
     other.lock()
-    other.begin({})
+    other.begin(dict.fromkeys(RUN_KEYS, 1))
     before = contents(other.path)
     arguments = [*TINY, "--overwrite", "--output_dir", other.path]
     refused("train_teacher.py", *arguments, words=("another run",), by=forked)

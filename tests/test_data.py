@@ -284,7 +284,7 @@ try:
     load_images(sys.argv[1])
 except UserError as error:
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used
-    assert "class 1 has no training image" in str(error) and grown < 200_000, (error, grown)
+    assert "labels are whole numbers from 0 to 999999" in str(error) and grown < 200_000, (error, grown)
     sys.exit(9)
 """
 

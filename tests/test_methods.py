@@ -605,7 +605,7 @@ def test_contrast_with_memories():
     terms = run_step(made, 0, given._replace(indices=given.indices + 3))
     z = crd.z.clone()
     assert (z > 0).all() and torch.equal(crd.student_bank, banks[0])  # it changes after the step
-    ((_, ours, _),) = crd._seen
+    ((_, ours, _),) = crd._pending
     made.after_step()
     expected = torch.nn.functional.normalize((banks[0][3:9] + ours) / 2, dim=1)
     assert torch.allclose(crd.student_bank[3:9], expected) and torch.equal(crd.student_bank[9:], banks[0][9:])
@@ -760,7 +760,7 @@ def test_joined_methods_add_up():
     joined.eval()
     joined.begin_epoch(0)
     found = joined(batch(), 0)
-    assert {"ce", "at", "oh", "sskd_turned", "sskd_ss"} <= set(found)
+    assert {"ce", "at", "oh", "sskd_rotated", "sskd_ss"} <= set(found)
     for name, single in alone.items():
         single.student.load_state_dict(joined.student.state_dict())
         single.frozen[0].load_state_dict(joined.frozen[0].state_dict())

@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_named(content, message, tmp_path):
 
 
 def test_other_kinds_of_file_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"must be a .safetensors, .pth or .pt file"):
+    with pytest.raises(UserError, match=r"must be a .safetensors, .pth, .pt or .pth.tar file"):
         load_weights(create_model("resnet8", 10), str(tmp_path / "weights.bin"))
 
 
