@@ -32,8 +32,8 @@ def read_rgb(open_image: Callable[[], Image.Image], where: str, side: int | None
 def from_cell(cell: object, folder: str | None = None) -> Image.Image:
     """Open a cell of an image column: the encoded bytes, or a struct of `bytes` and `path`.
 
-    A path is followed only into `folder`, where the user said that the images are: a fetched data set could name any file
-    of this machine.
+    A path is followed only into `folder`, where the user said that the images are: a fetched data set could name
+    any file of this machine.
     """
     data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
     if data is None and path is not None and folder is not None:
