@@ -1,4 +1,4 @@
-"""What every floor of the house needs: an error for the user, names looked up kindly, seeds, safe writing."""
+"""What every package needs: an error for the user, names with the nearest known ones, seeds, safe writing."""
 
 import difflib
 import hashlib

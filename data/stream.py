@@ -2,7 +2,7 @@
 
 A process reads its shards only, shuffled: shards as a whole, and rows within a window of SHUFFLE_WINDOW. Shards
 differ in size, so towards the end of an epoch some processes run dry before others; what is left is then
-dealt out anew among all of them, so that every image is trained on exactly once and every process takes
+shared anew among all of them, so that every image is trained on exactly once and every process takes
 part in every step.
 """
 
