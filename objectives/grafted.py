@@ -131,6 +131,17 @@ class Grafted(Objective):
     def trained_model(self) -> Network:
         return self.teacher
 
+    def advice(self, image_size: int) -> list[str]:
+        """A warning where the teacher that is frozen was never trained."""
+        options = self.options
+        trained = getattr(options, "weights", None) is not None or getattr(options, "pretrained", False)
+        if not options.freeze_teacher_epochs or trained:
+            return []
+        return [
+            f"warning: --freeze_teacher_epochs {options.freeze_teacher_epochs} keeps a teacher as it is that was never "
+            "trained, while branches learn from it; start from a trained one with --weights RUN"
+        ]
+
     def joint_terms(self, branches: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The terms of eq. 3 to 6 of SFTN: branches' logits [K, N, C], teacher's [N, C], labels [N].
 

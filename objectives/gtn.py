@@ -234,8 +234,9 @@ class GTN(Grafted):
         teacher, branches = macs(self.teacher, probe)[0], self.branch_macs(image_size)
         weights = count_parameters(self.branches)
         lines = [
+            *super().advice(image_size),
             f"branches: {weights / 1e6:,.1f} million parameters, {branches / 1e6:,.1f} million multiply-accumulates an "
-            f"image (mean path), {branches / teacher:.1f} times the teacher's {teacher / 1e6:,.1f}"
+            f"image (mean path), {branches / teacher:.1f} times the teacher's {teacher / 1e6:,.1f}",
         ]
         pull = options.alpha * options.teacher_kl_share
         if branches < SMALL_BRANCHES * teacher and pull >= 1 and not options.freeze_teacher_epochs:

@@ -51,7 +51,7 @@ def _accuracies(top1: dict[str, Values], students: Sequence[str], sources: Seque
     for row in students:
         cells = [spread([value for (student, _), value in top1[s].items() if student == row]) for s in sources]
         lines.append(_row(row, cells))
-    return [*lines, _row("mean (95% interval)", [_with_interval(list(top1[source].values())) for source in sources])]
+    return [*lines, _row("mean (95% interval)", [_with_interval(top1[source]) for source in sources])]
 
 
 def _differences(found: dict[tuple[str, str], Difference]) -> list[str]:
@@ -60,7 +60,8 @@ def _differences(found: dict[tuple[str, str], Difference]) -> list[str]:
     titles = ("difference", "95% interval", "over seeds", "pairs", "verdict")
     lines = _head("top-1, paired over students and seeds", titles)
     for (one, other), each in found.items():
-        cells = [f"{each.mean:+.2f}", _range(each.interval), _range(each.bootstrap), str(each.pairs), each.verdict()]
+        interval = each.interval if each.groups > 1 else None  # students of one seed share a teacher
+        cells = [f"{each.mean:+.2f}", _range(interval), _range(each.bootstrap), str(each.pairs), each.verdict()]
         lines.append(_row(f"{one} - {other}", cells))
     return lines
 
@@ -96,9 +97,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def _with_interval(values: Sequence[float]) -> str:
-    interval = student_interval(values)
-    return f"{statistics.mean(values):.2f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
+def _with_interval(values: Values) -> str:
+    """The mean, and its interval where there are several seeds: the students of one share a teacher."""
+    interval = student_interval(list(values.values())) if len({seed for _, seed in values}) > 1 else None
+    shown = f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
+    return f"{statistics.mean(values.values()):.2f}{shown}"
 
 
 def _range(interval: tuple[float, float] | None) -> str:

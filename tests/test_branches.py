@@ -181,7 +181,11 @@ def test_advice_tells_the_branches_cost_and_warns_where_gtn_has_lost():
     (line, warning) = make().advice(16)
     assert "times the teacher's" in line and "--teacher_kl_share" in warning
     assert len(make(teacher_kl_share=0.1).advice(16)) == 1
-    assert len(make(freeze_teacher_epochs=3).advice(16)) == 1
+    untrained, line = make(freeze_teacher_epochs=3).advice(16)
+    assert "never trained" in untrained and "--weights" in untrained and "times the teacher's" in line
+    objective = make(freeze_teacher_epochs=3)
+    objective.options.weights = "runs/vanilla"
+    assert len(objective.advice(16)) == 1
 
 
 @pytest.mark.parametrize(("teacher_ce", "warned"), [(0.9, True), (0.75, True), (0.3, False)])
