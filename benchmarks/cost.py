@@ -32,7 +32,7 @@ from models import create_model
 from models.network import count_parameters
 from objectives.gtn import GTN
 from objectives.sftn import SFTN
-from objectives.vanilla import Vanilla
+from objectives.vanilla import Vanilla, VanillaOptions
 
 
 @dataclass
@@ -95,7 +95,7 @@ def make(setting: Setting, kind: str) -> Objective:
     """vanilla, gtn, or sftnSEED: for the pool's member SEED."""
     teacher = create_model(setting.model, setting.classes)
     if kind == "vanilla":
-        return Vanilla(teacher, None, setting.size)
+        return Vanilla(teacher, VanillaOptions(), setting.size)
     if kind == "gtn":
         return GTN(teacher, Options(pool=setting.pool), setting.size)
     student = f"pool:{kind.removeprefix('sftn')}"

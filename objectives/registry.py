@@ -9,7 +9,7 @@ from objectives.grafted import PoolOptions
 from objectives.gtn import GTN, GTNOptions
 from objectives.mse import MSE
 from objectives.sftn import SFTN, SFTNOptions
-from objectives.vanilla import Vanilla
+from objectives.vanilla import Vanilla, VanillaOptions
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TeacherMethod:
 
 
 TEACHERS = {
-    "vanilla": TeacherMethod(Vanilla, "cross-entropy with the labels"),
+    "vanilla": TeacherMethod(Vanilla, "cross-entropy with the labels", VanillaOptions),
     "mse": TeacherMethod(
         MSE, "Hamidi et al.: How to Train the Teacher Model for Effective KD (arXiv 2407.18041, 2024)"
     ),

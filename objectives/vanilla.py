@@ -1,23 +1,45 @@
 """A teacher trained for accuracy alone."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
+from common import UserError
 from data.batch import Batch
 from engine.objective import Objective
 from kernels import cross_entropy
 from models.network import Network
 
 
-class Vanilla(Objective):
-    """L = CE(q_T, y)."""
+@dataclass
+class VanillaOptions:
+    """Options of teachers trained by cross-entropy alone.
 
-    def __init__(self, teacher: Network, options: object, image_size: int):
+    Args:
+        smoothing: label smoothing: the share of the target that is spread evenly over all classes.
+    """
+
+    title = "vanilla teacher"
+
+    smoothing: float = 0.0
+
+    def check(self) -> None:
+        """Raise UserError for values outside their range."""
+        if not 0 <= self.smoothing < 1:
+            raise UserError(f"--smoothing {self.smoothing}: must be at least 0 and below 1")
+
+
+class Vanilla(Objective):
+    """L = CE(q_T, y'), y' = (1 - smoothing) y + smoothing / C."""
+
+    def __init__(self, teacher: Network, options: VanillaOptions, image_size: int):
         super().__init__()
-        self.teacher = teacher
+        self.teacher, self.options = teacher, options
         self.term_weights = {"ce": 1.0}
 
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        return {"ce": cross_entropy(self.teacher(batch.images), batch.labels)}
+        logits = self.teacher(batch.images)
+        return {"ce": cross_entropy(logits, batch.labels, label_smoothing=self.options.smoothing)}
 
     def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
         return {"teacher": self.teacher(images)}

@@ -45,6 +45,17 @@ def batch(size: int = 16) -> Batch:
     return Batch(images, torch.tensor([0, 1, 2, 3]))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_vanilla_loss_is_cross_entropy_with_smoothed_labels(smoothing):
+    torch.manual_seed(0)
+    options = TeacherConfig(method="vanilla", smoothing=smoothing)
+    objective = TEACHERS["vanilla"].build(create_model("resnet8", 5, image_size=16), options, 16).double()
+    images, labels = batch().images.double(), batch().labels
+    log_p = objective.teacher(images).log_softmax(1)
+    expected = -((1 - smoothing) * log_p[range(4), labels] + smoothing / 5 * log_p.sum(1)).mean()
+    assert weighted_sum(objective, objective(Batch(images, labels), 0)).item() == pytest.approx(expected.item(), 1e-9)
+
+
 def test_some_branches_are_those_of_all():
     whole, some = sftn(), sftn(branches=[3, 2])
     assert len(whole.branches) == 3 and len(some.branches) == 2
@@ -195,7 +206,7 @@ def test_an_mse_teacher_approaches_the_bayes_posterior():
     distances = {}
     for method in ("mse", "vanilla"):
         torch.manual_seed(0)
-        objective = TEACHERS[method].objective(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 3)), None, 8)
+        objective = TEACHERS[method].objective(nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 3)), TeacherConfig(), 8)
         optimizer = torch.optim.SGD(objective.parameters(), lr=0.002, momentum=0.9)
 
         def distance(objective=objective) -> float:
