@@ -147,12 +147,9 @@ def distillation(
     """The objective of a run between a student and its teachers."""
     anchors = read_anchors(config.teacher, teachers[0]) if any(method.anchors for method in methods) else []
     config.lr_restarts = config.lr_restarts or len(anchors) or None
-    images = None if isinstance(data.train, StreamSplit) else len(data.train)
+    labels = None if isinstance(data.train, StreamSplit) else data.train.labels
     names = (config.student, teachers[0].info.name if teachers else "")
-    built, weights = build_methods(methods, student, teachers, data.image_size, data.num_classes, images, config, names)
-    for method in built:
-        if images is not None:
-            method.know_labels(data.train.labels)
+    built, weights = build_methods(methods, student, teachers, data.image_size, data.num_classes, labels, config, names)
     return Distillation(
         student, teachers, built, weights, warmup_epochs=config.warmup_epochs, anchors=anchors, options=config
     )

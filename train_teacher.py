@@ -121,7 +121,7 @@ def load_data(run: Run, source: ModelInfo | None) -> tuple[ImageSet, AnySplit | 
     if source and source.dataset == config.dataset:
         data = replace(data, mean=source.mean, std=source.std)
     data, val = hold_out(data, config.val_fraction, "validation")
-    data, gate_split = hold_out(data, TEACHERS[config.method].objective.held_out(config), "the gates")
+    data, gate_split = hold_out(data, config.gate_holdout, "the gates")
     return replace(data, val=val), gate_split
 
 

@@ -100,9 +100,7 @@ def make_objective(
     """One method's, as distill.py makes it; `names` are the student's and the teacher's, `labels` the split's."""
     classes = teacher.fc.out_features
     student = create_model(names[0], classes, image_size=SIDE)
-    methods, weights = build_methods([METHODS[name]], student, [teacher], SIDE, classes, len(labels), options, names)
-    for method in methods:
-        method.know_labels(labels)
+    methods, weights = build_methods([METHODS[name]], student, [teacher], SIDE, classes, labels, options, names)
     return Distillation(student, [teacher], methods, weights, options=options)
 
 

@@ -257,7 +257,7 @@ def parquet_streams(pattern: str, cache_dir: str | None) -> list[Stream]:
 
 
 def undecoded(table, image: str):
-    """The data set with cells of `image` as they are stored: decoding is ours, and named when it fails."""
+    """The data set with cells of `image` as they are stored: they are decoded later, and named when it fails."""
     import datasets
 
     if isinstance((table.features or {}).get(image), datasets.Image):

@@ -125,7 +125,7 @@ def load_checkpoint(
         if isinstance(error, UserError):
             raise
         reason = str(error).splitlines()[0]
-        raise UserError(f"--resume_from_checkpoint: '{path}' is no checkpoint of ours ({reason})") from None
+        raise UserError(f"--resume_from_checkpoint: '{path}' cannot be loaded as a checkpoint ({reason})") from None
     try:
         _check_config(state["config"], config, free)
         _check_fingerprints(state["fingerprints"], fingerprints or {})

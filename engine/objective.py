@@ -69,11 +69,6 @@ class Objective(nn.Module, ABC):
     sparse_gradients = False
     pool = None
 
-    @classmethod
-    def held_out(cls, options) -> float:
-        """Part of the training split that is kept for its phases, and given to it when it is made."""
-        return 0.0
-
     @abstractmethod
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         """Scalar loss terms of the iteration's phase, each a mean over the batch."""

@@ -32,7 +32,7 @@ class CRD(Method):
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
-        if context.images is None:
+        if context.labels is None:
             raise UserError("--method crd: keeps a memory of every training image; it cannot use --streaming")
         outputs = (context.student_outputs, context.teacher_outputs)
         # The most images a process has in a step; the last batch of an epoch may be larger than the others by a few.
@@ -41,18 +41,14 @@ class CRD(Method):
         self.embed = nn.ModuleList(nn.Linear(each.embedding.shape[1], self.WIDTH) for each in outputs)
         bound = 1 / math.sqrt(self.WIDTH / 3)
         for name in ("student_bank", "teacher_bank"):
-            self.register_buffer(name, torch.empty(context.images, self.WIDTH).uniform_(-bound, bound))
+            self.register_buffer(name, torch.empty(len(context.labels), self.WIDTH).uniform_(-bound, bound))
         self.register_buffer("z", torch.zeros(2))  # of the two directions; 0: not known yet
-        self.register_buffer("by_class", torch.zeros(0, dtype=torch.int64), persistent=False)
-        self.register_buffer("starts", torch.zeros(0, dtype=torch.int64), persistent=False)
-
-    def know_labels(self, labels: Tensor) -> None:
-        """Images of a class follow each other in `by_class`."""
-        counts = torch.bincount(labels)
+        counts = torch.bincount(context.labels)
         if int((counts > 0).sum()) < 2:
             raise UserError("--method crd: needs training images of at least two classes")
-        self.by_class = labels.argsort(stable=True)
-        self.starts = F.pad(counts.cumsum(0), (1, 0))
+        # Images of a class follow each other in `by_class`, class c's from starts[c] on.
+        self.register_buffer("by_class", context.labels.argsort(stable=True), persistent=False)
+        self.register_buffer("starts", F.pad(counts.cumsum(0), (1, 0)), persistent=False)
 
     def draw_negatives(self, labels: Tensor) -> Tensor:
         """[N, K] indices of training images of classes other than `labels` [N], uniformly drawn."""

@@ -42,7 +42,7 @@ class MethodContext:
         student, teacher: the networks.
         student_outputs, teacher_outputs: their outputs for two random images, in eval mode, for the shapes.
         num_classes: of the labels.
-        images: how many the training split has, None for a stream.
+        labels: int64 [n], of the whole training split; None for a stream.
         options: the run's, those of `Method.options` among them.
         student_name, teacher_name: as in the zoo.
     """
@@ -52,7 +52,7 @@ class MethodContext:
     student_outputs: Outputs
     teacher_outputs: Outputs
     num_classes: int
-    images: int | None
+    labels: Tensor | None
     options: object
     student_name: str = ""
     teacher_name: str = ""
@@ -115,9 +115,6 @@ class Method(nn.Module):
 
     def __init__(self, context: MethodContext):
         super().__init__()
-
-    def know_labels(self, labels: Tensor) -> None:
-        """Called once, before training, with the labels int64 [n] of the whole training split; not for a stream."""
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The terms, scalars, by their names in `terms`. The teacher's outputs have no gradient."""

@@ -170,7 +170,7 @@ class ModelInfo:
     sha256: str = ""
 
     def check(self) -> None:
-        """Raise UserError, naming the field, for values that no run of ours writes."""
+        """Raise UserError, naming the field, for values that no run writes."""
 
         def numbers(values: object) -> bool:
             return isinstance(values, list) and len(values) == 3 and all(type(v) in (int, float) for v in values)

@@ -46,9 +46,9 @@ _codes: dict[str, CodeType] = {}
 
 
 def _own(forward: Callable, kind: str) -> Callable:
-    """`forward` as a function of ours, whose code belongs to its kind.
+    """`forward` as a function defined here, whose code belongs to its kind.
 
-    Of ours, because Dynamo starts no graph at a function of torch.nn, as a Sequential's forward is. Of its kind,
+    Defined here, because Dynamo starts no graph at a function of torch.nn, as a Sequential's forward is. Of its kind,
     because what was compiled for a code is searched through at every call, and shared by all functions that have it.
     """
 

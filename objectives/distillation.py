@@ -259,12 +259,13 @@ def build_methods(
     teachers: Sequence[nn.Module],
     image_size: int,
     num_classes: int,
-    images: int | None,
+    labels: Tensor | None,
     options,
     names: tuple[str, str] = ("", ""),
 ) -> tuple[list[Method], list[float]]:
     """The methods of a run, made for its networks, and their weights: the papers' unless `options` say otherwise.
 
+    `labels` int64 [n] are those of the whole training split, None for a stream.
     The first of them is the cross-entropy with the labels, joined by T^2 KL where that has a weight. Its weight is that
     of the method; several methods share one of weight 1, and plain KD beside others has weight 1. `names` are the
     student's and the teacher's in the zoo.
@@ -283,7 +284,7 @@ def build_methods(
         probe(student, image_size, student_features),
         probe(teacher, image_size, teacher_features) if teacher else None,
         num_classes,
-        images,
+        labels,
         options,
         *names,
     )

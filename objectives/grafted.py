@@ -37,14 +37,16 @@ class PoolOptions:
 class BranchOptions(PoolOptions):
     """Options of teachers with branches (--method sftn and gtn).
 
+    Not in the papers: alpha_warmup_epochs, teacher_kl_share, teacher_kl_trust, freeze_teacher_epochs, teacher_cut.
+
     Args:
         alpha: weight of the KL between branches and teacher (the papers: 3 on CIFAR-100, 1 on ImageNet).
-        alpha_warmup_epochs: epochs, after the frozen ones, over which alpha rises linearly from 0 (ours): time for
-            branches to learn before they pull.
-        teacher_kl_share: share of the KL's gradient that reaches the teacher's logits (ours); 1: the papers' loss, 0:
-            the KL trains the branches, and the teacher through its feature maps alone.
+        alpha_warmup_epochs: epochs, after the frozen ones, over which alpha rises linearly from 0: time for branches to
+            learn before they pull.
+        teacher_kl_share: share of the KL's gradient that reaches the teacher's logits; 1: the papers' loss, 0: the KL
+            trains the branches, and the teacher through its feature maps alone.
         teacher_kl_trust: weigh that share, image by image, by how right the branches are: the mean over branches of
-            min(1, q(y) / p(y)), y the label (ours).
+            min(1, q(y) / p(y)), y the label.
         teacher_weight: weight of the teacher's cross-entropy.
         branch_weight: weight of the branches' cross-entropy.
         temperature: softmax temperature of the KL (the papers: 1).

@@ -2,7 +2,7 @@
 
 Source: Binici, Wu, Mitra, "Generalizing Teacher Networks for Effective Knowledge Distillation Across Student
 Architectures" (arXiv 2407.16040). Branches as in SFTN (Park et al., NeurIPS 2021), gates as in ProxylessNAS
-(Cai et al., ICLR 2019). What the paper leaves open is an option here and marked (ours).
+(Cai et al., ICLR 2019). What the paper leaves open is an option here and marked (not in the paper).
 """
 
 import json
@@ -108,10 +108,6 @@ class GTN(Grafted):
         norms = (nn.modules.batchnorm._BatchNorm,)
         self._norms = tuple(module for module in self.modules() if isinstance(module, norms))
 
-    @classmethod
-    def held_out(cls, options: GTNOptions) -> float:
-        return options.gate_holdout
-
     def phase(self, iteration: int) -> Phase | None:
         every = self.options.gate_every
         return self.phases[0] if every and iteration % every == every - 1 else None
@@ -151,7 +147,7 @@ class GTN(Grafted):
     def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
         """Logits of the teacher and of every branch, the latter on a path drawn by the gates.
 
-        The branches normalise by the batch (ours): the running statistics of a layer average over all the
+        The branches normalise by the batch (not in the paper): the running statistics of a layer average over all the
         paths that led to it, and fit none of them.
         """
         generator = torch.Generator().manual_seed(derive_seed(self.options.seed, "evaluate", seed))

@@ -2,7 +2,7 @@
 Student Architectures" (arXiv 2407.16040).
 
 Its tables hold vanilla, SFTN and GTN teachers against each other: one SFTN teacher a student, one vanilla and one GTN
-teacher for all. They are named by what they compare. Students are drawn at random there; which and how many are (ours).
+teacher for all. They are named by what they compare. Students are drawn at random there; the paper leaves both open.
 """
 
 from recipes.rows import Row, Table, Teacher

@@ -173,13 +173,3 @@ def test_every_teacher_method_is_an_objective(name):
     assert issubclass(kind, Objective)
     for method in ("forward", "predict", "trained_model"):
         assert getattr(kind, method) is not getattr(Objective, method)
-
-
-def test_a_vanilla_teacher_is_trained_with_cross_entropy():
-    _, teacher = networks()
-    objective = TEACHERS["vanilla"].objective(teacher.eval(), None, 16)
-    images, labels = (given := batch())[:2]
-    terms = objective(given, 1)
-    assert terms.keys() == objective.term_weights.keys() and objective.phase(1) is None
-    assert terms["ce"].item() == pytest.approx(F.cross_entropy(teacher(images), labels).item(), rel=1e-5)
-    assert objective.trained_model() is teacher

@@ -490,10 +490,8 @@ def objective(
     torch.manual_seed(0)
     networks = [create_model(each, 5, image_size=size) for each in (student, teacher)]
     options = type("ChangedOptions", (Options,), options)
-    classes, names = find_methods(name), (student, teacher)
-    built, weights = build_methods(classes, networks[0], networks[1:], size, 5, images, options, names)
-    for method in built:
-        method.know_labels(torch.arange(images) % 5)
+    classes, names, labels = find_methods(name), (student, teacher), torch.arange(images) % 5
+    built, weights = build_methods(classes, networks[0], networks[1:], size, 5, labels, options, names)
     return Distillation(networks[0], networks[1:], built, weights, options=options, warmup_epochs=2)
 
 
@@ -818,7 +816,7 @@ def test_several_teachers_are_averaged_in_their_logits():
     expected = (p * (p.log() - (student(images) / 2.0).log_softmax(1))).sum(1).mean()
     assert made(batch(), 0)["kl"].item() == pytest.approx(expected.item(), rel=1e-4)
     with pytest.raises(UserError, match="several teachers"):
-        build_methods(find_methods("at"), student, teachers, 16, 5, 20, Options)
+        build_methods(find_methods("at"), student, teachers, 16, 5, torch.arange(20) % 5, Options)
 
 
 def test_anchors_take_turns_in_one_teacher():

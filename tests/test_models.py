@@ -196,7 +196,7 @@ def test_a_payload_runs_in_neither_loader(tmp_path, kind):
     adapted(tmp_path, file.read_bytes())
     with pytest.raises(UserError, match="cannot be loaded"):
         load_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is no checkpoint of ours"):
+    with pytest.raises(UserError, match="cannot be loaded as a checkpoint"):
         load_checkpoint(file, torch.nn.Linear(1, 1), {}, {}, {}, set())
     assert not (tmp_path / "executed").exists()
     torch.load(file, weights_only=False) if kind == "torch.save" else pickle.loads(file.read_bytes())

@@ -54,6 +54,7 @@ def test_the_vanilla_loss_is_cross_entropy_with_smoothed_labels(smoothing):
     log_p = objective.teacher(images).log_softmax(1)
     expected = -((1 - smoothing) * log_p[range(4), labels] + smoothing / 5 * log_p.sum(1)).mean()
     assert weighted_sum(objective, objective(Batch(images, labels), 0)).item() == pytest.approx(expected.item(), 1e-9)
+    assert objective.phase(1) is None and objective.trained_model() is objective.teacher
 
 
 def test_some_branches_are_those_of_all():
