@@ -29,6 +29,7 @@ from objectives.gates import Gates
 from objectives.grafted import BranchOptions, Grafted, branch_points
 
 COLLAPSED = 0.1  # normalised entropy under which a gate counts as collapsed
+LARGE_BRANCHES = 10.0  # times the teacher's multiply-accumulates: a step's price is worth a line
 SMALL_BRANCHES = 3.0  # times the teacher's multiply-accumulates: the largest ratio measured
 STILL_HIGH = 0.9  # share of its peak that the KL must have left behind by the end
 
@@ -234,6 +235,11 @@ class GTN(Grafted):
             f"branches: {weights / 1e6:,.1f} million parameters, {branches / 1e6:,.1f} million multiply-accumulates an "
             f"image (mean path), {branches / teacher:.1f} times the teacher's {teacher / 1e6:,.1f}",
         ]
+        if branches > LARGE_BRANCHES * teacher:
+            lines.append(
+                f"a step computes about {1 + branches / teacher:.0f} times what a vanilla teacher's does, with the "
+                "narrow pool of recipes/make_generic.yaml a few times"
+            )
         pull = options.alpha * options.teacher_kl_share
         if branches < SMALL_BRANCHES * teacher and pull >= 1 and not options.freeze_teacher_epochs:
             lines.append(

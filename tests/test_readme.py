@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from PIL import Image
 
 from distill import DistillConfig
 from engine.command_line import parse
@@ -70,11 +71,15 @@ def test_command_is_understood_by_launcher_and_script(command, monkeypatch):
 
 def test_commands_for_a_cpu_run(tmp_path):
     ran = 0
+    for number in range(200):
+        photo = tmp_path / f"photos/class{number % 2}/{number}.jpg"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 9), (number, 90, 200)).save(photo)
     for command in script_commands():
         if any(each in command for each in ("cifar100", "imagenet", "--resume_from_checkpoint")):
             continue  # needs a network, a GPU, a stopped run
         variables, words = split(command)
-        words = [word.replace("runs/", f"{tmp_path}/") for word in words]
+        words = [word.replace("runs/", f"{tmp_path}/").replace("folder:", f"folder:{tmp_path}/") for word in words]
         words += ["--epochs", "1", "--stop_after", "1", "--batch_size", "128", "--image_size", "8"]
         assert variables in ({}, {"ACCELERATE_USE_CPU": "true"})
         processes = 1
