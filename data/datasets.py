@@ -137,10 +137,7 @@ def load_images(
             raise UserError(f"--dataset {name}: training and test images differ in size; give --image_size")
         size = train.pixels.shape[-1]
     num_classes = _count_classes(name, train, test)
-    train = _subset(train, num_classes, options)
-    if options.binary:
-        train, test = (reduce_to_two(split, num_classes, options.binary) for split in (train, test))
-        num_classes = 2
+    train, test, num_classes = _subset(train, test, num_classes, options)
     mean, std = _normalisation(train, size, known is not None and known.resized_crop)
     flip = kind != "digits"
     return ImageSet(name, num_classes, size, train, test, mean, std, flip, augment, described)
@@ -248,8 +245,9 @@ def _stored(source: Source) -> StoredSplit:
     return StoredSplit(source, torch.tensor(labels), torch.arange(len(labels)))
 
 
-def _subset(train: AnySplit, num_classes: int, options: DataOptions) -> AnySplit:
-    """The training images that are left after --exclude_classes and --train_fraction."""
+def _subset(train: AnySplit, test: AnySplit, num_classes: int, options: DataOptions) -> tuple[AnySplit, AnySplit, int]:
+    """The training images that are left after --exclude_classes and --train_fraction, the test images, and how many
+    classes they are of, after --binary."""
     excluded = sorted(set(options.exclude_classes))
     if excluded:
         wrong = [label for label in excluded if not 0 <= label < num_classes]
@@ -261,10 +259,12 @@ def _subset(train: AnySplit, num_classes: int, options: DataOptions) -> AnySplit
         train = train.take(keep.nonzero().squeeze(1))
     if options.train_fraction < 1:
         _, train = _divide(train, options.train_fraction, "--train_fraction")
-    return train
+    if not options.binary:
+        return train, test, num_classes
+    return *(_of_two_classes(split, num_classes, options.binary) for split in (train, test)), 2
 
 
-def reduce_to_two(split: Split | StoredSplit, num_classes: int, positive: list[int]) -> Split | StoredSplit:
+def _of_two_classes(split: Split | StoredSplit, num_classes: int, positive: list[int]) -> Split | StoredSplit:
     """The images of a split with class 1 for the classes `positive` and class 0 for all others.
 
     Raises:
