@@ -261,20 +261,17 @@ def _subset(train: AnySplit, test: AnySplit, num_classes: int, options: DataOpti
         _, train = _divide(train, options.train_fraction, "--train_fraction")
     if not options.binary:
         return train, test, num_classes
-    return *(_of_two_classes(split, num_classes, options.binary) for split in (train, test)), 2
+    check_binary(options.binary, num_classes)
+    positive = torch.tensor(options.binary)
+    return *(replace(split, labels=torch.isin(split.labels, positive).long()) for split in (train, test)), 2
 
 
-def _of_two_classes(split: Split | StoredSplit, num_classes: int, positive: list[int]) -> Split | StoredSplit:
-    """The images of a split with class 1 for the classes `positive` and class 0 for all others.
-
-    Raises:
-        UserError: there is no such class, or no other.
-    """
+def check_binary(positive: list[int], num_classes: int) -> None:
+    """Raise UserError for classes of --binary that a set does not have, or for all of them."""
     if wrong := [label for label in positive if not 0 <= label < num_classes]:
         raise UserError(f"--binary {wrong[0]}: the data set has the classes 0 to {num_classes - 1}")
     if len(set(positive)) == num_classes:
         raise UserError(f"--binary: names all of the {num_classes} classes; leave some for the other side")
-    return replace(split, labels=torch.isin(split.labels, torch.tensor(positive)).long())
 
 
 def _divide(split: AnySplit, share: float, purpose: str) -> tuple[AnySplit, AnySplit]:

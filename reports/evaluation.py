@@ -1,5 +1,6 @@
 """One pass over images with a network, and with its teacher: everything that is measured of them."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common import UserError
+from data.datasets import check_binary
 from models.network import Network
 from reports import latency, metrics
 from reports.latency import Stopwatch
@@ -31,6 +33,8 @@ class Evaluation:
         ):
             ours, theirs = (f"{i.num_classes} classes at {i.image_size}" for i in (network.info, teacher.info))
             raise UserError(f"--teacher: knows {theirs} pixels a side, the network {ours}")
+        if network.info.num_classes > 2:
+            check_binary(list(positive), network.info.num_classes)
         self.network = network.to(device).eval()
         self.teacher = teacher.to(device).eval() if teacher else None
         self.positive = list(positive) if network.info.num_classes > 2 else []
@@ -79,8 +83,15 @@ class Evaluation:
             self.logits, self.labels = (total(each.to(self.device)).cpu() for each in (self.logits, self.labels))
 
     def results(self) -> dict:
-        """The measures by name, as evaluation.json has them."""
-        return self.classification.results() | (self.resemblance.results() if self.resemblance else {})
+        """The measures by name, as evaluation.json has them.
+
+        Raises:
+            UserError: outputs that are not finite, or too few images for CKA.
+        """
+        found = self.classification.results()
+        if not math.isfinite(found["nll"]):
+            raise UserError(f"{self.network.info.name}: its outputs are not finite")
+        return found | (self.resemblance.results() if self.resemblance else {})
 
     def reliability(self) -> list[dict[str, float]]:
         """See metrics.reliability."""
