@@ -5,7 +5,8 @@ python -m benchmarks.evaluation --images 10000
 Random images of 32x32 in memory, random weights. Batch by batch, in turn: the bare forward pass of a batch that is at
 hand, and all that evaluate.py does with it (gather, normalise, forward, measures). What it does once a run, latency
 and plots, is timed apart and counted in. The same for a pair: the two forward passes, and KL, agreement and CKA of all
-stages besides. Memory: the peak over what the process held before, for a set and one four times as large.
+stages besides. On a CPU seconds are the processor's. Memory: the peak over what the process held before, for a set and
+one four times as large.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def main() -> None:
     for name, row in ((options.model, alone), (f"{options.student} and its teacher {options.model}", pair)):
         print(
             f"  {name}: {row['forward_seconds']:.1f} s forward, {row['pass_seconds']:.1f} s evaluated, and "
-            f"{row['once_seconds']:.1f} s once: {row['ratio']:.3f} times"
+            f"{row['once_seconds']:.1f} s once: {row['ratio']:.3f} times, {row['ratio_of_10000']:.3f} for 10,000 images"
         )
     print("  memory of a pair's evaluation: " + ", ".join(f"{v / 1e6:.0f} MB for {k} images" for k, v in used.items()))
     print(f"written: {options.output}")
@@ -99,18 +100,23 @@ def cost(model: Network, teacher: Network | None, images: int, device: torch.dev
             write(Path(folder) / "evaluation.json", evaluation.results() | evaluation.speed(), evaluation)
 
     once_seconds = timed(once, device)
-    ratio = (seconds["pass"] + once_seconds) / seconds["forward"]
+    scale = 10_000 / images
+    ratios = {
+        name: (times * seconds["pass"] + once_seconds) / (times * seconds["forward"])
+        for name, times in (("ratio", 1), ("ratio_of_10000", scale))
+    }
     found = {f"{name}_seconds": value for name, value in seconds.items()}
-    return found | {"once_seconds": once_seconds, "ratio": ratio}
+    return found | {"once_seconds": once_seconds, **ratios}
 
 
 def timed(function, device: torch.device) -> float:
-    """Seconds until the device has done it."""
-    start = time.perf_counter()
+    """Seconds that a GPU took, or processor seconds, which other programs on the machine do not lengthen."""
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    start = clock()
     function()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def memory(model: Network, teacher: Network, images: int) -> dict[str, int]:
