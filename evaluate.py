@@ -250,14 +250,9 @@ def describe(config: EvaluateConfig, subject: Subject, data: ImageSet, images: i
 
 def write(output: Path, results: dict, evaluation: Evaluation) -> None:
     """The results as JSON, plots beside them, and the predictions, if they were kept."""
-    from reports import evaluation_plots as plots  # slow to import, and needed only here
+    from reports.evaluation_plots import plot_evaluation  # slow to import, and needed only here
 
-    place = output.parent / "plots"
-    if (confusion := evaluation.classification.confusion()) is not None:
-        plots.plot_confusion(confusion.cpu().numpy(), place / f"{output.stem}_confusion.png")
-    plots.plot_reliability(evaluation.reliability(), results["ece"], place / f"{output.stem}_reliability.png")
-    if "cka_maps" in results:
-        plots.plot_cka(results["cka_maps"], place / f"{output.stem}_cka.png")
+    plot_evaluation(evaluation, results, output.parent / "plots", output.stem)
     if evaluation.logits is not None:
         write_predictions(output.with_suffix(".parquet"), evaluation.labels, evaluation.logits)
     write_atomically(output, json.dumps(results, indent=1) + "\n")

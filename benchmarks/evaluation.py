@@ -23,10 +23,10 @@ from data.pipeline import Pipeline
 from data.splits import ImageSet, Split
 from engine.distributed import keep_freed_memory
 from engine.run_folder import machine
-from evaluate import write
 from models import ModelInfo, create_model
 from models.network import Network
 from reports.evaluation import Evaluation
+from reports.evaluation_plots import plot_evaluation
 from reports.subject import ImageOptions
 
 CLASSES, SIDE, BATCH = 100, 32, 250
@@ -97,7 +97,7 @@ def cost(model: Network, teacher: Network | None, images: int, device: torch.dev
 
     def once() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder) / "evaluation.json", evaluation.results() | evaluation.speed(), evaluation)
+            plot_evaluation(evaluation, evaluation.results() | evaluation.speed(), Path(folder), "evaluation")
 
     once_seconds = timed(once, device)
     scale = 10_000 / images
@@ -122,13 +122,13 @@ def timed(function, device: torch.device) -> float:
 def memory(model: Network, teacher: Network, images: int) -> dict[str, int]:
     """Bytes by images: the peak of a pair's evaluation on the CPU over what the process held before it."""
     cpu, found = torch.device("cpu"), {}
-    for count in (BATCH, images // 4, images):  # the first leaves behind what any evaluation does
+    for number, count in enumerate((BATCH, images // 4, images)):  # the first leaves behind what any evaluation does
         pipeline, split = random_pipeline(count, cpu)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = resident("VmRSS")
         Evaluation(model, teacher, cpu).run(pipeline.evaluation(split, BATCH))
-        found[str(count)] = resident("VmHWM") - before
-    del found[str(BATCH)]
+        if number:
+            found[str(count)] = resident("VmHWM") - before
     return found
 
 

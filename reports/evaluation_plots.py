@@ -10,8 +10,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from common import write_atomically
+from reports.evaluation import Evaluation
 
 FEW_CLASSES = 20  # up to which a confusion matrix has room for numbers
+
+
+def plot_evaluation(evaluation: Evaluation, results: dict, folder: Path, stem: str) -> None:
+    """STEM_confusion.png, STEM_reliability.png and, with a teacher, STEM_cka.png."""
+    if (confusion := evaluation.classification.confusion()) is not None:
+        plot_confusion(confusion.cpu().numpy(), folder / f"{stem}_confusion.png")
+    plot_reliability(evaluation.reliability(), results["ece"], folder / f"{stem}_reliability.png")
+    if "cka_maps" in results:
+        plot_cka(results["cka_maps"], folder / f"{stem}_cka.png")
 
 
 def plot_confusion(counts: np.ndarray, path: Path) -> Path:
