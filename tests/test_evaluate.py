@@ -212,8 +212,8 @@ def test_a_class_without_images_has_no_accuracy():
 
 
 def test_two_classes_out_of_many_keep_large_logits():
-    logits = torch.tensor([[1000.0, 999.0, 0.0]], dtype=torch.float64)
-    assert reduce_to_two(logits, [1]).softmax(1)[0, 1] == pytest.approx(1 / (1 + np.e))
+    logits = torch.tensor([[1000.0, 999.0, 1000.0]], dtype=torch.float64)
+    assert reduce_to_two(logits, [1]).softmax(1)[0, 1] == pytest.approx(1 / (1 + 2 * np.e))
 
 
 def test_a_linear_probe_learns_what_is_linear_and_nothing_else():
@@ -239,6 +239,7 @@ def test_latency_leaves_the_warm_up_out():
         ("--teacher t a --latency false b --predictions c", ["a", "b", "c"]),
         ("--teacher=t a --binary 1 2 --split val b", ["a", "b"]),
         ("--runs a b --teacher t", ["a", "b"]),
+        ("--latency a true --teacher t", ["a", "true"]),
     ],
 )
 def test_words_without_a_flag_are_runs(words, runs):
