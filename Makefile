@@ -31,6 +31,7 @@ benchmark: .venv/installed
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.processes
 	$(BIN)/python -m benchmarks.alike
+	$(BIN)/python -m benchmarks.evaluation
 
 gpu-check: .venv/installed
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"

@@ -236,7 +236,7 @@ def on_test_images(folder: Path, teacher: Path | None) -> dict[str, float]:
     pipeline = Pipeline(images, options, torch.device("cpu"))
     seen: list[list[tuple]] = [[] for _ in models]
     labels = []
-    for batch, answers in pipeline.evaluation(images.test, 500, None):
+    for batch, answers in pipeline.evaluation(images.test, 500):
         labels.append(answers)
         for model, outputs in zip(models, seen, strict=True):
             logits, _, embedding = model(batch, features=True)

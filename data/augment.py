@@ -60,7 +60,7 @@ class Normalise:
 
     def __call__(self, images: Tensor) -> Tensor:
         count, channels, height, width = images.shape
-        flat = images.permute(0, 2, 3, 1).reshape(count, -1)
+        flat = images.permute(0, 2, 3, 1).reshape(count, height * width * channels)
         # Whole images in a row: a loop over three channels would be too short to be fast on a CPU.
         scale, shift = self.scale.repeat(height * width), self.shift.repeat(height * width)
         wide = flat.float()
@@ -72,7 +72,7 @@ def select(pixels: Tensor, rows: Tensor) -> Tensor:
     """`pixels[rows]` of channels_last [M, 3, H, W], copied as whole images."""
     count, channels, height, width = pixels.shape
     chosen = pixels.permute(0, 2, 3, 1).view(count, -1).index_select(0, rows)
-    return chosen.view(-1, height, width, channels).permute(0, 3, 1, 2)
+    return chosen.view(len(rows), height, width, channels).permute(0, 3, 1, 2)
 
 
 def augment(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:

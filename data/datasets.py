@@ -48,6 +48,7 @@ class DataOptions:
         streaming: read while fetching instead of fetching first (imagenet, parquet:GLOB).
         train_fraction: part of the training split that is used, the same share of every class.
         exclude_classes: classes (numbers) whose training images are left out; the test keeps them.
+        binary: classes (numbers) that become class 1, and all others class 0: a set of two classes out of any.
         val_fraction: part of the training split kept apart to choose the best epoch on; 0: none.
         image_size: side of the images that networks see; default: the data set's own.
         augment: crop (zero padding, random crop) or resized_crop (random size and shape, for photographs);
@@ -69,6 +70,7 @@ class DataOptions:
     streaming: bool = False
     train_fraction: float = 1.0
     exclude_classes: list[int] = field(default_factory=list)
+    binary: list[int] = field(default_factory=list)
     val_fraction: float = 0.0
     image_size: int | None = None
     augment: Literal["crop", "resized_crop"] | None = None
@@ -135,7 +137,7 @@ def load_images(
             raise UserError(f"--dataset {name}: training and test images differ in size; give --image_size")
         size = train.pixels.shape[-1]
     num_classes = _count_classes(name, train, test)
-    train = _subset(train, num_classes, options)
+    train, test, num_classes = _subset(train, test, num_classes, options)
     mean, std = _normalisation(train, size, known is not None and known.resized_crop)
     flip = kind != "digits"
     return ImageSet(name, num_classes, size, train, test, mean, std, flip, augment, described)
@@ -243,8 +245,9 @@ def _stored(source: Source) -> StoredSplit:
     return StoredSplit(source, torch.tensor(labels), torch.arange(len(labels)))
 
 
-def _subset(train: AnySplit, num_classes: int, options: DataOptions) -> AnySplit:
-    """The training images that are left after --exclude_classes and --train_fraction."""
+def _subset(train: AnySplit, test: AnySplit, num_classes: int, options: DataOptions) -> tuple[AnySplit, AnySplit, int]:
+    """The training images that are left after --exclude_classes and --train_fraction, the test images, and how many
+    classes they are of, after --binary."""
     excluded = sorted(set(options.exclude_classes))
     if excluded:
         wrong = [label for label in excluded if not 0 <= label < num_classes]
@@ -256,7 +259,19 @@ def _subset(train: AnySplit, num_classes: int, options: DataOptions) -> AnySplit
         train = train.take(keep.nonzero().squeeze(1))
     if options.train_fraction < 1:
         _, train = _divide(train, options.train_fraction, "--train_fraction")
-    return train
+    if not options.binary:
+        return train, test, num_classes
+    check_binary(options.binary, num_classes)
+    positive = torch.tensor(options.binary)
+    return *(replace(split, labels=torch.isin(split.labels, positive).long()) for split in (train, test)), 2
+
+
+def check_binary(positive: list[int], num_classes: int) -> None:
+    """Raise UserError for classes of --binary that a set does not have, or for all of them."""
+    if wrong := [label for label in positive if not 0 <= label < num_classes]:
+        raise UserError(f"--binary {wrong[0]}: the data set has the classes 0 to {num_classes - 1}")
+    if len(set(positive)) == num_classes:
+        raise UserError(f"--binary: names all of the {num_classes} classes; leave some for the other side")
 
 
 def _divide(split: AnySplit, share: float, purpose: str) -> tuple[AnySplit, AnySplit]:
@@ -283,8 +298,8 @@ def _digits(image_size: int) -> Split:
 def _stream(name: str, image_size: int | None, augment: str, options: DataOptions) -> ImageSet:
     """A set that is never held: its size and classes are what it says of itself."""
     kind, _, place = name.partition(":")
-    if options.train_fraction < 1 or options.exclude_classes:
-        raise UserError("--streaming: --train_fraction and --exclude_classes need the set to be loaded")
+    if options.train_fraction < 1 or options.exclude_classes or options.binary:
+        raise UserError("--streaming: --train_fraction, --exclude_classes and --binary need the set to be loaded")
     if options.pipeline == "device":
         raise UserError("--pipeline device: holds the whole set in memory, which --streaming avoids")
     if kind == "parquet":

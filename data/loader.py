@@ -133,10 +133,13 @@ class DeviceLoader(Loader):
 
 
 def evaluation_parts(count: int, batch_size: int, rank: int, world: int) -> Iterator[slice]:
-    """This process's share of `count` images: over all processes each once, in parts of about equal size."""
-    batches = -(-count // (batch_size * world))
-    for number in range(batches):
-        yield slice(rank + number * world, None, batches * world)
+    """This process's share of `count` images: over all processes each once, in parts of about equal size.
+
+    They are the same parts whatever the number of processes, as long as there is one for each.
+    """
+    parts = max(-(-count // batch_size), world)
+    for number in range(rank, parts, world):
+        yield slice(number, None, parts)
 
 
 def evaluation_batches(split: Split, normalise: Normalise, batch_size: int, rank: int, world: int) -> Iterator:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common import UserError
 from data.augment import Augmentation, Normalise
-from data.loader import DeviceLoader, Loader, evaluation_batches
+from data.loader import DeviceLoader, Loader, evaluation_batches, evaluation_parts
 from data.splits import AnySplit, ImageSet, Split, StoredSplit
 from data.stream import StreamLoader, stream_evaluation_batches
 from data.workers import WorkerLoader, worker_evaluation_batches
@@ -50,13 +50,19 @@ class Pipeline:
         kind = WorkerLoader if isinstance(split, StoredSplit) else StreamLoader
         return kind(*arguments, **self.where, workers=self.workers, device=self.device)
 
-    def evaluation(self, split: AnySplit, batch_size: int, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation(self, split: AnySplit, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of every image once over all processes, in about equal batches of up to `batch_size`."""
         split = self._on_device(split)
         if isinstance(split, Split):
             return evaluation_batches(split, self.normalise, batch_size, **self.where)
         kind = worker_evaluation_batches if isinstance(split, StoredSplit) else stream_evaluation_batches
-        return kind(split, self.normalise, batch_size, self.augmentation, loader)
+        place = {"workers": self.workers, "device": self.device, **self.where}
+        return kind(split, self.normalise, batch_size, self.augmentation, **place)
+
+    def evaluated(self, split: AnySplit, batch_size: int) -> Iterator[Tensor]:
+        """For each batch of `evaluation`, which images of the split it holds: int64 [n]. Not for streams."""
+        rows = torch.arange(len(split))
+        return (rows[part] for part in evaluation_parts(len(split), batch_size, **self.where))
 
     def _on_device(self, split: AnySplit) -> AnySplit:
         """Parts of a set share its pixels: they are moved once."""

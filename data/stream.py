@@ -151,15 +151,22 @@ def _stack(futures: list, size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def stream_evaluation_batches(
-    split: StreamSplit, normalise: Normalise, batch_size: int, augmentation: Augmentation, loader: StreamLoader
+    split: StreamSplit,
+    normalise: Normalise,
+    batch_size: int,
+    augmentation: Augmentation,
+    rank: int,
+    world: int,
+    workers: int,
+    device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(images, labels), each image once over all processes; at least one batch, maybe empty, in each."""
-    cells = cells_of(split.stream, split.stream.rows, loader.rank, loader.world)
+    cells = cells_of(split.stream, split.stream.rows, rank, world)
     shares = iter(lambda: list(islice(cells, batch_size)), [])
     met = False
-    for pixels, labels, _ in decode(shares, augmentation, None, loader.workers):
+    for pixels, labels, _ in decode(shares, augmentation, None, workers):
         met = True
-        yield normalise(pixels.to(loader.device)), labels.to(loader.device)
+        yield normalise(pixels.to(device)), labels.to(device)
     if not met:
         pixels, labels, _ = _stack([], augmentation.size)
-        yield normalise(pixels.to(loader.device)), labels.to(loader.device)
+        yield normalise(pixels.to(device)), labels.to(device)

@@ -37,23 +37,28 @@ class WorkerLoader(Loader):
         numbers = range(start, len(self))
         jobs = [plan.part(self.edges[n], self.edges[n + 1], self.rank, self.world) for n in numbers]
         images = _Images(self.split, self.augmentation, (self.seed, epoch))
-        batches = zip(numbers, jobs, _read(images, jobs, self), strict=True)
+        batches = zip(numbers, jobs, _read(images, jobs, self.workers, self.device), strict=True)
         for number, job, (pixels, labels, holes) in batches:
             yield self.finish(pixels, labels, holes, number, job.order.to(self.device))
 
 
 def worker_evaluation_batches(
-    split: StoredSplit, normalise: Normalise, batch_size: int, augmentation: Augmentation, loader: Loader
+    split: StoredSplit,
+    normalise: Normalise,
+    batch_size: int,
+    augmentation: Augmentation,
+    rank: int,
+    world: int,
+    workers: int,
+    device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(images, labels), each image once over all processes; photographs are resized and cropped at the centre."""
     rows = torch.arange(len(split))
     nothing = torch.zeros(len(split), 2, dtype=torch.int64)
     plan = Plan(rows, nothing, torch.zeros(len(split), dtype=torch.bool), nothing)
-    jobs = (
-        Plan(*(each[part] for each in plan))
-        for part in evaluation_parts(len(split), batch_size, loader.rank, loader.world)
-    )
-    for pixels, labels, _ in _read(_Images(split, augmentation, None), jobs, loader):
+    parts = evaluation_parts(len(split), batch_size, rank, world)
+    jobs = (Plan(*(each[part] for each in plan)) for part in parts)
+    for pixels, labels, _ in _read(_Images(split, augmentation, None), jobs, workers, device):
         yield normalise(pixels), labels
 
 
@@ -105,21 +110,23 @@ def transform(row, augmentation: Augmentation, seed: int | None, offset: list[in
     return vision.horizontal_flip(image) if flip else image
 
 
-def _read(images: _Images, jobs: Iterable[Plan], loader: Loader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _read(
+    images: _Images, jobs: Iterable[Plan], workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The images of each job in turn, on the device."""
-    pinned = loader.device.type == "cuda"
+    pinned = device.type == "cuda"
     batches = DataLoader(
         images,
         sampler=jobs,
         batch_size=None,
-        num_workers=loader.workers,
+        num_workers=workers,
         pin_memory=pinned,
-        worker_init_fn=_begin if loader.workers else None,
+        worker_init_fn=_begin if workers else None,
     )
     for batch in batches:
         if isinstance(batch, str):
             raise UserError(batch)
-        yield tuple(each.to(loader.device, non_blocking=pinned) for each in batch)
+        yield tuple(each.to(device, non_blocking=pinned) for each in batch)
 
 
 def end_with_parent() -> None:

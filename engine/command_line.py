@@ -13,10 +13,10 @@ import docstring_parser
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from common import UserError
-from engine.config import RunConfig
+from engine.config import RunConfig, ScriptOptions
 from engine.recipe import read_recipe
 
-Config = TypeVar("Config", bound=RunConfig)
+Config = TypeVar("Config", bound=ScriptOptions)
 Listing = list[str] | Callable[[], Iterable[str]]
 HELP = "help and listings"
 
@@ -45,11 +45,12 @@ def parse(config_class: type[Config], usage: str, listings: dict[str, Listing], 
                 print(value, flush=True)
             raise SystemExit(0)
     recipes, argv = _split_off_recipes(argv)
+    argv = _name_positional(argv, config_class)
     config_class = config_class.with_method(_method(config_class, recipes, argv))
     parser = _parser(config_class, usage, listings)
     known = {name for action in parser._actions for name in action.option_strings}
     if wanted := {"-h", "--help", "--help_all"} & set(argv):
-        config = config_class(method=_method(config_class, recipes, argv))
+        config = config_class(**({"method": _method(config_class, recipes, argv)} if config_class.rows() else {}))
         _print_help(parser, None if "--help_all" in wanted else _essential(config))
         raise SystemExit(0)
     _check_names(argv, recipes, known)
@@ -75,7 +76,30 @@ def _split_off_recipes(argv: list[str]) -> tuple[dict[str, dict], list[str]]:
     return recipes, rest
 
 
-def _method(config_class: type[RunConfig], recipes: dict[str, dict], argv: list[str]) -> str:
+def _name_positional(argv: list[str], config_class: type[ScriptOptions]) -> list[str]:
+    """The words that no flag takes become the values of the option `positional`: a list's flag takes all that follow,
+    a boolean's only true and false."""
+    if config_class.positional is None:
+        return argv
+    kinds = {f"--{name}": str(hint) for name, hint in _field_types(config_class)}
+    rest, words, taken = [], [], 0
+    for argument in argv:
+        if re.match(r"--?[a-z]", argument):
+            name, given, _ = argument.partition("=")
+            hint = kinds.get(name, "")
+            taken = 0 if given or name in ("-h", "--help") else len(argv) if "list" in hint else 1
+            choices = ("true", "false") if "bool" in hint else None
+        elif taken and (choices is None or argument in choices):
+            taken -= 1
+        else:
+            words.append(argument)
+            taken = 0
+            continue
+        rest.append(argument)
+    return [*rest, f"--{config_class.positional}", *words] if words else rest
+
+
+def _method(config_class: type[ScriptOptions], recipes: dict[str, dict], argv: list[str]) -> str:
     """The --method of flags, else of recipes, else the default."""
     found = [getattr(config_class, "method", "")] + [
         recipe["method"] for recipe in recipes.values() if "method" in recipe
@@ -87,14 +111,14 @@ def _method(config_class: type[RunConfig], recipes: dict[str, dict], argv: list[
     return str(found[-1])
 
 
-def _parser(config_class: type[RunConfig], usage: str, listings: dict[str, Listing]) -> ArgumentParser:
+def _parser(config_class: type[ScriptOptions], usage: str, listings: dict[str, Listing]) -> ArgumentParser:
     """A group of options for each dataclass in `config_class`."""
     parser = ArgumentParser(
         description=usage,
         formatter_class=_HelpFormatter,
         exit_on_error=False,
         add_help=False,
-        usage="%(prog)s [options]",
+        usage=f"%(prog)s {'RUN... ' if config_class.positional else ''}[options]",
     )
     groups, hints = {}, get_type_hints(config_class)
     described = {name: text for part in reversed(config_class.__mro__) for name, text in _descriptions(part).items()}
@@ -108,8 +132,11 @@ def _parser(config_class: type[RunConfig], usage: str, listings: dict[str, Listi
         else:
             group.add_argument(f"--{each.name}", type=kind, default=_default(each), help=described.get(each.name))
     group = parser.add_argument_group(HELP)
-    group.add_argument("-h", "--help", action="store_true", help="show the usual options and those of --method")
-    group.add_argument("--help_all", action="store_true", help="show all options")
+    if config_class.essential is None:
+        group.add_argument("-h", "--help", action="store_true", help="show the options")
+    else:
+        group.add_argument("-h", "--help", action="store_true", help="show the usual options and those of --method")
+        group.add_argument("--help_all", action="store_true", help="show all options")
     group.add_argument("--config", help="recipe: a YAML file of these options")
     for name in listings:
         group.add_argument(f"--list_{name}", action="store_true", help=f"print the known {name} and stop")
@@ -137,25 +164,27 @@ def _owner(config_class: type, name: str) -> type:
     return next(part for part in config_class.__mro__ if name in vars(part).get("__annotations__", {}))
 
 
-def _readers(config_class: type[RunConfig], name: str) -> list[str]:
+def _readers(config_class: type[ScriptOptions], name: str) -> list[str]:
     """The methods that read an option."""
     rows = config_class.rows().items()
     return [method for method, parts in rows if any(name in part.__dataclass_fields__ for part in parts)]
 
 
-def _title(config_class: type[RunConfig], name: str) -> str:
+def _title(config_class: type[ScriptOptions], name: str) -> str:
     readers = ", ".join(_readers(config_class, name)) or "of your own"
     return vars(_owner(config_class, name)).get("title", f"--method {readers}")
 
 
-def _rank(config_class: type[RunConfig], name: str) -> int:
+def _rank(config_class: type[ScriptOptions], name: str) -> int:
     """The script's options come first, then its methods', then those of every run."""
     owner = _owner(config_class, name)
     shared = RunConfig.__mro__
-    return 2 + shared.index(owner) if owner in shared else int(not issubclass(owner, RunConfig))
+    return 2 + shared.index(owner) if owner in shared else int(not issubclass(owner, ScriptOptions))
 
 
-def _essential(config: RunConfig) -> set[str]:
+def _essential(config: ScriptOptions) -> set[str] | None:
+    if config.essential is None:
+        return None
     return {*config.essential, *(each.name for part in config.chosen() for each in fields(part))}
 
 
@@ -253,7 +282,7 @@ def _given(argv: list[str]) -> dict[str, str]:
     return found
 
 
-def _settle_unread(config: RunConfig, typed: dict[str, str], recipes: dict[str, dict]) -> None:
+def _settle_unread(config: ScriptOptions, typed: dict[str, str], recipes: dict[str, dict]) -> None:
     """Options that the run's method does not read: a flag is refused, a recipe's keeps its default and is named."""
     optional = {each.name for parts in config.rows().values() for part in parts for each in fields(part)}
     unread = optional - {each.name for part in config.chosen() for each in fields(part)}

@@ -94,20 +94,18 @@ class PlaceOptions:
     run_name: str | None = None
 
 
-@dataclass
-class RunConfig(DataOptions, TrainingOptions, PlaceOptions):
-    """Options that every run has, whatever its method.
+class ScriptOptions:
+    """What the command line asks of a script's dataclass of options, which describes its fields under "Args:".
 
-    A script's subclass adds its own and those of its methods, a dataclass each, and says which of them a run reads. A
-    dataclass of options may have a `check` of its own, and a `title` for --help.
+    A dataclass of options may have a `check` of its own, and a `title` for --help.
     """
 
     unread = ()  # names of options that a recipe gives and the run's method does not read
-    essential = ("method", "dataset", "image_size", "weights", "epochs", "batch_size", "lr", "seed", "output_dir")
-    essential += ("overwrite", "resume_from_checkpoint")  # what --help shows besides the method's options
+    essential: tuple[str, ...] | None = None  # what --help shows besides the method's options; None: all
+    positional: str | None = None  # the list that words without a flag belong to
 
     @classmethod
-    def with_method(cls, method: str) -> "type[RunConfig]":
+    def with_method(cls, method: str) -> "type[ScriptOptions]":
         """This class, with the options that --method `method` brings from a file of the user's."""
         return cls
 
@@ -119,6 +117,17 @@ class RunConfig(DataOptions, TrainingOptions, PlaceOptions):
     def chosen(self) -> tuple[type, ...]:
         """The dataclasses of the options that this run's method reads."""
         return ()
+
+
+@dataclass
+class RunConfig(DataOptions, TrainingOptions, PlaceOptions, ScriptOptions):
+    """Options that every run has, whatever its method.
+
+    A script's subclass adds its own and those of its methods, a dataclass each, and says which of them a run reads.
+    """
+
+    essential = ("method", "dataset", "image_size", "weights", "epochs", "batch_size", "lr", "seed", "output_dir")
+    essential += ("overwrite", "resume_from_checkpoint")
 
     def check(self) -> None:
         """Raise UserError for the first value outside its range."""

@@ -31,7 +31,10 @@ class Console:
         cells = {"epoch": name, "lr": f"{row['lr']:.4g}"}
         cells |= {name: f"{value:.4f}" for name, value in row["losses"].items()}
         cells |= {f"{name} %": f"{value:.2f}" for name, value in row["accuracy"].items()}
-        cells |= {"img/s": f"{row['images_per_second']:.0f}", "seconds": f"{row['seconds']:.1f}"}
+        self.cells(cells | {"img/s": f"{row['images_per_second']:.0f}", "seconds": f"{row['seconds']:.1f}"})
+
+    def cells(self, cells: dict[str, str]) -> None:
+        """A table's line, as `row`."""
         if self._columns is None or not cells.keys() <= {column for column, _ in self._columns}:
             self._columns = [(name, max(len(name), len(cell), 7)) for name, cell in cells.items()]
             self.print("  ".join(name.rjust(width) for name, width in self._columns))

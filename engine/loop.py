@@ -336,7 +336,7 @@ class Loop:
                 return objective.predict(images, derive_seed(epoch, number))
 
         observe = {"observe": objective.observe_validation} if split is self.val else {}
-        batches = self.pipeline.evaluation(split, EVALUATION_BATCH, self.train)
+        batches = self.pipeline.evaluation(split, EVALUATION_BATCH)
         return evaluate(predict, batches, len(split), lambda counts: self.accelerator.reduce(counts, "sum"), **observe)
 
     def _check_finite(self) -> None:

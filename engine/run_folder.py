@@ -19,6 +19,7 @@ import yaml
 from common import UserError, write_atomically
 
 OURS = ("summary.json", "model.safetensors", "model.json", "metrics.jsonl", "supernet.safetensors", "config.yaml")
+OURS += ("evaluation.json", "evaluation.parquet")
 OUR_FOLDERS = ("plots", "checkpoints", "tensorboard", "anchors", "students")
 LOCK = ".lock"
 RUN_KEYS = {"method", "dataset", "seed", "epochs", "output_dir", "checkpointing_epochs"}  # of any run's config.yaml

@@ -42,37 +42,38 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> float:
     return float(-logits.double().log_softmax(1).gather(1, labels[:, None]).mean())
 
 
-def reliability(confidences: Tensor, correct: Tensor, bins: int = BINS) -> list[dict[str, float]]:
-    """Of bins of equal width over confidences [N] in (0, 1]: `share` of the images, mean `confidence`, `accuracy`.
+def calibration_bins(confidences: Tensor, correct: Tensor, bins: int = BINS) -> Tensor:
+    """Sums [3, bins] over the images of bins of equal width: 1, confidence and correctness; of [N] in (0, 1] each.
 
-    A bin holds its upper edge; empty bins are left out.
+    A bin holds its upper edge. Those of parts of a set add up to the set's.
     """
     numbers = (confidences.double() * bins).ceil().long().clamp(1, bins) - 1
-    found = []
-    for number in range(bins):
-        inside = numbers == number
-        if inside.any():
-            means = confidences[inside].double().mean(), correct[inside].double().mean()
-            share = inside.double().mean()
-            found.append({"share": float(share), "confidence": float(means[0]), "accuracy": float(means[1])})
-    return found
+    values = torch.stack([torch.ones_like(numbers), confidences, correct]).double()
+    return values.new_zeros(3, bins).index_add_(1, numbers, values)
 
 
-def calibration_error(confidences: Tensor, correct: Tensor, bins: int = BINS) -> float:
-    """ECE in [0, 1]: sum over bins of their share times |accuracy - confidence|."""
-    return sum(
-        each["share"] * abs(each["accuracy"] - each["confidence"]) for each in reliability(confidences, correct, bins)
-    )
+def reliability(bins: Tensor) -> list[dict[str, float]]:
+    """Of `calibration_bins`: `share` of the images, mean `confidence`, `accuracy`. Empty bins are left out."""
+    return [
+        {"share": images / float(bins[0].sum()), "confidence": confidence / images, "accuracy": right / images}
+        for images, confidence, right in bins.T.tolist()
+        if images
+    ]
 
 
-def bootstrap_interval(correct: Tensor, samples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95% interval of the mean of `correct` [N] (0 or 1) in percent, by resampling images.
+def calibration_error(bins: Tensor) -> float:
+    """ECE in [0, 1]: sum over `calibration_bins` of their share times |accuracy - confidence|."""
+    return sum(each["share"] * abs(each["accuracy"] - each["confidence"]) for each in reliability(bins))
+
+
+def bootstrap_interval(right: int, images: int, samples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """95% interval in percent of an accuracy of `right` in `images`, by resampling images.
 
     The number of successes in a resample is binomial: it is drawn as that, not image by image.
     """
     source = torch.Generator().manual_seed(seed)
-    images, rate = len(correct), float(correct.double().mean())
-    counts = torch.binomial(torch.full((samples,), float(images)), torch.full((samples,), rate), generator=source)
+    rates = torch.full((samples,), right / images)
+    counts = torch.binomial(torch.full((samples,), float(images)), rates, generator=source)
     low, high = torch.quantile(
         counts.double() / images * 100, torch.tensor([0.025, 0.975], dtype=torch.float64)
     ).tolist()
@@ -88,13 +89,17 @@ def linear_cka(one: Tensor, other: Tensor) -> float:
     return float((y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
-def unbiased_hsic(k: Tensor, other: Tensor) -> Tensor:
-    """HSIC_1 of two Gram matrices [n, n], n >= 4, whose diagonals are not used (Nguyen et al., eq. 3)."""
-    n = len(k)
-    k, other = (each - each.diagonal().diag() for each in (k, other))
-    sums, other_sums = k.sum(0), other.sum(0)
-    value = (k * other).sum() + sums.sum() * other_sums.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (sums @ other_sums)
-    return value / (n * (n - 3))
+def unbiased_hsic(ks: Tensor, others: Tensor) -> Tensor:
+    """HSIC_1 [A, B] of every pair of Gram matrices [A, n, n] and [B, n, n], n >= 4 (Nguyen et al., eq. 3).
+
+    Their diagonals are not used.
+    """
+    n = ks.shape[1]
+    ks, others = (each - each.diagonal(dim1=1, dim2=2).diag_embed() for each in (ks, others))
+    sums, other_sums = ks.sum(1), others.sum(1)
+    both = ks.flatten(1) @ others.flatten(1).T
+    apart = sums.sum(1)[:, None] * other_sums.sum(1)
+    return (both + apart / ((n - 1) * (n - 2)) - 2 / (n - 2) * (sums @ other_sums.T)) / (n * (n - 3))
 
 
 class Similarity:
@@ -105,33 +110,23 @@ class Similarity:
     """
 
     def __init__(self) -> None:
-        self.both: Tensor | None = None  # [A, B]
-        self.own: list[Tensor] = []  # [A] and [B]
+        self.ones = 0  # A
+        self.sums: Tensor | None = None  # [A + B, A + B] HSIC of every pair, which adds up over batches and processes
 
     def update(self, ones: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         """Features [n, ...] of the same n >= 4 images, A of one network and B of the other."""
-        grams = [[self._gram(each) for each in features] for features in (ones, others)]
-        both = torch.stack([torch.stack([unbiased_hsic(k, other) for other in grams[1]]) for k in grams[0]])
-        own = [torch.stack([unbiased_hsic(k, k) for k in each]) for each in grams]
-        self.both = both if self.both is None else self.both + both
-        self.own = own if not self.own else [before + now for before, now in zip(self.own, own, strict=True)]
-
-    def sums(self) -> Tensor:
-        """All that was accumulated as one vector, whose sum over processes `take` gives back."""
-        return torch.cat([self.both.flatten(), *self.own])
-
-    def take(self, sums: Tensor) -> None:
-        """Replace what was accumulated by such a vector."""
-        parts = sums.split([self.both.numel(), *(len(each) for each in self.own)])
-        self.both, self.own = parts[0].view_as(self.both), list(parts[1:])
+        grams = torch.stack([self._gram(each) for each in (*ones, *others)])
+        found = unbiased_hsic(grams, grams)
+        self.ones, self.sums = len(ones), found if self.sums is None else self.sums + found
 
     def matrix(self) -> list[list[float]]:
         """CKA [A][B]."""
-        return (
-            self.both / (self.own[0].clamp(min=1e-300).sqrt()[:, None] * self.own[1].clamp(min=1e-300).sqrt())
-        ).tolist()
+        norms = self.sums.diagonal().clamp(min=1e-300).sqrt()
+        return (self.sums / norms / norms[:, None])[: self.ones, self.ones :].tolist()
 
     @staticmethod
     def _gram(features: Tensor) -> Tensor:
+        """Of the centred features, in which HSIC is the same and float32 keeps what it is made of."""
         flat = features.flatten(1).float()
+        flat = flat - flat.mean(0)
         return (flat @ flat.T).double()

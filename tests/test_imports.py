@@ -17,9 +17,9 @@ LAYERS = {
     "models": {"common", "kernels", "models"},
     "losses": {"common", "data", "kernels", "losses"},
     "objectives": {"common", "data", "engine", "kernels", "losses", "models", "objectives"},
-    "reports": {"common", "models", "reports"},
+    "reports": {"common", "data", "models", "reports"},
 }
-SCRIPTS = {"train_teacher", "distill"}
+SCRIPTS = {"train_teacher", "distill", "evaluate"}
 MAY_IMPORT = LAYERS | {script: set(LAYERS) for script in SCRIPTS} | {"benchmarks": {*LAYERS, "benchmarks"}}
 OURS = set(MAY_IMPORT)
 FILES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0].removesuffix(".py") in OURS]

@@ -65,7 +65,7 @@ def test_workers_and_device_make_the_same_images(files, tmp_path, workers):
         config = options(tmp_path, pipeline=kind, data_workers=workers, crop_padding=3, cutout=4, seed=5)
         data, batches = pipeline(files, config)
         loader = batches.training(data.train, 16)
-        found[kind] = list(loader.epoch(1, start=2)), list(batches.evaluation(data.test, 8, loader))
+        found[kind] = list(loader.epoch(1, start=2)), list(batches.evaluation(data.test, 8))
         assert (data.mean, data.std) == (found.setdefault("statistics", (data.mean, data.std)))
     for ours, theirs in zip(found["device"][0], found["workers"][0], strict=True):
         assert torch.equal(ours.images, theirs.images) and torch.equal(ours.labels, theirs.labels)
@@ -144,7 +144,7 @@ def test_photographs_of_any_size_are_evaluated_at_the_centre(tmp_path):
     assert [tuple(batch.images.shape) for batch in loader.epoch(0)] == [(4, 3, 16, 16)] * 2
     first, again = (torch.cat([batch.images for batch in loader.epoch(e)]) for e in (0, 0))
     assert torch.equal(first, again)
-    ((images, labels),) = batches.evaluation(data.test, 8, loader)
+    ((images, labels),) = batches.evaluation(data.test, 8)
     plain = v2.Compose([v2.Resize(18), v2.CenterCrop(16), v2.PILToTensor()])
     expected = plain(Image.open(tmp_path / "set/val/cat/1.png"))
     assert torch.equal(images[1], batches.normalise(expected[None])[0]) and labels.tolist() == [0, 0, 1, 1]
@@ -229,7 +229,7 @@ def test_a_stream_holds_every_image_once_an_epoch_in_another_order(files, tmp_pa
     assert [len(part) for part in first] == [16, 16, 16, 16, 16, 10]
     assert sorted(chain(*first)) == sorted(chain(*second)) == list(range(90)) and first != second
     assert list(numbers(0)) == first and list(numbers(0, 3)) == first[3:]
-    seen = [labels for _, labels in batches.evaluation(data.test, 8, loader)]
+    seen = [labels for _, labels in batches.evaluation(data.test, 8)]
     assert torch.cat(seen).tolist() == [n % 3 for n in range(90, 110)]
 
 
@@ -252,7 +252,7 @@ with open(f"{sys.argv[2]}-{rank}.txt", "w") as out:
     for start in (0, 4):
         for batch in loader.epoch(0, start):
             print("train", start, batch.loss_scale, *numbers(batch.images), file=out)
-    for images, labels in pipeline.evaluation(data.test, 8, loader):
+    for images, labels in pipeline.evaluation(data.test, 8):
         print("test", 0, 0, *numbers(images), file=out)
 dist.destroy_process_group()
 """

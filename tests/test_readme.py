@@ -11,12 +11,13 @@ from PIL import Image
 
 from distill import DistillConfig
 from engine.command_line import parse
+from evaluate import EvaluateConfig
 from losses.registry import describe_methods
 from tests.runs import forked, forked_processes, succeeded
 from train_teacher import TeacherConfig
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = {"train_teacher.py": TeacherConfig, "distill.py": DistillConfig}
+CONFIGS = {"train_teacher.py": TeacherConfig, "distill.py": DistillConfig, "evaluate.py": EvaluateConfig}
 
 
 def text() -> str:
@@ -66,7 +67,8 @@ def test_command_is_understood_by_launcher_and_script(command, monkeypatch):
         assert words[0] == "python"
         script, arguments = words[1], words[2:]
     config = parse(CONFIGS[script], "", {}, arguments)
-    assert config.output_dir.startswith("runs/")
+    places = config.runs or [config.output] if script == "evaluate.py" else [config.output_dir]
+    assert all(place.startswith("runs/") for place in places)
 
 
 def test_commands_for_a_cpu_run(tmp_path):
@@ -76,11 +78,12 @@ def test_commands_for_a_cpu_run(tmp_path):
         photo.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (12, 9), (number, 90, 200)).save(photo)
     for command in script_commands():
-        if any(each in command for each in ("cifar100", "imagenet", "--resume_from_checkpoint")):
+        if any(each in command for each in ("cifar100", "imagenet", "stl10", "--resume_from_checkpoint")):
             continue  # needs a network, a GPU, a stopped run
         variables, words = split(command)
         words = [word.replace("runs/", f"{tmp_path}/").replace("folder:", f"folder:{tmp_path}/") for word in words]
-        words += ["--epochs", "1", "--stop_after", "1", "--batch_size", "128", "--image_size", "8"]
+        if "evaluate.py" not in words:
+            words += ["--epochs", "1", "--stop_after", "1", "--batch_size", "128", "--image_size", "8"]
         assert variables in ({}, {"ACCELERATE_USE_CPU": "true"})
         processes = 1
         if words[0] == "accelerate":

@@ -71,19 +71,20 @@ def test_calibration_of_a_hand_made_set():
     confidences = torch.tensor([0.95] * 4 + [0.55] * 2)
     correct = torch.tensor([1, 1, 1, 0, 1, 0])
     expected = 4 / 6 * abs(0.75 - 0.95) + 2 / 6 * abs(0.5 - 0.55)
-    assert metrics.calibration_error(confidences, correct) == pytest.approx(expected, abs=1e-7)
-    first, second = metrics.reliability(confidences, correct)
+    bins = metrics.calibration_bins(confidences, correct)
+    assert metrics.calibration_error(bins) == pytest.approx(expected, abs=1e-7)
+    first, second = metrics.reliability(bins)
     assert first["share"] == pytest.approx(1 / 3) and second["accuracy"] == pytest.approx(0.75)
     # A bin holds its upper edge: 0.2 and 0.21 are in different ones of five.
-    assert len(metrics.reliability(torch.tensor([0.2, 0.21], dtype=torch.float64), torch.tensor([1, 0]), bins=5)) == 2
-    assert metrics.calibration_error(torch.ones(5), torch.ones(5)) == 0
+    edges = metrics.calibration_bins(torch.tensor([0.2, 0.21], dtype=torch.float64), torch.tensor([1, 0]), bins=5)
+    assert edges[0].tolist() == [1, 1, 0, 0, 0] and len(metrics.reliability(edges)) == 2
+    assert metrics.calibration_error(metrics.calibration_bins(torch.ones(5), torch.ones(5))) == 0
 
 
 def test_the_bootstrap_interval_is_the_binomials():
     from scipy.stats import binom
 
-    correct = torch.tensor([1.0] * 700 + [0.0] * 300)
-    low, high = metrics.bootstrap_interval(correct)
+    low, high = metrics.bootstrap_interval(700, 1000)
     assert low == pytest.approx(binom.ppf(0.025, 1000, 0.7) / 10, abs=0.2)
     assert high == pytest.approx(binom.ppf(0.975, 1000, 0.7) / 10, abs=0.2)
 
@@ -101,8 +102,10 @@ def hsic_by_definition(k: torch.Tensor, other: torch.Tensor) -> float:
 def test_unbiased_hsic_equals_its_definition():
     torch.manual_seed(0)
     x, y = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64)
-    k, other = x @ x.T, y @ y.T
-    assert float(metrics.unbiased_hsic(k, other)) == pytest.approx(hsic_by_definition(k, other), rel=1e-9)
+    grams = [x @ x.T, y @ y.T]
+    found = metrics.unbiased_hsic(torch.stack(grams), torch.stack(grams[::-1]))
+    expected = [[hsic_by_definition(k, other) for other in grams[::-1]] for k in grams]
+    assert found.tolist() == [pytest.approx(row, rel=1e-9) for row in expected]
 
 
 def test_similarity_over_batches():
@@ -116,10 +119,9 @@ def test_similarity_over_batches():
     (same, part), (apart, _) = found.matrix()
     assert same == pytest.approx(1, abs=1e-9) and abs(apart) < 0.05
     assert part == pytest.approx(0.5, abs=0.05)  # four of eight independent directions in common
-    other = metrics.Similarity()
-    other.update([x[:100], noise[:100]], [x[:100], half[:100]])
-    other.take(found.sums())
-    assert other.matrix() == found.matrix()
+    shifted = metrics.Similarity()
+    shifted.update([x + 1000], [x])  # in float32, as the maps behind a ReLU have a mean
+    assert shifted.matrix() == [[pytest.approx(1, abs=1e-4)]]
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
