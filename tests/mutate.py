@@ -95,7 +95,9 @@ def run_all(faults: list[Fault], copies: list[Path]) -> dict[Fault, str]:
             else:
                 outcomes[fault] = BROKEN
                 free.append(copy)
-        for job in [job for job in running if (ended := poll(job)) is not None and not outcomes.update({job.fault: ended})]:
+        for job in [
+            job for job in running if (ended := poll(job)) is not None and not outcomes.update({job.fault: ended})
+        ]:
             running.remove(job)
             shutil.copy2(ROOT / job.fault.file, job.copy / job.fault.file)
             free.append(job.copy)

@@ -108,9 +108,8 @@ def objective(name: str, pair: Pair = ALIKE, **options) -> Distillation:
     )
     config = DistillConfig(method=name, **options)
     names = (pair.student, pair.teacher if teachers else "")
-    built, weights = build_methods(find_methods(name), student, teachers, pair.size, CLASSES, IMAGES, config, names)
-    for method in built:
-        method.know_labels(torch.arange(IMAGES) % CLASSES)
+    labels = torch.arange(IMAGES) % CLASSES
+    built, weights = build_methods(find_methods(name), student, teachers, pair.size, CLASSES, labels, config, names)
     made = Distillation(student, teachers, built, weights, warmup_epochs=config.warmup_epochs, options=config).double()
     made.begin_epoch(EPOCH)
     return made.train()
