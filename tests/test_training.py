@@ -130,26 +130,37 @@ def split(value: int, labels: torch.Tensor) -> Split:
     return Split(pixels.contiguous(memory_format=torch.channels_last), labels)
 
 
-@pytest.mark.parametrize(("validated", "best"), [(True, (80, 3, "val")), (False, (90, 2, "test"))])
-def test_the_best_epoch_is_chosen_on_validation_and_the_last_is_kept_beside_it(tmp_path, validated, best):
-    """Of equals the first; the first network's accuracy counts, on the validation split if there is one."""
+def scripted_loop(folder, validated: bool, **options) -> Loop:
     zeros = torch.zeros(100, dtype=torch.int64)
     data = ImageSet("scripted", 6, 8, split(9, torch.arange(24) % 6), split(0, zeros), [0.5] * 3, [0.5] * 3, False)
     data = replace(data, val=split(255, zeros) if validated else None)
-    config, objective = TeacherConfig(epochs=5, batch_size=12, crop_padding=0), Scripted()
-    loop = Loop(objective, data, config, Accelerator(), RunFolder(tmp_path / "run"), Console(False))
+    config = TeacherConfig(epochs=5, batch_size=12, crop_padding=0, **options)
+    return Loop(Scripted(), data, config, Accelerator(), RunFolder(folder / "run"), Console(False))
+
+
+@pytest.mark.parametrize(("validated", "best"), [(True, (80, 3, "val")), (False, (90, 2, "test"))])
+def test_the_best_epoch_is_chosen_on_validation_and_the_last_is_kept_beside_it(tmp_path, validated, best):
+    """Of equals the first; the first network's accuracy counts, on the validation split if there is one."""
+    loop = scripted_loop(tmp_path, validated)
     progress = loop.run()
     assert tuple(progress.best.values()) == best
     assert [row["accuracy"]["first"] for row in progress.history] == list(TEST)
     assert [row["accuracy"]["second"] for row in progress.history] == [100 - each for each in TEST]
     shown = [row.get("val_accuracy", {}).get("first") for row in progress.history]
     assert shown == (list(VALIDATION) if validated else [None] * 5)
-    assert objective.observed == ([(epoch, 100) for epoch in range(5)] if validated else [])
+    assert loop.objective.observed == ([(epoch, 100) for epoch in range(5)] if validated else [])
     assert {row["losses"]["ce"] for row in progress.history} == {2.0}
     epochs = [load_file(path)["objective/trained"].item() for path in (loop.folder.best, loop.folder.last)]
     assert epochs == [best[1], 5]
     with safe_open(loop.folder.last, "pt") as file:
         assert f'"chosen_on": "{best[2]}"' in file.metadata()["state"]
+
+
+def test_checkpoints_hold_the_best_the_last_and_every_second_epoch(tmp_path):
+    loop, held = scripted_loop(tmp_path, False, checkpointing_epochs=2), []
+    loop.after_epoch = lambda epoch, row: held.append(load_file(loop.folder.last)["objective/trained"].item())
+    loop.run()
+    assert held == [1, 2, 2, 4, 5]  # the third epoch is none of these
 
 
 # --- two processes ---------------------------------------------------------------------------------------------------
