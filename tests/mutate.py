@@ -1,4 +1,4 @@
-"""Whether the tests notice wrong code: plants the faults of tests/faults.py, one at a time, and runs their tests.
+"""Whether the tests notice wrong code: plants the faults of tests/faults.yaml, one at a time, and runs their tests.
 
 python -m tests.mutate
 python -m tests.mutate --jobs 4 --only losses/
@@ -18,13 +18,32 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from tests.faults import FAULTS, NAMED, Fault
+import yaml
 
 ROOT = Path(__file__).parents[1]
 WANTED = 0.95
 PATIENCE = 600  # seconds after which a fault counts as noticed: something hangs
 CAUGHT, SURVIVED, HUNG, BROKEN = "caught", "SURVIVED", "hung", "BROKEN"
+
+
+class Fault(NamedTuple):
+    """`old`, which stands once in `file`, is replaced by `new`; `tests` are what pytest is given."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def place(self) -> str:
+        return f"{self.file}: {' '.join(self.new.split())[:90]}"
+
+
+def read_faults(part: str) -> list[Fault]:
+    """Those of one part of tests/faults.yaml: "faults", or "once_missed"."""
+    groups = yaml.safe_load((ROOT / "tests" / "faults.yaml").read_text())[part]
+    return [Fault(g["file"], each["old"], each["new"], tuple(g["tests"])) for g in groups for each in g["faults"]]
 
 
 @dataclass
@@ -42,9 +61,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="faults whose file, line or tests contain this")
     parser.add_argument("--jobs", type=int, default=1, help="how many run at a time")
-    parser.add_argument("--named", action="store_true", help="the faults that once survived, instead of the others")
+    parser.add_argument("--once_missed", action="store_true", help="what no test noticed once, instead of the others")
     options = parser.parse_args()
-    faults = [fault for fault in (NAMED if options.named else FAULTS) if options.only in " ".join(map(str, fault))]
+    faults = read_faults("once_missed" if options.once_missed else "faults")
+    faults = [fault for fault in faults if options.only in " ".join(map(str, fault))]
     preload()
     with tempfile.TemporaryDirectory() as folder:
         outcomes = run_all(faults, [copy_tree(Path(folder) / str(number)) for number in range(options.jobs)])
@@ -64,7 +84,6 @@ def preload() -> None:
     import torch
     import torch._dynamo
     import torchvision  # noqa: F401
-    import yaml  # noqa: F401
 
     torch.set_num_threads(1)  # no thread survives a fork
 

@@ -276,21 +276,21 @@ NAMED: Table = {
 
 # (script, what else is typed, table)
 SETTINGS = {
-    "every teacher's": ("train_teacher.py", "--model resnet14", COMMON),
-    "a teacher's images": ("train_teacher.py", "--model resnet8 --image_size 16 --batch_size 8", PLACES),
-    "a teacher's weights": ("train_teacher.py", "--model resnet8 --image_size 8", WEIGHTS),
-    "a schedule": ("train_teacher.py", "--model resnet8 --image_size 8", SCHEDULE),
+    "teachers": ("train_teacher.py", "--model resnet14", COMMON),
+    "teachers-images": ("train_teacher.py", "--model resnet8 --image_size 16 --batch_size 8", PLACES),
+    "teachers-weights": ("train_teacher.py", "--model resnet8 --image_size 8", WEIGHTS),
+    "schedule": ("train_teacher.py", "--model resnet8 --image_size 8", SCHEDULE),
     "sftn": ("train_teacher.py", "--image_size 8 --batch_size 16", SFTN),
     "gtn": ("train_teacher.py", f"--image_size 8 --batch_size 16 {POOL}", GTN),
-    "gtn for given students": ("train_teacher.py", f"--model resnet8 --image_size 8 {POOL}", STUDENTS),
-    "every student's": ("distill.py", "--method none --student resnet14", COMMON),
-    "a student's images": ("distill.py", "--method none --student resnet8 --image_size 16 --batch_size 8", PLACES),
-    "a student's weights": ("distill.py", "--method none --student resnet8 --image_size 8", WEIGHTS),
+    "gtn-students": ("train_teacher.py", f"--model resnet8 --image_size 8 {POOL}", STUDENTS),
+    "students": ("distill.py", "--method none --student resnet14", COMMON),
+    "students-images": ("distill.py", "--method none --student resnet8 --image_size 16 --batch_size 8", PLACES),
+    "students-weights": ("distill.py", "--method none --student resnet8 --image_size 8", WEIGHTS),
     "kd": ("distill.py", "--crop_padding 0", KD),
     "joined": ("distill.py", TAUGHT, JOINED),
     "warm-up": ("distill.py", TAUGHT, WARMUP),
     "peers": ("distill.py", "--student resnet8 --image_size 8", PEERS),
-    "a teacher by name": ("distill.py", f"--teacher resnet8 --image_size 8 {POOL}", NAMED),
+    "teacher-by-name": ("distill.py", f"--teacher resnet8 --image_size 8 {POOL}", NAMED),
 }
 ELSEWHERE = {  # option: the test that follows it, as here it would need more than a run that begins
     "data_dir": "test_pipelines.py: a set by name from a local copy",
