@@ -67,14 +67,16 @@ def main() -> None:
     faults = [fault for fault in faults if options.only in " ".join(map(str, fault))]
     preload()
     with tempfile.TemporaryDirectory() as folder:
-        outcomes = run_all(faults, [copy_tree(Path(folder) / str(number)) for number in range(options.jobs)])
+        sound = copy_tree(Path(folder) / "sound")
+        check(sound, faults)
+        copies = [shutil.copytree(sound, Path(folder) / str(number)) for number in range(options.jobs)]
+        outcomes = run_all(faults, sound, copies)
     sys.exit(report(faults, outcomes))
 
 
 def preload() -> None:
     """Import what tests need from elsewhere; nothing of this tree, which differs from fork to fork."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    sys.dont_write_bytecode = True
+    os.environ["OMP_NUM_THREADS"] = "1"
     import accelerate  # noqa: F401
     import docstring_parser  # noqa: F401
     import jsonargparse  # noqa: F401
@@ -98,36 +100,43 @@ def copy_tree(target: Path) -> Path:
     return target
 
 
-def run_all(faults: list[Fault], copies: list[Path]) -> dict[Fault, str]:
-    """What became of every fault; first the tests of all run without any."""
+def check(sound: Path, faults: list[Fault]) -> None:
+    """Run the tests of all faults without any. What is compiled here need not be again with each fault."""
     every = tuple(sorted({test for fault in faults for test in fault.tests}))
-    sound = start(None, every, copies[0])
-    if finish(sound) != SURVIVED:
-        print((sound.copy / "output").read_text()[-6000:])
+    job = start(None, every, sound)
+    while (outcome := poll(job)) is None:
+        time.sleep(0.02)
+    if outcome != SURVIVED:
+        print((sound / "output").read_text()[-6000:])
         sys.exit("the tests fail without a fault")
+
+
+def run_all(faults: list[Fault], sound: Path, copies: list[Path]) -> dict[Fault, str]:
+    """What became of every fault."""
     waiting, running, outcomes, free = list(faults), [], {}, list(copies)
     while waiting or running:
         while waiting and free:
             fault, copy = waiting.pop(0), free.pop()
-            if plant(fault, copy):
+            if plant(fault, sound, copy):
                 running.append(start(fault, fault.tests, copy))
             else:
                 outcomes[fault] = BROKEN
                 free.append(copy)
-        for job in [
-            job for job in running if (ended := poll(job)) is not None and not outcomes.update({job.fault: ended})
-        ]:
+        for job in list(running):
+            if (ended := poll(job)) is None:
+                continue
+            outcomes[job.fault] = ended
             running.remove(job)
-            shutil.copy2(ROOT / job.fault.file, job.copy / job.fault.file)
+            shutil.copy2(sound / job.fault.file, job.copy / job.fault.file)
             free.append(job.copy)
             print(f"{len(outcomes):>4} of {len(faults)}  {outcomes[job.fault]:<8}  {job.fault.place()}", flush=True)
         time.sleep(0.02)
     return outcomes
 
 
-def plant(fault: Fault, copy: Path) -> bool:
-    """Put a fault into a copy; False where its line is not there once."""
-    text = (ROOT / fault.file).read_text()
+def plant(fault: Fault, sound: Path, copy: Path) -> bool:
+    """Put a fault into a copy of a sound tree; False where its line is not there once."""
+    text = (sound / fault.file).read_text()
     if text.count(fault.old) != 1 or fault.old == fault.new:
         return False
     (copy / fault.file).write_text(text.replace(fault.old, fault.new))
@@ -139,12 +148,17 @@ def start(fault: Fault | None, tests: tuple[str, ...], copy: Path) -> Job:
     process = os.fork()
     if process == 0:
         os.setsid()
-        become_pytest(tests, copy)
+        become_pytest(tests, copy, compiled=fault is None)
     return Job(fault, tests, copy, process, time.monotonic() + PATIENCE)
 
 
-def become_pytest(tests: tuple[str, ...], copy: Path) -> None:
+def become_pytest(tests: tuple[str, ...], copy: Path, compiled: bool) -> None:
+    """`compiled`: keep what Python compiles, which is never done of a file with a fault in it."""
     import pytest
+
+    sys.dont_write_bytecode = not compiled
+    if not compiled:
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
     file = os.open(copy / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
@@ -159,12 +173,6 @@ def become_pytest(tests: tuple[str, ...], copy: Path) -> None:
     finally:
         sys.stdout.flush()
         os._exit(code)
-
-
-def finish(job: Job) -> str:
-    while (outcome := poll(job)) is None:
-        time.sleep(0.02)
-    return outcome
 
 
 def poll(job: Job) -> str | None:

@@ -23,6 +23,6 @@ def test_their_tests_are_there():
 
 def test_a_fault_is_planted_in_the_copy_alone(tmp_path):
     before = (ROOT / "common.py").read_text()
-    assert plant(Fault("common.py", "difflib.get_close_matches(", "difflib.nothing(", ()), tmp_path)
+    assert plant(Fault("common.py", "difflib.get_close_matches(", "difflib.nothing(", ()), ROOT, tmp_path)
     assert "difflib.nothing(" in (tmp_path / "common.py").read_text() and (ROOT / "common.py").read_text() == before
-    assert not plant(Fault("common.py", "no such line", "", ()), tmp_path)
+    assert not plant(Fault("common.py", "no such line", "", ()), ROOT, tmp_path)

@@ -151,7 +151,9 @@ def vgg(net: Plain, x: Tensor, layers: tuple[int, ...]) -> Found:
         if 0 < block < 4 or (block == 4 and x.shape[-1] >= 8):
             x = F.max_pool2d(x, 2)
         for number in range(count):
-            x = F.relu(net.conv_norm(f"block{block}.{3 * number}", f"block{block}.{3 * number + 1}", x))
+            name = f"block{block}.{3 * number}"
+            assert f"{name}.bias" in net.weights  # the paper's convolutions have one
+            x = F.relu(net.conv_norm(name, f"block{block}.{3 * number + 1}", x))
         maps.append(x)
     return maps, net.linear("classifier", average(x))
 
