@@ -15,21 +15,6 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_gated_mix_equals_the_explicit_sum_with_all_gradients():
-    torch.manual_seed(0)
-    tensors = [torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
-    *outputs, shortcut = tensors
-    weight = torch.randn(2, 3, 4, dtype=torch.float64)
-    gates = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64, requires_grad=True)
-    explicit = shortcut + sum(g * o for g, o in zip(gates, outputs, strict=True))
-    expected = torch.autograd.grad((explicit * weight).sum(), [gates, outputs[1], shortcut])
-    y = gated_mix(outputs, gates, 1, shortcut)
-    found = torch.autograd.grad((y * weight).sum(), [gates, outputs[1], shortcut])
-    assert torch.equal(y, explicit)
-    for a, b in zip(found, expected, strict=True):
-        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
-
-
 def test_gated_mix_sends_nothing_to_inactive_outputs_and_takes_none_for_zero():
     a, b = (torch.randn(3, requires_grad=True) for _ in range(2))
     shortcut = torch.randn(3, requires_grad=True)
@@ -174,7 +159,7 @@ def within(counts: torch.Tensor, p: torch.Tensor) -> bool:
 
 
 def test_path_frequencies_match_p():
-    gates, seeds = make_gates([4, 2]), 20000
+    gates, seeds = make_gates([4, 2]), 6000
     source, counts = generator(), torch.zeros(2, 4, dtype=torch.float64)
     for _ in range(seeds):
         for layer, draw in enumerate(gates.draw(source)):
@@ -191,7 +176,7 @@ def test_pairs_are_drawn_without_replacement_and_the_active_one_by_renormalised_
         for pair in itertools.combinations(range(3), 2)
     }
     source, seen, active = generator(), dict.fromkeys(pairs, 0), dict.fromkeys(pairs, 0)
-    for _ in range(20000):
+    for _ in range(6000):
         (draw,) = gates.draw_gate_step(source)
         pair = tuple(sorted(draw.candidates))
         seen[pair] += 1

@@ -514,7 +514,7 @@ def run_step(made: Distillation, epoch: int, batch: Batch) -> dict[str, torch.Te
 
 
 NAMES = [name for name, row in METHODS.items() if row.needs_teacher]
-PAIRS = [("resnet8", "resnet14"), ("shufflenetv1", "resnet8x4"), ("shufflenetv2", "resnet8"), ("vgg8", "resnet18"),
+PAIRS = [("resnet8", "resnet14"), ("shufflenetv1", "resnet8x4"), ("shufflenetv2", "resnet8"), ("vgg8", "resnet8x2"),
          ("mobilenetv2", "wrn10_2"), ("nas_s", "resnet8x2"), ("wrn10_1", "mobilenetv2")]  # fmt: skip
 
 

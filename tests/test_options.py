@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,6 +19,7 @@ from engine.config import union
 from engine.console import Console
 from engine.loop import Loop
 from engine.run_folder import RunFolder
+from engine.tracking import start_trackers
 from losses.registry import METHODS
 from models import create_model
 from objectives.registry import TEACHERS
@@ -306,6 +308,17 @@ def test_a_tracker_is_told_the_options_and_every_epoch(tmp_path):
     assert tracker.options["lr"] == 0.05 and tracker.options["pool.stem"] == 16
     assert all(type(value) in (bool, int, float, str) for value in tracker.options.values())
     assert [step for step, _ in tracker.rows] == [1, 2] and tracker.rows[0][1].keys() >= {"loss/ce", "lr"}
+
+
+@pytest.mark.parametrize(("given", "called"), [(("--run_name", "mine"), "mine"), ((), "folder")])
+def test_trackers_call_a_run_as_they_are_told_or_as_its_folder(given, called):
+    """Each library has a keyword of its own for it."""
+    told = []
+    accelerator = SimpleNamespace(init_trackers=lambda *arguments: told.append(arguments))
+    start_trackers(accelerator, teacher("--with_tracking", "--output_dir", "some/folder", *given))
+    ((project, _, names),) = told
+    assert project == "student-friendly-teachers" and names["wandb"] == {"name": called}
+    assert names["mlflow"] == {"run_name": called} and names["swanlab"] == {"experiment_name": called}
 
 
 def test_tensorboard_gets_the_project_and_the_options(tmp_path):

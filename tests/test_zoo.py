@@ -153,9 +153,7 @@ FAMILIES = ["resnet8x4", "wrn10_2", "vgg8", "vgg13", "mobilenetv2", "shufflenetv
 IMAGENET = ["resnet50", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2"]
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [(name, size) for name in FAMILIES for size in (32, 64)] + [(name, 96) for name in IMAGENET]
-)
+@pytest.mark.parametrize(("name", "size"), [(name, 32) for name in FAMILIES] + [(name, 96) for name in IMAGENET])
 def test_features_and_blocks_follow_the_contract(name, size):
     torch.manual_seed(0)
     model, images = create_model(name, 7, image_size=size).eval(), torch.randn(2, 3, size, size)
@@ -177,7 +175,7 @@ NORMALISED = ("wrn", "densenet")  # the pre-activations are the next BatchNorm o
 )
 def test_a_relu_of_the_preactivations_is_the_map(name, size):
     torch.manual_seed(0)
-    model, images = create_model(name, 7, image_size=size), torch.randn(4, 3, size, size)
+    model, images = create_model(name, 7, image_size=size), torch.randn(2, 3, size, size)
     model(images)  # BatchNorm statistics that are not the initial ones
     model.eval()
     with torch.no_grad():
@@ -205,7 +203,7 @@ def test_a_relu_of_the_preactivations_is_the_map(name, size):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_batch_norm_runs_once_whatever_is_asked_for(name):
     torch.manual_seed(0)
-    state, images, seen = create_model(name, 7).state_dict(), torch.randn(4, 3, 32, 32), []
+    state, images, seen = create_model(name, 7).state_dict(), torch.randn(2, 3, 16, 16), []
     for features in (False, True, "both", "preact"):
         model = create_model(name, 7)
         model.load_state_dict(state)
@@ -280,7 +278,7 @@ def saved_bytes(name: str) -> int:
         return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize(("name", "limit"), [("densenet100_12", 1.0), ("densenet100_24", 2.0), ("wrn250_2", 1.0)])
+@pytest.mark.parametrize(("name", "limit"), [("densenet100_12", 1.0), ("wrn250_2", 1.0)])
 def test_deep_networks_keep_little_at_batch_64(name, limit, monkeypatch):
     assert saved_bytes(name) < limit * 1e9
     if name == "wrn250_2":  # the same count finds what they would keep otherwise
@@ -288,7 +286,7 @@ def test_deep_networks_keep_little_at_batch_64(name, limit, monkeypatch):
         assert saved_bytes(name) > 2e9
 
 
-@pytest.mark.parametrize("name", ["wrn17_2", "densenet41_12", "densenet4_12", "densenetbc13_12", "wrn16_0"])
+@pytest.mark.parametrize("name", ["wrn17_2", "wrn4_2", "densenet41_12", "densenet4_12", "densenetbc13_12", "wrn16_0"])
 def test_depths_that_a_family_does_not_have_are_refused(name):
     with pytest.raises(UserError, match=f"--student {name}: .*(depth is \\dn \\+ 4|width 1 or more)"):
         create_model(name, 10, argument="--student")
