@@ -20,7 +20,7 @@ from common import UserError, write_atomically
 
 OURS = ("summary.json", "model.safetensors", "model.json", "metrics.jsonl", "supernet.safetensors", "config.yaml")
 OURS += ("evaluation.json", "evaluation.parquet")
-OUR_FOLDERS = ("plots", "checkpoints", "tensorboard", "anchors", "students")
+OUR_FOLDERS = ("plots", "checkpoints", "tensorboard", "anchors", "students", "export")
 LOCK = ".lock"
 RUN_KEYS = {"method", "dataset", "seed", "epochs", "output_dir", "checkpointing_epochs"}  # of any run's config.yaml
 PACKAGES = ("torch", "torchvision", "triton", "accelerate", "safetensors")

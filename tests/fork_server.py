@@ -29,6 +29,7 @@ def serve() -> None:
     import distill  # noqa: F401
     import engine.plots  # noqa: F401
     import evaluate  # noqa: F401
+    import export  # noqa: F401
     import train_teacher  # noqa: F401
 
     torch.set_num_threads(1)

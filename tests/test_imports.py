@@ -18,8 +18,9 @@ LAYERS = {
     "losses": {"common", "data", "kernels", "losses"},
     "objectives": {"common", "data", "engine", "kernels", "losses", "models", "objectives"},
     "reports": {"common", "data", "models", "reports"},
+    "exporters": {"exporters", "models", "reports"},
 }
-SCRIPTS = {"train_teacher", "distill", "evaluate"}
+SCRIPTS = {"train_teacher", "distill", "evaluate", "export"}
 MAY_IMPORT = LAYERS | {script: set(LAYERS) for script in SCRIPTS} | {"benchmarks": {*LAYERS, "benchmarks"}}
 OURS = set(MAY_IMPORT)
 FILES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0].removesuffix(".py") in OURS]

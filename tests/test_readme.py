@@ -12,12 +12,18 @@ from PIL import Image
 from distill import DistillConfig
 from engine.command_line import parse
 from evaluate import EvaluateConfig
+from export import ExportConfig
 from losses.registry import describe_methods
 from tests.runs import forked, forked_processes, succeeded
 from train_teacher import TeacherConfig
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = {"train_teacher.py": TeacherConfig, "distill.py": DistillConfig, "evaluate.py": EvaluateConfig}
+CONFIGS = {
+    "train_teacher.py": TeacherConfig,
+    "distill.py": DistillConfig,
+    "evaluate.py": EvaluateConfig,
+    "export.py": ExportConfig,
+}
 
 
 def text() -> str:
@@ -67,7 +73,8 @@ def test_command_is_understood_by_launcher_and_script(command, monkeypatch):
         assert words[0] == "python"
         script, arguments = words[1], words[2:]
     config = parse(CONFIGS[script], "", {}, arguments)
-    places = config.runs or [config.output] if script == "evaluate.py" else [config.output_dir]
+    named = {"evaluate.py": lambda: config.runs or [config.output], "export.py": lambda: config.run}
+    places = named.get(script, lambda: [config.output_dir])()
     assert all(place.startswith("runs/") for place in places)
 
 
@@ -82,7 +89,7 @@ def test_commands_for_a_cpu_run(tmp_path):
             continue  # needs a network, a GPU, a stopped run
         variables, words = split(command)
         words = [word.replace("runs/", f"{tmp_path}/").replace("folder:", f"folder:{tmp_path}/") for word in words]
-        if "evaluate.py" not in words:
+        if not {"evaluate.py", "export.py"} & set(words):
             words += ["--epochs", "1", "--stop_after", "1", "--batch_size", "128", "--image_size", "8"]
         assert variables in ({}, {"ACCELERATE_USE_CPU": "true"})
         processes = 1

@@ -1,0 +1,218 @@
+"""Ship a trained network: ONNX, torch.export and int8 files, each proven on the test split, with a model card.
+
+python export.py runs/pool7
+python export.py runs/pool7 --formats onnx pt2 --quantize int8 --with_preprocessing --output_dir shipped/pool7
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common import UserError
+from data.datasets import load_images
+from data.pipeline import Pipeline
+from data.splits import AnySplit
+from engine.command_line import parse
+from engine.config import ScriptOptions
+from engine.console import Console
+from engine.distributed import run_script
+from engine.run_folder import machine
+from exporters.card import write_card
+from exporters.deployed import Deployed
+from exporters.onnx import load_onnx, write_int8, write_onnx
+from exporters.proof import Function, Proof, latency, prove
+from exporters.pt2 import load_pt2, write_pt2
+from models.network import count_parameters
+from reports.subject import Subject, load_subject
+
+CPU = torch.device("cpu")
+BATCH = 250  # images a forward pass of the proof
+
+
+@dataclass
+class ExportConfig(ScriptOptions):
+    """Options of export.py.
+
+    Args:
+        run: the run folder of a trained network; a word without a flag.
+        formats: onnx (opset 18, for ONNX Runtime and what else reads it) and pt2 (torch.export).
+        quantize: int8 adds model.int8.onnx, quantised after training; no.
+        calibration_images: training images from whose activations its ranges are taken.
+        max_drop: points of top-1 that the int8 file may lose on the test split.
+        with_preprocessing: uint8 RGB in, probabilities out: normalisation and softmax are part of the files.
+        dataset: the data set that files are proven on; default: the run's.
+        data_dir: a local copy of the named data set; default: the run's.
+        license: for the model card, for example apache-2.0.
+        output_dir: folder of the files; default: export in the run folder.
+        overwrite: replace what an earlier export left there.
+    """
+
+    title = "export"
+    positional = "run"
+
+    run: list[str] = field(default_factory=list)
+    formats: list[Literal["onnx", "pt2"]] = field(default_factory=lambda: ["onnx"])
+    quantize: Literal["no", "int8"] = "no"
+    calibration_images: int = 512
+    max_drop: float = 1.0
+    with_preprocessing: bool = False
+    dataset: str | None = None
+    data_dir: str | None = None
+    license: str | None = None
+    output_dir: str | None = None
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Raise UserError for options that do not go together, or outside their range."""
+        if len(self.run) != 1:
+            raise UserError(f"RUN: name one run folder{f', not {len(self.run)}' if self.run else ''}")
+        if not self.formats or len(set(self.formats)) < len(self.formats):
+            raise UserError(f"--formats {' '.join(self.formats)}: name onnx, pt2 or both, each once")
+        if self.quantize == "int8" and "onnx" not in self.formats:
+            raise UserError(f"--quantize int8: needs onnx among --formats {' '.join(self.formats)}")
+        if self.calibration_images < 1:
+            raise UserError(f"--calibration_images {self.calibration_images}: must be at least 1")
+        if not 0 <= self.max_drop <= 100:
+            raise UserError(f"--max_drop {self.max_drop}: must be from 0 to 100 points")
+
+
+def main() -> None:
+    config = parse(ExportConfig, __doc__, {})
+    subject = load_subject(config.run[0])
+    target = Path(config.output_dir or subject.folder / "export")
+    check_target(target, config.overwrite)
+    deployed = Deployed(subject.network, config.with_preprocessing)
+    pipeline, train, test = images_of(subject, config)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as place:
+        folder = Path(place) / "export"
+        folder.mkdir()
+        files = write(deployed, folder, config, calibration(deployed, pipeline, train, config.calibration_images))
+        proofs = prove(files, deployed, bar(pipeline, test))
+        for name, proof in proofs.items():
+            if why := proof.failure(config.max_drop if "int8" in name else None):
+                print(f"export.py: {name} is not shipped: {why}; nothing was written", file=sys.stderr)
+                raise SystemExit(1)
+        found = describe(deployed, files, proofs, folder, config)
+        (folder / "export.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_card(folder / "README.md", subject.info, found, summary_of(subject.folder), config.license)
+        replace_folder(folder, target)
+    show(found, target)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise UserError for a folder that is not this script's to write."""
+    if target.is_dir() and any(target.iterdir()):
+        if not (target / "export.json").is_file():
+            raise UserError(f"--output_dir {target}: holds files that are no export's; choose another folder")
+        if not overwrite:
+            raise UserError(f"--output_dir {target}: holds an export; --overwrite replaces it")
+    elif target.exists() and not target.is_dir():
+        raise UserError(f"--output_dir {target}: is a file")
+    place = next(each for each in target.absolute().parents if each.exists())
+    if not os.access(place, os.W_OK):
+        raise UserError(f"--output_dir {target}: '{place}' cannot be written to")
+
+
+def images_of(subject: Subject, config: ExportConfig) -> tuple[Pipeline, AnySplit, AnySplit]:
+    """The images, normalised as the network knows them: their pipeline, training and test split."""
+    options, info = subject.options, subject.info
+    options.data_dir = config.data_dir or options.data_dir
+    data = subject.build(load_images(config.dataset or info.dataset, info.image_size, True, options, CPU))
+    return Pipeline(data, options, CPU), data.train, data.test
+
+
+def calibration(deployed: Deployed, pipeline: Pipeline, train: AnySplit, count: int) -> Iterator[Tensor]:
+    """Training images as files are fed them, evenly spread over the split, so that sorted classes all come."""
+    every, size = max(1, len(train) // count), 50
+    chosen = (images[::every] for images, _ in pipeline.evaluation(train, size * every))
+    return map(deployed.given, itertools.islice(chosen, -(-count // size)))
+
+
+def write(deployed: Deployed, folder: Path, config: ExportConfig, calibrate: Iterator[Tensor]) -> dict[str, Function]:
+    """Write all files; each by its name, loaded in its own runtime."""
+    info, threads = asdict(deployed.network.info), torch.get_num_threads()
+    metadata = {name: info[name] for name in ("name", "dataset", "num_classes", "image_size", "mean", "std", "sha256")}
+    files = {}
+    if "onnx" in config.formats:
+        write_onnx(deployed, folder / "model.onnx", metadata)
+        files["model.onnx"] = load_onnx(folder / "model.onnx", threads)
+    if config.quantize == "int8":
+        write_int8(folder / "model.onnx", folder / "model.int8.onnx", calibrate)
+        files["model.int8.onnx"] = load_onnx(folder / "model.int8.onnx", threads)
+    if "pt2" in config.formats:
+        write_pt2(deployed, folder / "model.pt2", metadata)
+        files["model.pt2"] = load_pt2(folder / "model.pt2")
+    return files
+
+
+def bar(pipeline: Pipeline, split: AnySplit) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a split, with a progress bar."""
+    with Console(True).bar(-(-len(split) // BATCH), 0, "proof") as shown:
+        for batch in pipeline.evaluation(split, BATCH):
+            yield batch
+            shown.update()
+
+
+def describe(
+    deployed: Deployed, files: dict[str, Function], proofs: dict[str, Proof], folder: Path, config: ExportConfig
+) -> dict:
+    """The content of export.json."""
+    info = deployed.network.info
+    found = {"model": info.name, "sha256": info.sha256, "dataset": config.dataset or info.dataset}
+    found |= {"parameters": count_parameters(deployed.network), "with_preprocessing": config.with_preprocessing}
+    found |= {"threads": torch.get_num_threads(), "files": {}, **machine()}
+    for name, function in files.items():
+        content = (folder / name).read_bytes()
+        found["files"][name] = proofs[name].results() | {
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "latency_ms": latency(function, deployed),
+        }
+    return found
+
+
+def summary_of(folder: Path) -> dict:
+    """What the run's summary says of it; nothing where there is none."""
+    try:
+        found = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Put a finished folder where `target` is; an earlier one is gone only when the new one is there."""
+    if target.is_dir():
+        old = source.parent / "old"
+        os.rename(target, old)
+        os.rename(source, target)
+        shutil.rmtree(old)
+    else:
+        os.rename(source, target)
+
+
+def show(found: dict, target: Path) -> None:
+    """One row a file."""
+    console = Console(True)
+    for name, each in found["files"].items():
+        cells = {"file": name.ljust(16), "top-1 %": f"{each['top1']:.2f}", "network %": f"{each['network_top1']:.2f}"}
+        cells |= {"relative error": f"{each['max_relative_error']:.1e}", "MB": f"{each['bytes'] / 1e6:.2f}"}
+        console.cells(cells | {f"ms, batch {n}": f"{each['latency_ms'][n]['p50']:.2f}" for n in ("1", "32")})
+    console.print(f"written: {target}/export.json, {target}/README.md (a model card) and the files above")
+    console.print(f"next: run {target}/model.onnx in your product; {target}/README.md says what goes in and comes out")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,103 @@
+"""The model card: what the files are, where they come from, and what was measured of them."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from models import ModelInfo
+
+TEXT = """---
+{data}
+---
+
+# {name}, distilled for {dataset}
+
+An image classifier of {classes} classes for RGB images of {side}x{side}, with {parameters:,} parameters.
+
+| file | top-1, % | bytes | ms, batch of 1 | ms, batch of 32 |
+| --- | ---: | ---: | ---: | ---: |
+{rows}
+
+On the {images:,} test images of {dataset}; latency is the median on {device}, {threads} thread(s). Every file was run
+on all of these images before it was kept (export.json).
+
+## Input and output
+
+{interface}
+
+## How it was trained
+
+{trained}
+
+## Intended use and limits
+
+For images like those of {dataset}; nothing was measured on others. It always names one of its {classes} classes, also
+where an image shows none of them, and its confidence is no warranty. What the training images leave out or
+over-represent, it does too.
+"""
+
+
+def write_card(path: Path, info: ModelInfo, export: dict, run: dict, licence: str | None) -> None:
+    """Write a model card.
+
+    Args:
+        path: the file, README.md as the hub wants it.
+        info: of the network.
+        export: the content of export.json.
+        run: the content of the run's summary.json, as far as there is one.
+        licence: an identifier of the hub's, for example apache-2.0.
+    """
+    top1 = next(iter(export["files"].values()))["top1"]
+    metric = {"metric_type": "accuracy", "metric_value": round(top1 / 100, 4), "dataset_type": info.dataset}
+    data = ModelCardData(
+        model_name=info.name,
+        license=licence,
+        pipeline_tag="image-classification",
+        tags=["knowledge-distillation", "onnx"],
+        eval_results=[EvalResult(task_type="image-classification", dataset_name=info.dataset, **metric)],
+    )
+    rows = [
+        f"| {name} | {each['top1']:.2f} | {each['bytes']:,} | {each['latency_ms']['1']['p50']:.2f} | "
+        f"{each['latency_ms']['32']['p50']:.2f} |"
+        for name, each in export["files"].items()
+    ]
+    text = TEXT.format(
+        data=data.to_yaml(),
+        name=info.name,
+        dataset=info.dataset,
+        classes=info.num_classes,
+        side=info.image_size,
+        parameters=export["parameters"],
+        rows="\n".join(rows),
+        images=next(iter(export["files"].values()))["images"],
+        device=export["device"],
+        threads=export["threads"],
+        interface=_interface(info, export["with_preprocessing"]),
+        trained=_trained(run, export),
+    )
+    path.write_text(str(ModelCard(text)))
+
+
+def _interface(info: ModelInfo, preprocessing: bool) -> str:
+    shape = f"[N, 3, {info.image_size}, {info.image_size}]"
+    if preprocessing:
+        return f"`images`: uint8 {shape}, RGB from 0 to 255. `probabilities`: float32 [N, {info.num_classes}]."
+    mean, std = ([round(each, 4) for each in values] for values in (info.mean, info.std))
+    return (
+        f"`images`: float32 {shape}, RGB in [0, 1] minus the mean {mean}, over the deviation {std}. "
+        f"`logits`: float32 [N, {info.num_classes}]."
+    )
+
+
+def _trained(run: dict, export: dict) -> str:
+    lines = [f"Weights: sha256 `{export['sha256']}`."]
+    if "method" in run:
+        lines.append(f"Method `{run['method']}`, {run['epochs']} epochs, seed {run['seed']}.")
+    for teacher in run.get("teachers", []):
+        lines.append(f"Teacher: {teacher['model']}, sha256 `{teacher['sha256']}`.")
+    if run.get("loss"):
+        lines.append(f"Loss: `{json.dumps(run['loss'])}`.")
+    if run.get("git_commit"):
+        lines.append(f"Code: commit `{run['git_commit']}`.")
+    return " ".join(lines)

@@ -1,0 +1,42 @@
+"""The network as it is shipped: one input, one output."""
+
+import torch
+from torch import Tensor, nn
+
+from models.network import Network
+
+
+class Deployed(nn.Module):
+    """Images to logits or, with preprocessing, bytes to probabilities.
+
+    Without preprocessing: float32 [N, 3, H, W], normalised as in training, to logits [N, C]. With it: uint8
+    [N, 3, H, W], RGB from 0 to 255, to probabilities [N, C]; the normalisation is part of the network.
+    """
+
+    def __init__(self, network: Network, preprocessing: bool):
+        super().__init__()
+        self.network, self.preprocessing = network, preprocessing
+        for name, values in (("mean", network.info.mean), ("std", network.info.std)):
+            self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1))
+        self.eval()
+
+    @property
+    def output(self) -> str:
+        """What the output is called."""
+        return "probabilities" if self.preprocessing else "logits"
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.preprocessing:
+            return self.network(images)
+        return self.network((images.float() - self.mean) / self.std).softmax(1)
+
+    def given(self, images: Tensor) -> Tensor:
+        """What the file is fed for images [N, 3, H, W] that are normalised as in training."""
+        if not self.preprocessing:
+            return images
+        return (images * self.std + self.mean).round().clamp(0, 255).to(torch.uint8)
+
+    def example(self, count: int = 2) -> Tensor:
+        """Random images of the right shape and type."""
+        side = self.network.info.image_size
+        return self.given(torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0)))
