@@ -173,6 +173,12 @@ SFTN |= {
     "model": ("resnet14", lambda loop: len(loop.objective.teacher.layer1), 2),
     "student": ("resnet8x2", lambda loop: loop.objective.branches[0][-1][-1].in_features, 128),
 }
+PLAIN_SUM = {"teacher_ce": 1.0, "branch_ce": 1.0, "branch_kl": 2.0}
+PLAIN: Table = {  # where alpha is what it is from the start
+    "method": ("sftn", weights, PLAIN_SUM),
+    "student": ("resnet8", weights, PLAIN_SUM),
+    "alpha": ("2", weights, PLAIN_SUM),
+}
 GTN: Table = {"method": ("gtn", lambda loop: type(loop.objective).__name__, "GTN"), **BRANCHES}
 GTN |= {
     "model": ("resnet14", lambda loop: len(loop.objective.teacher.layer1), 2),
@@ -281,6 +287,7 @@ SETTINGS = {
     "teachers-weights": ("train_teacher.py", "--model resnet8 --image_size 8", WEIGHTS),
     "schedule": ("train_teacher.py", "--model resnet8 --image_size 8", SCHEDULE),
     "sftn": ("train_teacher.py", "--image_size 8 --batch_size 16", SFTN),
+    "sftn-plain": ("train_teacher.py", "--model resnet8 --image_size 8", PLAIN),
     "gtn": ("train_teacher.py", f"--image_size 8 --batch_size 16 {POOL}", GTN),
     "gtn-students": ("train_teacher.py", f"--model resnet8 --image_size 8 {POOL}", STUDENTS),
     "students": ("distill.py", "--method none --student resnet14", COMMON),
