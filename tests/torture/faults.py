@@ -35,7 +35,7 @@ def run(random: random.Random, report: Report, place: Path, bases: Bases) -> Non
         else:
             for _ in range(random.randint(1, 2)):
                 plan = {"folder": str(folder), "at": random.randint(1, operations), "errno": random.choice(ERRORS)}
-                plan |= {"onwards": random.random() < 0.7, "rank": 0}
+                plan |= {"onwards": random.random() < 0.7, "rank": 0, "plots": random.random() < 0.25}
                 more = RESUME if (folder / "config.yaml").is_file() else ()
                 if (folder / "summary.json").is_file():
                     break

@@ -111,7 +111,7 @@ def attempt(report: Report, place: Path, bases: Bases, script: str, argv: list) 
 
 def watched(script: str, argv: list, place: Path) -> Result | None:
     """What the script came to; None where it was still training after a while, and was ended."""
-    ranks = begin(script, argv, plan={"memory": MEMORY, "cwd": str(place / "cwd")})
+    ranks = begin(script, argv, plan={"memory": MEMORY, "cwd": str(place / "cwd"), "plots": len(argv) % 4 == 0})
     start = time.monotonic()
     while ranks[0].wait(0.05) is None:
         seconds = time.monotonic() - start

@@ -48,7 +48,7 @@ def strike(random: random.Random, report: Report, scenario: Scenario, folder: Pa
     _, operations, seconds = scenario.reference(bases)
     signum = random.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
     rank = random.randrange(scenario.processes)
-    plan: dict = {"rank": rank}
+    plan: dict = {"rank": rank, "plots": random.random() < 0.25}
     moment, real = random.random(), random.random() < 0.1
     if moment < 0.5:
         plan |= {"rank": 0, "folder": str(folder), "at": random.randint(1, operations), "signal": signum}

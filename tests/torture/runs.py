@@ -175,7 +175,7 @@ class Scenario:
         if key not in bases.measured:
             folder = bases.folder / f"reference{len(bases.measured)}"
             count, start = folder.with_suffix(".count"), time.monotonic()
-            result = self.run(folder, plan={"folder": str(folder), "count": str(count), "rank": 0})
+            result = self.run(folder, plan={"folder": str(folder), "count": str(count), "rank": 0, "plots": True})
             if result.code != 0:
                 raise Failure("untidy", f"undisturbed: {self.shown(folder)}\n{result}")
             bases.measured[key] = weights(folder), int(count.read_text()), time.monotonic() - start
