@@ -7,7 +7,7 @@ PLAN is JSON. Moments are operations on files (to open for writing, sync, rename
     folder, at        before operation `at`: `signal`, or OSError of `errno`, there only or `onwards`
     iteration         `signal` before this iteration
     rank              the only process to which it happens; default: each
-    plots             draw the plots of the run's end, half of the processor time of such a small run; default: leave out
+    plots             draw the plots at the end, half of the time of such a small run; default: leave them out
     memory            bytes that it may take on top of what it starts with
     cwd               where it runs
 """
