@@ -48,8 +48,9 @@ def test_a_kill_while_an_old_run_is_removed_leaves_a_run(tmp_path, monkeypatch, 
     left = iter(range(stop))
     with monkeypatch.context() as patch:
         for module, name in ((os, "unlink"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
+            own = getattr(module, name)
 
-            def killed(*arguments, own=getattr(module, name), **options):
+            def killed(*arguments, own=own, **options):
                 if next(left, None) is None:
                     raise KeyboardInterrupt
                 return own(*arguments, **options)
