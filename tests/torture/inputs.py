@@ -1,19 +1,23 @@
 """Options with values drawn from their types, and files made by hand: one line, or a run; never a traceback."""
 
+import io
 import random
 import time
+import traceback
+from contextlib import redirect_stderr
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 from hypothesis import strategies as st
 
-from common import derive_seed
+from common import UserError, derive_seed
 from data.sources import HUB
 from distill import DistillConfig
-from engine.command_line import _field_types
+from engine.command_line import _field_types, parse
+from engine.distributed import one_line
 from losses.registry import METHODS
 from models import list_models
-from objectives.registry import TEACHERS
 from tests.runs import TINY_POOL
 from tests.torture import files
 from tests.torture.report import Failure, Report
@@ -42,8 +46,8 @@ def case(seed: int, number: int):
     """Case `number` of a seed, to be run with a report, a folder and the bases."""
     chance = random.Random(derive_seed(seed, "inputs", number))
     if chance.random() < 0.5:
-        script, method, options = cases(seed, number // BATCH)[number % BATCH]
-        return lambda report, place, bases: try_options(report, place, bases, script, method, options)
+        drawn_options = cases(seed, number // BATCH)[number % BATCH]
+        return lambda report, place, bases: try_options(report, place, bases, number, *drawn_options)
     return lambda report, place, bases: try_file(report, place, bases, chance)
 
 
@@ -52,23 +56,58 @@ def cases(seed: int, batch: int) -> list[tuple[str, str, list[tuple[str, list[st
     """(script, method, options with their values) of a batch."""
 
     def options_of(script: str) -> st.SearchStrategy:
-        kinds = [(name, hint) for name, hint in _field_types(CONFIGS[script]) if name not in ("method", "pool")]
-        one = st.sampled_from(kinds).flatmap(lambda kind: st.tuples(st.just(kind[0]), values(*kind)))
-        methods = st.sampled_from(list(TEACHERS if script == "train_teacher.py" else METHODS))
-        return st.tuples(st.just(script), methods, st.lists(one, min_size=1, max_size=3))
+        config = CONFIGS[script]
+        kinds = [(name, hint) for name, hint in _field_types(config) if name not in ("method", "pool")]
+
+        def some(method: str) -> st.SearchStrategy:
+            """Options that the method reads, and now and then any."""
+            unread = {name for part in optional(config) for name in part} - {
+                each.name for part in config(method=method).chosen() for each in fields(part)
+            }
+            read = [kind for kind in kinds if kind[0].partition(".")[0] not in unread]
+            one = st.sampled_from(read + read + read + kinds)
+            one = one.flatmap(lambda kind: st.tuples(st.just(kind[0]), values(*kind)))
+            return st.tuples(st.just(script), st.just(method), st.lists(one, min_size=1, max_size=3))
+
+        return st.sampled_from(list(config.rows())).flatmap(some)
 
     return drawn(st.sampled_from(list(CONFIGS)).flatmap(options_of), derive_seed(seed, "options", batch), BATCH)
+
+
+def optional(config: type) -> list[set[str]]:
+    """The options of methods, which not all of them read."""
+    return [{each.name for each in fields(part)} for parts in config.rows().values() for part in parts]
 
 
 def values(name: str, hint: object) -> st.SearchStrategy[list[str]]:
     return st.sampled_from(SPARED[name]) if name in SPARED else typed(hint, KNOWN.get(name, ()))
 
 
-def try_options(report: Report, place: Path, bases: Bases, script: str, method: str, options: list) -> None:
+def try_options(
+    report: Report, place: Path, bases: Bases, number: int, script: str, method: str, options: list
+) -> None:
     argv = ["--method", method, *base(script, method, bases)]
     for name, words in options:
         argv += [f"--{name}", *words]
-    attempt(report, place, bases, script, argv)
+    if number % 10 and (line := parsed(script, argv)):  # most need no process of their own
+        if len(line.splitlines()) != 1:
+            raise Failure("untidy", f"{script} {list(map(str, argv))}\n{line}")
+        report.counts.update(("inputs", "refused"))
+    else:
+        attempt(report, place, bases, script, argv)
+
+
+def parsed(script: str, argv: list) -> str:
+    """What is said of a command line that is refused; empty if it is taken. Raises Failure for a traceback."""
+    words = io.StringIO()
+    try:
+        with redirect_stderr(words):
+            parse(CONFIGS[script], "", {}, list(map(str, argv)))
+    except UserError as error:
+        return words.getvalue() + one_line(error)
+    except Exception:
+        raise Failure("tracebacks", f"{script} {list(map(str, argv))}\n{traceback.format_exc()}") from None
+    return ""
 
 
 def base(script: str, method: str, bases: Bases) -> list:

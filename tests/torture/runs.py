@@ -70,7 +70,7 @@ class Real:
     """A process as a user starts it, with the interpreter's start; to be used like `Fork`."""
 
     def __init__(self, *arguments, **environment):
-        self.output = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 - read after its end
+        self.output = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]  # noqa: SIM115 - read after its end
         words, env = [sys.executable, *map(str, arguments)], {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         pipes = dict(zip(("stdout", "stderr"), self.output, strict=True))
         self.process = subprocess.Popen(words, cwd=ROOT, env=os.environ | env | environment, **pipes)
@@ -100,7 +100,7 @@ def begin(script: str, arguments: list, processes: int = 1, plan: dict | None = 
         shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
         shared |= {"MASTER_PORT": str(free_port()), "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "true"}
         ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8:strict"}
     words = [CHILD, json.dumps(plan or {}), str(ROOT / script), *map(str, arguments)]
     return [(Real if real else Fork)(*words, **environment, **rank) for rank in ranks]
 
