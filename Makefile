@@ -1,11 +1,12 @@
 # make demo   a vanilla and a generic teacher, two students of each: under 3 minutes on two CPU cores
 # make test   lint and all tests
 # make compare   the same with ten seeds
+# make torture   kills, file-system faults and odd inputs for ten minutes; MINUTES=2 for the short form
 # make gpu-check   on a machine with an NVIDIA GPU: the kernels' whole test grid and their benchmark, under 8 minutes
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare test lint benchmark gpu-check gpu-evidence clean
+.PHONY: demo compare test lint torture benchmark gpu-check gpu-evidence clean
 
 demo: .venv/installed
 	$(BIN)/python -m benchmarks.evidence benchmarks/plans/digits.yaml --seeds 0 --verbose --work runs --results runs/demo
@@ -18,6 +19,10 @@ compare: .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+MINUTES ?= 10
+torture: .venv/installed
+	$(BIN)/python -m tests.torture --minutes $(MINUTES)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

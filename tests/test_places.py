@@ -1,4 +1,4 @@
-"""Where a run meets its machine's limits one line says so: memory, a full disk behind a tracker, a terminal's letters."""
+"""Where a run meets its machine's limits one line says so: memory, a full disk behind a tracker, missing letters."""
 
 import json
 
@@ -21,7 +21,7 @@ def test_too_little_memory_is_one_line(tmp_path):
     assert "out of memory (120594628608 bytes more were wanted)" in done.stderr and "--batch_size" in done.stderr
 
 
-@pytest.mark.parametrize("at", range(1, 6))
+@pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_disk_that_fills_while_a_tracker_writes_is_one_line(tmp_path, at):
     """TensorBoard writes in a thread of its own, which would end in a traceback."""
     plan = {"folder": str(tmp_path / "r/tensorboard"), "at": at, "errno": "ENOSPC", "onwards": True}

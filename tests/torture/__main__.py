@@ -23,15 +23,20 @@ SHARE = {"kills": 0.5, "faults": 0.15, "inputs": 0.35}  # of the time
 SAY_EVERY = 60  # seconds
 
 
-def main() -> int:
+def read_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="how long; a case under way is finished")
     parser.add_argument("--seed", type=int, default=0, help="draws everything but what the clock decides")
     parser.add_argument("--only", choices=PARTS, help="one part of the three")
     parser.add_argument("--case", type=int, help="one case of --only, by its number")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.case is not None and options.only is None:
         parser.error("--case needs --only")
+    return options
+
+
+def main() -> int:
+    options = read_options()
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     report, bases = Report(options.seed, folder), Bases(folder)
     if options.case is not None:

@@ -50,8 +50,9 @@ class Moments:
         if any(isinstance(path, (str, bytes, os.PathLike)) and self._is_below(path, arguments, base) for path in paths):
             self.operation(os.fsdecode(paths[0]))
 
-    def fsync(self, file: int) -> None:
-        path = os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}")
+    def fsync(self, file) -> None:
+        file = file if isinstance(file, int) else file.fileno()
+        path = os.readlink(f"/proc/self/fd/{file}")
         if path.startswith(self.folder + "/"):
             self.operation(path, file)
         self.sync(file)
