@@ -15,11 +15,11 @@ ERRORS = ("ENOSPC", "EIO", "EROFS", "EACCES", "EDQUOT")
 
 def case(seed: int, number: int):
     """Case `number` of a seed, to be run with a report, a folder and the bases."""
-    return lambda report, place, bases: run(random.Random(derive_seed(seed, "faults", number)), report, place, bases)
+    chance = random.Random(derive_seed(seed, "faults", number))
+    return lambda report, place, bases: run(chance, draw_scenario(seed, number, bases), report, place, bases)
 
 
-def run(random: random.Random, report: Report, place: Path, bases: Bases) -> None:
-    scenario = draw_scenario(random, bases)
+def run(random: random.Random, scenario: Scenario, report: Report, place: Path, bases: Bases) -> None:
     expected, operations, _ = scenario.reference(bases)
     disk = place / "disk"
     disk.mkdir()

@@ -15,17 +15,18 @@ RESUME = ("--resume_from_checkpoint", "latest")
 
 def case(seed: int, number: int):
     """Case `number` of a seed, to be run with a report, a folder and the bases."""
-    return lambda report, place, bases: run(random.Random(derive_seed(seed, "kills", number)), report, place, bases)
+    chance = random.Random(derive_seed(seed, "kills", number))
+    return lambda report, place, bases: run(chance, draw_scenario(seed, number, bases), report, place, bases)
 
 
-def run(random: random.Random, report: Report, place: Path, bases: Bases) -> None:
-    scenario, folder = draw_scenario(random, bases), place / "run"
+def run(random: random.Random, scenario: Scenario, report: Report, place: Path, bases: Bases) -> None:
+    folder = place / "run"
     expected, _, _ = scenario.reference(bases)
     more: tuple = ()
     if random.random() < 0.2:  # a finished run is to be replaced
         shutil.copytree(bases.teacher, folder)
         more = ("--overwrite",)
-    for _ in range(random.randint(1, 3)):
+    for _ in range(random.randint(1, 4)):
         saved = (folder / "checkpoints/last.safetensors").is_file()
         result = strike(random, report, scenario, folder, more, bases)
         if saved and not more and not (folder / "checkpoints/last.safetensors").is_file():

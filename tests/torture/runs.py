@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import random
 import shlex
 import subprocess
 import sys
@@ -12,13 +11,16 @@ import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from random import Random
 
+from common import derive_seed
 from losses.registry import METHODS
 from tests.runs import ROOT, TINY_POOL, Fork, free_port
 from tests.torture.report import Failure
 
 CHILD = "tests/torture/child.py"
 PATIENCE = 300  # seconds until a run counts as hung
+SHARED = 4  # cases of the same run: it has to be measured once undisturbed
 FAREWELL = 90  # seconds for the others to end after a process has failed
 SIZE = ["--image_size", "8", "--train_fraction", "0.1", "--batch_size", "48"]  # 3 batches an epoch
 SHORT = [*SIZE, "--epochs", "2"]
@@ -182,8 +184,9 @@ class Scenario:
         return bases.measured[key]
 
 
-def draw_scenario(random: random.Random, bases: Bases) -> Scenario:
-    """A teacher's run or a student's, a fifth of them in two processes."""
+def draw_scenario(seed: int, number: int, bases: Bases) -> Scenario:
+    """A teacher's run or a student's, a fifth of them in two processes; cases that follow each other share one."""
+    random = Random(derive_seed(seed, "scenario", number // SHARED))
     processes = 2 if random.random() < 0.2 else 1
     if random.random() < 0.4:
         name = random.choice(list(TEACHERS))
