@@ -2,11 +2,12 @@
 # make test   lint and all tests
 # make mutate   plants faults in a copy of the code, one at a time, and counts those that the tests notice
 # make compare   the same with ten seeds
+# make torture   kills, file-system faults and odd inputs for ten minutes; MINUTES=2 for the short form
 # make gpu-check   on a machine with an NVIDIA GPU: the kernels' whole test grid and their benchmark, under 8 minutes
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare test mutate lint benchmark gpu-check gpu-evidence clean
+.PHONY: demo compare test mutate torture lint benchmark gpu-check gpu-evidence clean
 
 demo: .venv/installed
 	$(BIN)/python -m benchmarks.evidence benchmarks/plans/digits.yaml --seeds 0 --verbose --work runs --results runs/demo
@@ -22,6 +23,10 @@ test: lint
 
 mutate: .venv/installed
 	$(BIN)/python -m tests.mutate --jobs 2
+
+MINUTES ?= 10
+torture: .venv/installed
+	$(BIN)/python -m tests.torture --minutes $(MINUTES)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -2,8 +2,10 @@
 
 import ctypes
 import errno
+import io
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -37,6 +39,9 @@ def run_script(main: Callable[[], None]) -> None:
 
     0 done, 1 a run that failed, 2 a mistake of the user's, 130 Ctrl-C, 143 SIGTERM. A traceback is for bugs.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         _give_group_back()
@@ -46,10 +51,10 @@ def run_script(main: Callable[[], None]) -> None:
         _leave(f"stopped: {error}", 1)
     except OSError as error:
         _leave(f"stopped: {describe(error)}", 1)
-    except RuntimeError:  # a collective operation fails where a process has gone
-        if not (gone := lost_processes()):
+    except (RuntimeError, MemoryError) as error:  # a collective operation fails where a process has gone
+        if not (reason := out_of_memory(error) or lost_processes()):
             raise
-        _leave(f"stopped: {gone}", 1)
+        _leave(f"stopped: {reason}", 1)
     except Interrupted as interruption:
         _leave(str(interruption), 128 + interruption.signum)
     except KeyboardInterrupt:
@@ -98,6 +103,18 @@ def lost_processes() -> str | None:
     return (
         f"process {names} of {len(_processes)} has ended; the last checkpoint is whole. Start the same command again "
         "with --resume_from_checkpoint latest"
+    )
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """What to do where an error says that there is not enough memory; None if it says something else."""
+    words = one_line(error)
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in words:
+        return None
+    wanted = re.search(r"tried to allocate (\d+ bytes|[\d.]+ [KMGT]i?B)", words, re.IGNORECASE)
+    return (
+        f"out of memory{f' ({wanted[1]} more were wanted)' if wanted else ''}; a smaller --batch_size, --image_size or "
+        "network, or --gradient_accumulation_steps, takes less"
     )
 
 

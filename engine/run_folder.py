@@ -18,7 +18,7 @@ import yaml
 
 from common import UserError, write_atomically
 
-OURS = ("summary.json", "model.safetensors", "model.json", "metrics.jsonl", "supernet.safetensors", "config.yaml")
+OURS = ("summary.json", "model.safetensors", "model.json", "metrics.jsonl", "supernet.safetensors")
 OURS += ("evaluation.json", "evaluation.parquet")
 OUR_FOLDERS = ("plots", "checkpoints", "tensorboard", "anchors", "students", "export")
 LOCK = ".lock"
@@ -112,12 +112,19 @@ class RunFolder:
         self._check()
 
     def begin(self, config: dict) -> None:
-        """Remove what an earlier run left, if it may be replaced, and write config.yaml."""
+        """Remove what an earlier run left, if it may be replaced, and write config.yaml.
+
+        A run killed in here leaves a folder that is known as a run's (config.yaml is never missing) and not taken for
+        a finished one (summary.json goes first).
+        """
         if self.resume is None:
-            for name in OUR_FOLDERS:
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in OURS:  # config.yaml, by which a folder is known as a run's, last
+            for name in OURS:
                 (self.path / name).unlink(missing_ok=True)
+            for folder in (self.path / name for name in OUR_FOLDERS):
+                if folder.is_symlink():
+                    folder.unlink()
+                elif folder.exists():
+                    shutil.rmtree(folder)
         for folder in (self.path, self.checkpoints):  # of a killed process
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Experiment trackers: what they are told of a run, by way of Accelerate."""
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,14 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
         return
     name = config.run_name or Path(config.output_dir).name
     names = {tracker: {keyword: name} for tracker, keyword in RUN_NAME.items()}
+    threading.excepthook = _except_writers
     accelerator.init_trackers(config.tracker_project_name, flat(config.as_dict()), names)
+
+
+def _except_writers(failure: threading.ExceptHookArgs) -> None:
+    """No traceback of TensorBoard's writing thread: what it could not write it raises again in the run's own."""
+    if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(failure)
 
 
 def flat(options: Mapping, prefix: str = "") -> dict[str, bool | int | float | str]:

@@ -12,6 +12,7 @@ from engine.objective import Average, Objective, Phase
 from losses.logits import KD, with_labels
 from losses.method import Method, MethodContext, Outputs
 from losses.self_supervised import rotate
+from objectives.own_methods import as_theirs, check_terms, check_weights
 
 CACHE_BATCH = 500
 
@@ -127,7 +128,9 @@ class Distillation(Objective):
             teacher = Outputs(self.cached_logits[batch.indices, batch.views])
         batch, terms = batch._replace(epoch=self.epoch), {}
         for method in self.methods:
-            terms |= method(*self._outputs_for(method, student, teacher, batch), batch)
+            with as_theirs(type(method)):
+                found = method(*self._outputs_for(method, student, teacher, batch), batch)
+            terms |= check_terms(method, found, method.terms)
         return terms
 
     def _warm_up(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -138,7 +141,9 @@ class Distillation(Objective):
             if student is None and method.warmup_student:
                 student = outputs_of(self.student, images, self.student_features)
             outputs = self._outputs_for(method, student or teacher, teacher, batch)
-            terms |= method.warmup(*outputs, batch._replace(epoch=self.epoch + length))
+            with as_theirs(type(method)):
+                found = method.warmup(*outputs, batch._replace(epoch=self.epoch + length))
+            terms |= check_terms(method, found, method.warmup_terms)
         return terms
 
     def _outputs_for(
@@ -288,12 +293,11 @@ def build_methods(
         options,
         *names,
     )
-    built = [each(context) for each in classes]
-    for method in built:
-        if not (method.terms or method.warmup_terms):
-            raise UserError(
-                f"--method {type(method).__name__}: has no `terms`, the names of its losses and their weights"
-            )
+    built = []
+    for each in classes:
+        with as_theirs(each):
+            built.append(each(context))
+        check_weights(built[-1])
     weights = options.method_weights or [method.weight for method in built]
     joined = len(built) > 1
     ce_weight = 1.0 if joined else built[0].ce_weight

@@ -65,7 +65,7 @@ class Fork:
             self.kill()
             self.wait()
             raise subprocess.TimeoutExpired(self.args, PATIENCE, *(path.read_bytes() for path in self.output))
-        stdout, stderr = (path.read_text() for path in self.output)
+        stdout, stderr = (path.read_text(errors="replace") for path in self.output)
         return stdout, stderr
 
     def completed(self) -> subprocess.CompletedProcess:

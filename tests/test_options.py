@@ -68,6 +68,21 @@ class Taken(Own):
     class options:
         alpha: float = 1.0
 '''
+FORWARD = "    def forward(self, student, teacher, batch):\n"
+WRONG = [  # the rest of a class, its terms, and what is said of it
+    (FORWARD + "        return {'own': 1 / 0}", {"own": 1.0}, "wrong0.py:Own: fails, line 8: ZeroDivisionError"),
+    (FORWARD + "        return {'own': 1}", {"own": 1.0}, "its term 'own' is int"),
+    (FORWARD + "        return {'own': student.logits}", {"own": 1.0}, "'own' is a tensor [512, 10]"),
+    (FORWARD + "        return None", {"own": 1.0}, "gives NoneType instead of own"),
+    (FORWARD + "        return {'other': student.logits.mean()}", {"own": 1.0}, "gives other instead of own"),
+    (FORWARD + "        return {}", 3, "its `terms` are no names with a number each: 3"),
+    (FORWARD + "        return {}", {"own": "x"}, "its `terms` are no names with a number each"),
+    (
+        "    def __init__(self, c):\n        exit(3)\n" + FORWARD + "        pass",
+        {"own": 1.0},
+        "fails, line 8: SystemExit: 3",
+    ),
+]
 
 
 def teacher(*argv) -> TeacherConfig:
@@ -183,6 +198,11 @@ def test_a_method_of_ones_own_trains_with_its_options(own, tmp_path):
     assert read_json(tmp_path / "run" / "summary.json")["loss"] == {"ce": 1.0, "own": 3.0}
     done = here("distill.py", *run, "--method", f"{own}:NoTerms", "--output_dir", tmp_path / "none")
     assert done.returncode == 2 and "NoTerms: has no `terms`" in done.stderr
+    for number, (body, terms, said) in enumerate(WRONG):
+        path = tmp_path / f"wrong{number}.py"
+        path.write_text(f"from losses.method import Method\n\n\nclass Own(Method):\n    terms = {terms}\n\n{body}\n")
+        done = here("distill.py", *run, "--method", f"{path}:Own", "--output_dir", tmp_path / f"wrong{number}")
+        assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_methods_of_ones_own_that_cannot_be_are_refused(own, tmp_path):

@@ -1,8 +1,11 @@
 """Whose a folder is, what may be replaced in it, and what a run that was killed leaves behind."""
 
+import errno
 import json
 import multiprocessing
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 import yaml
 
 from common import UserError
-from engine.run_folder import OURS, RunFolder
+from engine.run_folder import RunFolder
 from tests.runs import TINY, here, read_rows, succeeded
 
 CONFIG = {"method": "kd", "dataset": "digits", "seed": 0, "epochs": 1, "output_dir": "r", "checkpointing_epochs": 1}
@@ -35,28 +38,41 @@ def test_what_a_kill_before_the_first_config_leaves_locks_nobody_out(tmp_path, o
     assert not list(tmp_path.glob(".*.tmp")) and (tmp_path / "config.yaml").is_file()
 
 
-def test_a_kill_while_an_old_run_is_removed_leaves_a_run(tmp_path, monkeypatch):
-    """Killed after any number of removals, the folder is still known as a run's, and can be overwritten."""
-    assert OURS[-1] == "config.yaml"
-    for stop in range(1, len(OURS)):
-        run = finished(tmp_path / str(stop))
-        left = iter(range(stop))
-        unlink = Path.unlink
+@pytest.mark.parametrize("stop", range(9))
+def test_a_kill_while_an_old_run_is_removed_leaves_a_run(tmp_path, monkeypatch, stop):
+    """Killed after any number of removals it can be overwritten, with the user's notes in it, and is not finished."""
+    run = finished(tmp_path / "run")
+    (run / "notes.txt").touch()
+    folder = RunFolder(run, overwrite=True)
+    folder.lock()
+    left = iter(range(stop))
+    with monkeypatch.context() as patch:
+        for module, name in ((os, "unlink"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
+            own = getattr(module, name)
 
-        def killed(path, missing_ok=False, left=left, unlink=unlink):
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            unlink(path, missing_ok=missing_ok)
+            def killed(*arguments, own=own, **options):
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                return own(*arguments, **options)
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            folder = RunFolder(run, overwrite=True)
-            folder.lock()
-            patch.setattr(Path, "unlink", killed)
+            patch.setattr(module, name, killed)
+        with suppress(KeyboardInterrupt):
             folder.begin(CONFIG)
-        again = RunFolder(run, overwrite=True)
-        again.lock = lambda: None
-        again.begin(CONFIG)
-        assert not (run / "summary.json").exists() and not (run / "checkpoints").exists()
+    folder._lock.close()
+    assert stop == 0 or not (run / "summary.json").exists()
+    again = RunFolder(run, overwrite=True)
+    again.lock()
+    again.begin(CONFIG)
+    assert sorted(os.listdir(run)) == [".lock", "config.yaml", "notes.txt"]
+
+
+def test_an_old_run_that_cannot_be_removed_is_not_mixed_with_the_new_one(tmp_path, monkeypatch):
+    run = finished(tmp_path / "run")
+    folder = RunFolder(run, overwrite=True)
+    folder.lock()
+    monkeypatch.setattr(os, "rmdir", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        folder.begin(CONFIG)
 
 
 def test_a_run_that_ended_meanwhile_is_not_wiped(tmp_path):

@@ -1,0 +1,214 @@
+"""The runs that are disturbed: each script, method and number of processes, as small as they can be."""
+
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from random import Random
+
+from common import derive_seed
+from losses.registry import METHODS
+from tests.runs import ROOT, TINY_POOL, Fork, free_port
+from tests.torture.report import Failure
+
+CHILD = "tests/torture/child.py"
+PATIENCE = 300  # seconds until a run counts as hung
+SHARED = 4  # cases of the same run: it has to be measured once undisturbed
+FAREWELL = 90  # seconds for the others to end after a process has failed
+SIZE = ["--image_size", "8", "--train_fraction", "0.1", "--batch_size", "48"]  # 3 batches an epoch
+SHORT = [*SIZE, "--epochs", "2"]
+TEACHERS = {
+    "vanilla": ["--label_smoothing", "0.1"],
+    "vanilla anchors": ["--anchors", "2", "--val_fraction", "0.2"],
+    "mse": [],
+    "sftn": ["--student", "resnet8"],
+    "gtn": TINY_POOL,
+    "gtn holdout": [*TINY_POOL, "--gate_holdout", "0.3", "--save_supernet"],
+    "gtn students": [*TINY_POOL, "--pool_students", "pool:1", "pool:2", "--gate_steps", "add"],
+}
+STUDENTS = {name: [] for name in METHODS} | {
+    "at+kd": [],
+    "kd cached": ["--cache_teacher"],
+    "kd rarely": ["--checkpointing_epochs", "2", "--with_tracking"],
+    "kdcl_general": ["--val_fraction", "0.2"],
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to: each process' exit code, and its words."""
+
+    codes: list[int]
+    stdout: str
+    stderrs: list[str]
+
+    @property
+    def code(self) -> int:
+        """0 if all processes ended well, else the first other code."""
+        return next((code for code in self.codes if code != 0), 0)
+
+    def check_words(self, script: str) -> None:
+        """Raise Failure for a traceback, and for an end in words that are not the script's one line."""
+        for code, words in zip(self.codes, self.stderrs, strict=True):
+            if "Traceback (most recent call last)" in words:
+                raise Failure("tracebacks", words[-3000:])
+            lines = words.strip().splitlines()
+            if code > 0 and any(not line.startswith(f"{Path(script).name}: ") for line in lines):
+                raise Failure("untidy", f"exit code {code}\n{words[-3000:]}")
+        if self.code in (1, 2) and not any(words.strip() for words in self.stderrs):
+            raise Failure("untidy", f"exit codes {self.codes} without a word")
+        if any(code not in (0, 1, 2, 130, 143, -9, -15) for code in self.codes):
+            raise Failure("tracebacks", f"exit codes {self.codes}\n{self.stderrs}")
+
+
+class Real:
+    """A process as a user starts it, with the interpreter's start; to be used like `Fork`."""
+
+    def __init__(self, *arguments, **environment):
+        self.output = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]  # noqa: SIM115 - read after its end
+        words, env = [sys.executable, *map(str, arguments)], {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        pipes = dict(zip(("stdout", "stderr"), self.output, strict=True))
+        self.process = subprocess.Popen(words, cwd=ROOT, env=os.environ | env | environment, **pipes)
+        self.send_signal, self.kill = self.process.send_signal, self.process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.poll()
+
+    def wait(self, seconds: float) -> int | None:
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def communicate(self) -> list[str]:
+        self.process.wait()
+        for file in self.output:
+            file.seek(0)
+        return [file.read() for file in self.output]
+
+
+def begin(script: str, arguments: list, processes: int = 1, plan: dict | None = None, real: bool = False) -> list:
+    """Start a run; of several processes as a launcher does."""
+    ranks = [{}]
+    if processes > 1:
+        shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+        shared |= {"MASTER_PORT": str(free_port()), "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "true"}
+        ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8:strict"}
+    words = [CHILD, json.dumps(plan or {}), str(ROOT / script), *map(str, arguments)]
+    return [(Real if real else Fork)(*words, **environment, **rank) for rank in ranks]
+
+
+def finish(ranks: list, patience: float = PATIENCE) -> Result:
+    """Wait for a run's end. Raises Failure if it does not come."""
+    end, failed = time.monotonic() + patience, False
+    while any(rank.wait(0.02) is None for rank in ranks):
+        if not failed and any(rank.returncode for rank in ranks):
+            failed, end = True, min(end, time.monotonic() + FAREWELL)
+        if time.monotonic() > end:
+            for rank in ranks:
+                rank.kill()
+            raise Failure("hung", f"still running; what it wrote: {[rank.communicate() for rank in ranks]}")
+    outputs = [rank.communicate() for rank in ranks]
+    return Result([rank.returncode for rank in ranks], outputs[0][0], [words for _, words in outputs])
+
+
+@dataclass
+class Bases:
+    """Finished runs that others start from, and what undisturbed runs came to; made when first asked for."""
+
+    folder: Path
+    finished: dict[Path, dict[str, bytes]] = field(default_factory=dict)
+    measured: dict[str, tuple[str, int, float]] = field(default_factory=dict)
+
+    @cached_property
+    def teacher(self) -> Path:
+        return self._made("teacher", ["--model", "resnet8", *SHORT, "--anchors", "2"])
+
+    @cached_property
+    def generic(self) -> Path:
+        return self._made("generic", ["--method", "gtn", "--model", "resnet8", *SHORT, *TINY_POOL])
+
+    def _made(self, name: str, arguments: list) -> Path:
+        folder = self.folder / name
+        result = finish(begin("train_teacher.py", [*arguments, "--output_dir", folder]))
+        assert result.code == 0, result
+        self.finished[folder] = contents(folder)
+        return folder
+
+    def check(self) -> None:
+        """Raise Failure if a run that others only read has changed."""
+        for folder, before in self.finished.items():
+            if contents(folder) != before:
+                raise Failure("lost", f"{folder}, which runs only read, has changed")
+
+
+@dataclass
+class Scenario:
+    """A command without its folder, and in how many processes it runs."""
+
+    script: str
+    arguments: list
+    processes: int
+
+    def shown(self, folder: Path, *more) -> str:
+        words = ["python", self.script, *map(str, self.command(folder, *more))]
+        return shlex.join(words) + f" ({self.processes} process(es))"
+
+    def command(self, folder: Path, *more) -> list:
+        return [*self.arguments, "--output_dir", folder, *more]
+
+    def run(self, folder: Path, *more, plan: dict | None = None, real: bool = False) -> Result:
+        result = finish(begin(self.script, self.command(folder, *more), self.processes, plan, real))
+        result.check_words(self.script)
+        return result
+
+    def reference(self, bases: Bases) -> tuple[str, int, float]:
+        """(digest of the weights of the undisturbed run, its operations on files, seconds), measured once."""
+        key = self.shown(Path())
+        if key not in bases.measured:
+            folder = bases.folder / f"reference{len(bases.measured)}"
+            count, start = folder.with_suffix(".count"), time.monotonic()
+            result = self.run(folder, plan={"folder": str(folder), "count": str(count), "rank": 0, "plots": True})
+            if result.code != 0:
+                raise Failure("untidy", f"undisturbed: {self.shown(folder)}\n{result}")
+            bases.measured[key] = weights(folder), int(count.read_text()), time.monotonic() - start
+        return bases.measured[key]
+
+
+def draw_scenario(seed: int, number: int, bases: Bases) -> Scenario:
+    """A teacher's run or a student's, a fifth of them in two processes; cases that follow each other share one."""
+    random = Random(derive_seed(seed, "scenario", number // SHARED))
+    processes = 2 if random.random() < 0.2 else 1
+    if random.random() < 0.4:
+        name = random.choice(list(TEACHERS))
+        arguments = ["--method", name.split()[0], "--model", "resnet8", *SHORT, *TEACHERS[name]]
+        return Scenario("train_teacher.py", arguments, processes)
+    name = random.choice(list(STUDENTS))
+    method = METHODS[name.split()[0].partition("+")[0]]
+    arguments = ["--method", name.split()[0], "--student", "resnet8", *SHORT, "--lr", "0.01", *STUDENTS[name]]
+    if method.needs_teacher:
+        arguments += ["--teacher", bases.teacher]
+    if method.warmup_epochs:
+        arguments += ["--warmup_epochs", "1"]
+    return Scenario("distill.py", arguments, processes)
+
+
+def weights(run: Path) -> str:
+    """The digest of a finished run's model."""
+    path = run / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no model"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
