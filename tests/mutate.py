@@ -59,12 +59,12 @@ class Job:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="faults whose file, line or tests contain this")
+    parser.add_argument("--only", nargs="+", default=[""], help="faults whose file, line or tests contain one of these")
     parser.add_argument("--jobs", type=int, default=1, help="how many run at a time")
     parser.add_argument("--once_missed", action="store_true", help="what no test noticed once, instead of the others")
     options = parser.parse_args()
     faults = read_faults("once_missed" if options.once_missed else "faults")
-    faults = [fault for fault in faults if options.only in " ".join(map(str, fault))]
+    faults = [fault for fault in faults if any(words in " ".join(map(str, fault)) for words in options.only)]
     preload()
     with tempfile.TemporaryDirectory() as folder:
         sound = copy_tree(Path(folder) / "sound")

@@ -76,7 +76,7 @@ COMMON: Table = {
     "flip": ("true", lambda loop: 0.4 < loop.train.plan(0).flips.float().mean() < 0.6, True),
     "cutout": ("2", lambda loop: loop.train.augmentation.cutout, 2),
     "exclude_classes": ("3 5", lambda loop: sorted(set(range(10)) - set(loop.train.split.labels.tolist())), [3, 5]),
-    "train_fraction": ("0.5", lambda loop: len(loop.train.split) + len(loop.val), pytest.approx(0.5 * 1144, abs=9)),
+    "train_fraction": ("0.4", lambda loop: len(loop.train.split) + len(loop.val), pytest.approx(0.4 * 1144, abs=9)),
     "val_fraction": ("0.25", lambda loop: len(loop.val) / len(loop.train.split), pytest.approx(1 / 3, abs=0.02)),
     "mixed_precision": ("bf16", lambda loop: loop.accelerator.mixed_precision, "bf16"),
     "process_timeout": ("77", lambda loop: loop.accelerator.init_handler.timeout, timedelta(seconds=77)),

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from common import UserError
@@ -70,6 +71,7 @@ def test_everything_comes_back_and_training_goes_on_alike(tmp_path):
 def test_shared_parameters_are_saved_once(tmp_path):
     shared = nn.Linear(2, 2)
     save_checkpoint(tmp_path / "c", nn.ModuleList([shared, shared]), {}, {}, Progress(), {})
+    assert load_file(tmp_path / "c").keys() == {"objective/0.weight", "objective/0.bias"}
     one = nn.Linear(2, 2)
     load_checkpoint(tmp_path / "c", nn.ModuleList([one, one]), {}, {}, {}, set())
     assert torch.equal(one.weight, shared.weight)

@@ -49,6 +49,11 @@ def test_digits_are_resized_and_grey_in_three_channels():
     images = data.train.images
     assert images.shape == (1437, 3, 32, 32) and images.dtype == torch.uint8 and images.max() == 255
     assert torch.equal(images[:, 0], images[:, 1]) and torch.equal(images[:, 0], images[:, 2])
+    # Bilinear, pixels as squares: of twice the side each pixel is 9, 3, 3 and 1 sixteenths of the four around it.
+    small, large = (load_images("digits", size).train.images[:20, 0].double() for size in (8, 16))
+    around = small[:, :-1, :-1], small[:, :-1, 1:], small[:, 1:, :-1], small[:, 1:, 1:]
+    expected = sum(share * each for share, each in zip((9, 3, 3, 1), around, strict=True)) / 16
+    assert (large[:, 1:-1:2, 1:-1:2] - expected).abs().max() < 1.1  # both are rounded
 
 
 def test_normalisation_is_that_of_the_training_split():

@@ -131,13 +131,14 @@ def test_copies_have_the_same_images_and_crops_of_their_own():
     data = load_images("digits", 16)
     plain = Normalise(data.mean, data.std, torch.device("cpu"))
     augmentation = Augmentation(16, padding=2, flip=False)
-    both = DeviceLoader(data.train, 64, plain, augmentation, seed=3, copies=2).one(0)
+    both = DeviceLoader(data.train, 64, plain, augmentation, seed=3, copies=3).one(0)
     alone = DeviceLoader(data.train, 64, plain, augmentation, seed=3).one(0)
-    first, second = both.images.chunk(2)
+    first, second, third = both.images.chunk(3)
     assert torch.equal(first, alone.images) and torch.equal(both.labels, alone.labels) and len(both.labels) == 64
     assert both.images.is_contiguous(memory_format=torch.channels_last)
-    different = (first != second).flatten(1).any(1).float().mean()
-    assert 0.9 < different < 1  # 1 in 25 has the same crop
+    for one, other in ((first, second), (second, third), (first, third)):
+        different = (one != other).flatten(1).any(1).float().mean()
+        assert 0.85 < different  # 1 in 25 has the same crop
 
 
 def test_the_scripts_train_peers(tmp_path):
