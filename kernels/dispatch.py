@@ -66,6 +66,15 @@ def recorded(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
+def refuse_second_derivative(ctx, *grads):
+    """The backward pass of a backward pass.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError("the gradients of kd_loss, cross_entropy and gated_mix cannot be differentiated a second time")
+
+
 def on_device_of(tensor: Tensor):
     """A context in which Triton, which launches on the current GPU, launches on the tensor's."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():

@@ -53,8 +53,8 @@ def mix_backward_kernel(
     outputs,
     gates,  # [J], or None: no output has a gradient of its own
     y,  # or None: no ReLU
-    dz,  # with y
-    d_outputs,  # with gates: tuple of pointers, None for zeros
+    dz,  # or None: no term needs it
+    d_outputs,  # tuple of pointers, None for what needs no gradient of its own
     partial,  # [J, programs], or None: gates need no gradient
     elements,
     J: tl.constexpr,
@@ -66,22 +66,23 @@ def mix_backward_kernel(
     d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     if y is not None:
         d = tl.where(tl.load(y + at, mask=inside, other=0.0) <= 0, 0.0, d)
+    if dz is not None:
         tl.store(dz + at, d, mask=inside)
     for j in tl.static_range(J):
-        if outputs[j] is not None:
-            if partial is not None:
-                output = tl.load(outputs[j] + at, mask=inside, other=0.0).to(tl.float32)
-                tl.store(partial + j * tl.num_programs(0) + tl.program_id(0), tl.sum(d * output, 0))
-            if gates is not None:
-                tl.store(d_outputs[j] + at, tl.load(gates + j).to(tl.float32) * d, mask=inside)
-        elif partial is not None:
-            tl.store(partial + j * tl.num_programs(0) + tl.program_id(0), 0.0)
+        if partial is not None:
+            dot = 0.0
+            if outputs[j] is not None:
+                dot = tl.sum(d * tl.load(outputs[j] + at, mask=inside, other=0.0).to(tl.float32), 0)
+            tl.store(partial + j * tl.num_programs(0) + tl.program_id(0), dot)
+        if d_outputs[j] is not None:
+            tl.store(d_outputs[j] + at, tl.load(gates + j).to(tl.float32) * d, mask=inside)
 
 
 def mix(outputs: Sequence[Tensor | None], gates: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
     """As the operator in kernels/gates.py, for tensors of one layout."""
     terms = [each for each in (*outputs, shortcut) if each is not None]
     y = torch.empty_like(terms[0], dtype=mixed_dtype(terms))
+    gates = None if gates is None else gates.contiguous()
     if y.numel():
         with on_device_of(y):
             mix_kernel[(-(-y.numel() // BLOCK),)](
@@ -91,14 +92,21 @@ def mix(outputs: Sequence[Tensor | None], gates: Tensor | None, shortcut: Tensor
 
 
 def mix_backward(
-    grad: Tensor, outputs: Sequence[Tensor | None], gates: Tensor | None, y: Tensor | None, for_gates: bool
+    grad: Tensor,
+    outputs: Sequence[Tensor | None],
+    gates: Tensor | None,
+    y: Tensor | None,
+    for_gates: bool,
+    for_sum: bool,
+    shares: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """As the operator in kernels/gates.py, for tensors of one layout."""
     J, elements = len(outputs), grad.numel()
     programs = -(-elements // BLOCK)
-    dz = grad.new_empty(0) if y is None else torch.empty_like(grad)
-    partial = grad.new_empty((J, programs) if for_gates else (0, 0), dtype=accumulate_dtype(grad))
-    d_outputs = [None if each is None or gates is None else torch.empty_like(each) for each in outputs]
+    dz = torch.empty_like(grad) if for_sum else None
+    partial = grad.new_empty((J, programs), dtype=accumulate_dtype(grad)) if for_gates else None
+    d_outputs = [torch.empty_like(grad) if wanted else None for wanted in shares]
+    gates = None if gates is None else gates.contiguous()
     if programs:
         with on_device_of(grad):
             mix_backward_kernel[(programs,)](
@@ -106,13 +114,13 @@ def mix_backward(
                 tuple(outputs),
                 gates,
                 y,
-                None if y is None else dz,
-                None if gates is None else tuple(d_outputs),
-                partial if for_gates else None,
+                dz,
+                tuple(d_outputs),
+                partial,
                 elements,
                 J=J,
                 BLOCK=BLOCK,
                 num_warps=8,
             )
-    dots = partial.sum(1) if for_gates else partial.new_empty(0)
-    return dz, dots, [each for each in d_outputs if each is not None]
+    dots = grad.new_empty(0, dtype=accumulate_dtype(grad)) if partial is None else partial.sum(1)
+    return grad.new_empty(0) if dz is None else dz, dots, [each for each in d_outputs if each is not None]

@@ -386,6 +386,16 @@ def test_mix_of_mixed_layouts_and_types():
     assert error(dg, torch.stack([(mask * x.double()).sum() for x in (a, b)])) < 1e-6
 
 
+def test_soft_gates_need_not_lie_next_to_each_other():
+    outputs = [logits(2, 3, seed=seed).detach() for seed in range(3)]
+    every_other = torch.tensor([0.3, 9.0, 0.7, 9.0, -0.2], device=DEVICE)[::2]
+    for gates in (every_other, torch.tensor(0.5, device=DEVICE).expand(3)):
+        y = gated_mix([x.requires_grad_() for x in outputs], gates)
+        assert error(y, explicit_mix(outputs, gates, None, False)) < 1e-6
+        slopes = torch.autograd.grad(y.sum(), outputs)
+        assert [slope.unique().item() for slope in slopes] == gates.tolist()
+
+
 def test_mix_shows_what_is_not_a_number():
     x = torch.tensor([1.0, math.nan, -1.0], device=DEVICE, requires_grad=True)
     y = gated_mix([x], torch.ones(1, device=DEVICE), 0, torch.zeros(3, device=DEVICE), relu=True)
@@ -420,7 +430,7 @@ def test_mix_operators_keep_the_rules_of_custom_operators(soft, relu):
     a, b, s = (logits(2, 3, 4, 4, seed=seed).detach() for seed in range(3))
     gates = torch.tensor([0.3, 0.7, 0.1], device=DEVICE) if soft else None
     torch.library.opcheck(_mix, ([a, None, b] if soft else [a], gates, s, relu))
-    torch.library.opcheck(_mix_backward, (s, [a, None, b], gates, b if relu else None, True))
+    torch.library.opcheck(_mix_backward, (s, [a, None, b], gates, b if relu else None, True, relu, [soft] * 3))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", *(["inductor"] if GPU else [])])
