@@ -6,6 +6,7 @@ writes what gradients are not dL/dy itself, and multiplies and sums in float32. 
 kernels/gates.py.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,20 +20,21 @@ from kernels.dtypes import accumulate_dtype, mixed_dtype
 BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def mix_kernel(
     outputs,  # tuple of pointers, None for zeros
     gates,  # [J], or None: outputs are taken as they are
     shortcut,  # or None
     y,
-    elements,
+    units,
+    ALIGN: tl.constexpr,  # elements a unit, so that the compiler sees how wide it may load
     J: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """y = sum_j gates_j outputs_j + shortcut, with RELU rectified."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < elements
+    inside = at < tl.cast(units, tl.int64) * ALIGN
     total = tl.zeros([BLOCK], tl.float32)
     if shortcut is not None:
         total = tl.load(shortcut + at, mask=inside).to(tl.float32)
@@ -47,7 +49,7 @@ def mix_kernel(
     tl.store(y + at, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def mix_backward_kernel(
     grad,
     outputs,
@@ -56,13 +58,14 @@ def mix_backward_kernel(
     dz,  # or None: no term needs it
     d_outputs,  # tuple of pointers, None for what needs no gradient of its own
     partial,  # [J, programs], or None: gates need no gradient
-    elements,
+    units,
+    ALIGN: tl.constexpr,  # elements a unit, so that the compiler sees how wide it may load
     J: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The gradients of `mix_kernel` for what is given: outputs and shortcut, and partial sums of the gates'."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < elements
+    inside = at < tl.cast(units, tl.int64) * ALIGN
     d = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     if y is not None:
         d = tl.where(tl.load(y + at, mask=inside, other=0.0) <= 0, 0.0, d)
@@ -86,7 +89,15 @@ def mix(outputs: Sequence[Tensor | None], gates: Tensor | None, shortcut: Tensor
     if y.numel():
         with on_device_of(y):
             mix_kernel[(-(-y.numel() // BLOCK),)](
-                tuple(outputs), gates, shortcut, y, y.numel(), J=len(outputs), RELU=relu, BLOCK=BLOCK, num_warps=8
+                tuple(outputs),
+                gates,
+                shortcut,
+                y,
+                *_units(y.numel()),
+                J=len(outputs),
+                RELU=relu,
+                BLOCK=BLOCK,
+                num_warps=8,
             )
     return y
 
@@ -117,10 +128,16 @@ def mix_backward(
                 dz,
                 tuple(d_outputs),
                 partial,
-                elements,
+                *_units(elements),
                 J=J,
                 BLOCK=BLOCK,
                 num_warps=8,
             )
     dots = grad.new_empty(0, dtype=accumulate_dtype(grad)) if partial is None else partial.sum(1)
     return grad.new_empty(0) if dz is None else dz, dots, [each for each in d_outputs if each is not None]
+
+
+def _units(elements: int) -> tuple[int, int]:
+    """(units, elements a unit): the largest power of two up to 16 that goes into them, and how often."""
+    align = math.gcd(elements, 16)
+    return elements // align, align

@@ -434,6 +434,7 @@ def test_what_the_kernels_take_on_a_gpu(monkeypatch, capability, dtype, runs):
         def __init__(self, dtype):
             self.dtype = dtype
 
+    dispatch._runs_triton.cache_clear()
     kernels.use("auto", "cpu")
     assert dispatch.runs_triton(OnGPU(dtype), None) is runs
     monkeypatch.setattr(dispatch, "_choice", "triton")
@@ -442,6 +443,7 @@ def test_what_the_kernels_take_on_a_gpu(monkeypatch, capability, dtype, runs):
     else:
         with pytest.raises(ValueError, match=r"bfloat16: use float16|6\.1 is below 7\.0"):
             dispatch.runs_triton(OnGPU(dtype))
+    dispatch._runs_triton.cache_clear()
 
 
 def test_a_class_masked_out_by_the_student_is_left_out_of_its_cross_entropy():
