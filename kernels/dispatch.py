@@ -43,16 +43,20 @@ def runs_triton(*tensors: Tensor | None) -> bool:
     Raises:
         ValueError: the choice is "triton", and they cannot.
     """
-    present = [tensor for tensor in tensors if tensor is not None]
-    device, types = present[0].device, {tensor.dtype for tensor in present}
-    if _choice == "reference" or torch.float64 in types or not _wanted(device):
+    types = {tensor.dtype for tensor in tensors if tensor is not None}
+    return _runs_triton(_choice, next(tensor.device for tensor in tensors if tensor is not None), frozenset(types))
+
+
+@functools.lru_cache(maxsize=256)
+def _runs_triton(choice: str, device: torch.device, types: frozenset[torch.dtype]) -> bool:
+    if choice == "reference" or torch.float64 in types or not (choice == "triton" or device.type == "cuda"):
         return False
     obstacle = _obstacle(device)
     if obstacle is None and not types <= set(TRITON_TYPES):
         obstacle = f"no kernel for {types - set(TRITON_TYPES)}"
     if obstacle is None and torch.bfloat16 in types and device.type == "cuda" and _capability(device) < (8, 0):
         obstacle = "this GPU has no bfloat16: use float16"
-    if obstacle and _choice == "triton":
+    if obstacle and choice == "triton":
         raise ValueError(f"the Triton kernels cannot run: {obstacle}")
     return obstacle is None
 
@@ -64,6 +68,15 @@ def recorded(tensor: Tensor) -> bool:
     takes longer than the kernels themselves.
     """
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
+def refuse_second_derivative(ctx, *grads):
+    """The backward pass of a backward pass.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError("the gradients of kd_loss, cross_entropy and gated_mix cannot be differentiated a second time")
 
 
 def on_device_of(tensor: Tensor):

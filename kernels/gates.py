@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import recorded, runs_triton
+from kernels.arguments import whole_number
+from kernels.dispatch import recorded, refuse_second_derivative, runs_triton
 from kernels.dtypes import accumulate_dtype, mixed_dtype
 
 
@@ -40,13 +40,17 @@ def gated_mix(
 
     Returns:
         y in the outputs' shape and layout and in the type that outputs and shortcut promote to. Where there
-        is nothing to compute it is the active output, or the shortcut, itself.
+        is nothing to compute it is the active output, or the shortcut, itself, and shares its memory: who changes
+        it in place changes both, and takes from gates that need a gradient the output that it is computed from
+        (PyTorch then raises).
 
     Raises:
-        ValueError: `active` out of range, gates of another length, shapes or devices that differ, or nothing
-            to return (all that counts is zero and there is no shortcut).
+        ValueError: `active` no whole number or out of range, gates of another length, shapes or devices that
+            differ, or nothing to return (all that counts is zero and there is no shortcut).
+        RuntimeError: the backward pass is differentiated again, where it multiplies.
     """
     J = len(outputs)
+    active = None if active is None else whole_number("active", active)
     if gates.shape != (J,) or not (active is None or 0 <= active < J):
         raise ValueError(
             f"{J} outputs need gates [{J}] and an active index among them; "
@@ -64,6 +68,9 @@ def gated_mix(
     counted = outputs if active is None else [outputs[active]]
     if shortcut is None and all(output is None for output in counted):
         raise ValueError("the active output is zero and there is no shortcut: the signal would be cut")
+    terms = [term for term in (*counted, shortcut) if term is not None]
+    if active is not None and len(terms) == 1 and not relu and not gates.requires_grad:
+        return terms[0]
     return _GatedMix.apply(gates, active, relu, shortcut, *outputs)
 
 
@@ -93,34 +100,33 @@ class _GatedMix(torch.autograd.Function):
         chosen = outputs if active is None else [outputs[active]]
         terms = [each for each in (*chosen, shortcut) if each is not None]
         if active is not None and len(terms) == 1 and not relu:
-            y = terms[0].view_as(terms[0])
+            y = terms[0].detach()  # no view of it, which could not be changed in place
         else:
             mix = _mix if recorded(terms[0]) else _run_mix
             y = mix(chosen, gates if active is None else None, shortcut, relu)
-        kept = outputs if active is None or ctx.needs_input_grad[0] else [None] * len(outputs)
+        kept = outputs if ctx.needs_input_grad[0] else [None] * len(outputs)
         ctx.save_for_backward(gates, y if relu else None, *kept)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         gates, y, *outputs = ctx.saved_tensors
-        soft, wants_gates = ctx.active is None, ctx.needs_input_grad[0]
-        dz, dots, shares = grad, None, []
-        if soft or wants_gates or y is not None:
-            mix_backward = _mix_backward if recorded(grad) else _run_mix_backward
-            clipped, dots, shares = mix_backward(grad, outputs, gates if soft else None, y, wants_gates)
-            dz = grad if y is None else clipped
-        shares = iter(shares)
-        d_terms = [dz]
-        for j in range(len(outputs)):
-            d_terms.append(next(shares) if soft and outputs[j] is not None else dz if j == ctx.active else None)
-        # A term that is not there has no dtype and no gradient.
-        d_terms = [
-            None if each is None or dtype is None else each.to(dtype)
-            for each, dtype in zip(d_terms, ctx.dtypes, strict=True)
-        ]
-        return dots.to(gates.dtype) if wants_gates else None, None, None, *d_terms
+        soft, clipped = ctx.active is None, y is not None
+        for_gates, _, _, for_shortcut, *for_outputs = ctx.needs_input_grad
+        shares = for_outputs if soft else [False] * len(outputs)  # outputs whose gradient is not dL/dy
+        for_sum = clipped and (for_shortcut or (not soft and for_outputs[ctx.active]))
+        dz, dots, d_outputs = grad, None, []
+        if for_gates or for_sum or any(shares):
+            # Where a graph is made of the gradients, the operator is in it, and raises if they are differentiated.
+            mix_backward = _mix_backward if recorded(grad) or torch.is_grad_enabled() else _run_mix_backward
+            dz, dots, d_outputs = mix_backward(grad, outputs, gates if soft else None, y, for_gates, for_sum, shares)
+            dz = dz if clipped else grad
+        d_outputs = iter(d_outputs)
+        d_terms = [dz if for_shortcut else None]
+        for j, wanted in enumerate(for_outputs):
+            d_terms.append(None if not wanted else next(d_outputs) if soft else dz if j == ctx.active else None)
+        d_terms = [None if each is None else each.to(dtype) for each, dtype in zip(d_terms, ctx.dtypes, strict=True)]
+        return dots.to(gates.dtype) if for_gates else None, None, None, *d_terms
 
 
 # The operators. `gates` are None where the one output is taken as it is.
@@ -145,27 +151,38 @@ def _(outputs, gates, shortcut, relu):
 
 
 def _run_mix_backward(
-    grad: Tensor, outputs: Sequence[Tensor | None], gates: Tensor | None, y: Tensor | None, for_gates: bool
+    grad: Tensor,
+    outputs: Sequence[Tensor | None],
+    gates: Tensor | None,
+    y: Tensor | None,
+    for_gates: bool,
+    for_sum: bool,
+    shares: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(gradient before the ReLU, empty without `y`; dots [J], empty unless wanted; with `gates` those of the
-    outputs that are there)."""
+    """(gradient before the ReLU, [J] dots with the outputs, gate times that gradient for the j in `shares`).
+
+    The first, which needs `y`, and the second, which needs the outputs, are empty unless `for_sum` and `for_gates`.
+    """
     *outputs, y, grad = _same_layout([*outputs, y, grad])
     if runs_triton(*outputs, y, grad):
         from kernels import gates_triton
 
-        return gates_triton.mix_backward(grad, outputs, gates, y, for_gates)
-    return reference_mix_backward(grad, outputs, gates, y, for_gates)
+        return gates_triton.mix_backward(grad, outputs, gates, y, for_gates, for_sum, shares)
+    return reference_mix_backward(grad, outputs, gates, y, for_gates, for_sum, shares)
 
 
 _mix_backward = torch.library.custom_op("distillation::mix_backward", _run_mix_backward, mutates_args=())
 
 
 @_mix_backward.register_fake
-def _(grad, outputs, gates, y, for_gates):
+def _(grad, outputs, gates, y, for_gates, for_sum, shares):
     *outputs, y, grad = _same_layout([*outputs, y, grad])
     dots = grad.new_empty(len(outputs) if for_gates else 0, dtype=accumulate_dtype(grad))
-    d_outputs = [] if gates is None else [torch.empty_like(each) for each in outputs if each is not None]
-    return grad.new_empty(0) if y is None else torch.empty_like(grad), dots, d_outputs
+    dz = torch.empty_like(grad) if for_sum else grad.new_empty(0)
+    return dz, dots, [torch.empty_like(grad) for wanted in shares if wanted]
+
+
+_mix_backward.register_autograd(refuse_second_derivative)
 
 
 # The reference.
@@ -186,7 +203,7 @@ def reference_mix(outputs, gates, shortcut, relu):
     return total.relu() if relu else total
 
 
-def reference_mix_backward(grad, outputs, gates, y, for_gates):
+def reference_mix_backward(grad, outputs, gates, y, for_gates, for_sum, shares):
     """As `_mix_backward`, for tensors of one layout."""
     dtype = accumulate_dtype(grad)
     dz = grad if y is None else grad.masked_fill(y <= 0, 0.0)
@@ -195,11 +212,8 @@ def reference_mix_backward(grad, outputs, gates, y, for_gates):
     if for_gates:
         zero = wide.new_zeros(())
         dots = torch.stack([zero if each is None else (wide * each).sum() for each in outputs])
-    d_outputs = []
-    if gates is not None:
-        pairs = zip(gates, outputs, strict=True)
-        d_outputs = [(gate.to(dtype) * wide).to(output.dtype) for gate, output in pairs if output is not None]
-    return grad.new_empty(0) if y is None else dz, dots, d_outputs
+    d_outputs = [(gates[j].to(dtype) * wide).to(grad.dtype) for j, wanted in enumerate(shares) if wanted]
+    return dz if for_sum else grad.new_empty(0), dots, d_outputs
 
 
 def _same_layout(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import recorded, runs_triton
+from kernels.arguments import number, whole_number
+from kernels.dispatch import recorded, refuse_second_derivative, runs_triton
 from kernels.kd_reference import compute_dtype, reference_backward, reference_forward
 
 Direction = Literal["forward", "reverse"]
@@ -46,13 +46,14 @@ def kd_loss(
     `direction` is "forward" (Hinton et al., 2015) and KL(q_k || p) when it is "reverse" (SFTN, eq. 5). It is
     the plain divergence in nats: the factor T^2 that keeps its gradients comparable is the caller's weight.
     Gradients reach the students and the teacher alike, whichever require them; pass `teacher.detach()`
-    where the teacher is fixed. They cannot be differentiated a second time.
+    where the teacher is fixed. They cannot be differentiated a second time: a backward pass through them raises
+    RuntimeError.
 
     Args:
         students: logits [K, N, C], or [N, C] for a single student (K = 1). -inf masks a class out.
         teacher: logits [N, C].
         labels: class indices [N], int64; without them no cross-entropy is computed.
-        temperature: T > 0, applied to the divergence only.
+        temperature: T > 0, applied to the divergence only; a number, as there is no gradient for it.
         direction: "forward" or "reverse".
         label_smoothing: share of the target, in [0, 1], spread evenly over all classes.
         ignore_index: rows with this label have no cross-entropy and do not count in its mean (0 if all have
@@ -66,16 +67,17 @@ def kd_loss(
 
     Raises:
         ValueError: a temperature that is not a positive number, an unknown direction or reduction, a
-            smoothing outside its range, or shapes, dtypes or devices that do not belong together.
+            smoothing outside its range, an `ignore_index` that is not a whole number, or shapes, dtypes or devices
+            that do not belong together.
     """
     students = students.unsqueeze(0) if students.dim() == 2 else students
     _check_logits(students, teacher)
-    _check_options(temperature, direction, label_smoothing, reduction)
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"direction must be 'forward' or 'reverse'; got {direction!r}")
+    options = _checked_options(temperature, direction, label_smoothing, ignore_index, reduction)
     if labels is not None:
         _check_labels(labels, students)
-    ce, kl, _, _ = _losses(
-        students, teacher, labels, temperature, direction, label_smoothing, ignore_index, reduction == "mean"
-    )
+    ce, kl, _, _ = _losses(students, teacher, labels, *options)
     return (None if labels is None else ce), kl
 
 
@@ -103,13 +105,11 @@ def decoupled_kd_loss(
     """
     students = students.unsqueeze(0) if students.dim() == 2 else students
     _check_logits(students, teacher)
-    _check_options(temperature, "forward", label_smoothing, reduction)
+    options = _checked_options(temperature, "decoupled", label_smoothing, ignore_index, reduction)
     _check_labels(labels, students)
     if students.shape[-1] < 2:
         raise ValueError(f"students need 2 classes or more to have non-target ones; got {_shape(students)}")
-    ce, non_target, target, _ = _losses(
-        students, teacher, labels, temperature, "decoupled", label_smoothing, ignore_index, reduction == "mean"
-    )
+    ce, non_target, target, _ = _losses(students, teacher, labels, *options)
     return DecoupledLoss(ce, target, non_target)
 
 
@@ -120,9 +120,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
     """
     if logits.dim() != 2 or 0 in logits.shape or not logits.is_floating_point():
         raise ValueError(f"logits must be floating point [N, C], not empty; got {logits.dtype} {_shape(logits)}")
-    _check_options(1.0, "forward", label_smoothing, "mean")
+    options = _checked_options(1.0, "none", label_smoothing, ignore_index, "mean")
     _check_labels(labels, logits[None])
-    return _losses(logits[None], None, labels, 1.0, "none", label_smoothing, ignore_index, True)[0][0]
+    return _losses(logits[None], None, labels, *options)[0][0]
 
 
 def _losses(students: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -205,6 +205,9 @@ def _(grad_ce, grad_kl, grad_target, students, teacher, labels, rows, *options):
     return d_students, d_teacher
 
 
+_backward.register_autograd(refuse_second_derivative)
+
+
 def _setup_context(ctx, inputs, output) -> None:
     students, teacher, labels, *ctx.options = inputs
     ctx.set_materialize_grads(False)  # a loss that is not used costs nothing in the backward pass
@@ -235,9 +238,9 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
-        return _gradients(ctx, grads, _run_backward)
+        # Where a graph is made of the gradients, the operator is in it, and raises if they are differentiated.
+        return _gradients(ctx, grads, _backward if torch.is_grad_enabled() else _run_backward)
 
 
 def _check_logits(students: Tensor, teacher: Tensor) -> None:
@@ -253,15 +256,18 @@ def _check_logits(students: Tensor, teacher: Tensor) -> None:
         raise ValueError(f"students are on {students.device} but the teacher is on {teacher.device}")
 
 
-def _check_options(temperature: float, direction: str, label_smoothing: float, reduction: str) -> None:
+def _checked_options(
+    temperature: float, form: str, label_smoothing: float, ignore_index: int, reduction: str
+) -> tuple[float, str, float, int, bool]:
+    """The operators' options: numbers as float and int, and whether the losses are means."""
+    temperature, label_smoothing = number("temperature", temperature), number("label_smoothing", label_smoothing)
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be a positive number; got {temperature}")
-    if direction not in ("forward", "reverse"):
-        raise ValueError(f"direction must be 'forward' or 'reverse'; got {direction!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1]; got {label_smoothing}")
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none'; got {reduction!r}")
+    return temperature, form, label_smoothing, whole_number("ignore_index", ignore_index), reduction == "mean"
 
 
 def _check_labels(labels: Tensor, students: Tensor) -> None:

@@ -12,6 +12,10 @@ SMALL = 0.25  # |log p - log q| under which `divergence_terms` uses its series
 def reference_forward(students, teacher, labels, temperature, form, label_smoothing, ignore_index, mean):
     """(ce, kl, target, nothing kept), as the operator returns them."""
     dtype = compute_dtype(students, teacher)
+    if _overflows(dtype, temperature):
+        options = (labels, temperature, form, label_smoothing, ignore_index, mean)
+        *losses, kept = reference_forward(students.double(), teacher.double(), *options)
+        return *(loss.to(dtype) for loss in losses), kept
     s = students.to(dtype)
     ce, kl, target, kept = (s.new_empty(0, dtype=each) for each in (dtype, dtype, dtype, torch.float32))
     counted = None if labels is None else labels != ignore_index
@@ -56,6 +60,11 @@ def reference_backward(
 ):
     """Gradients of students and teacher, in their dtypes; empty where not wanted."""
     dtype = compute_dtype(students, teacher)
+    if _overflows(dtype, temperature):
+        grads = (None if grad is None else grad.double() for grad in (grad_ce, grad_kl, grad_target))
+        options = (labels, temperature, form, label_smoothing, ignore_index, mean, for_students, for_teacher)
+        ds, dt = reference_backward(*grads, students.double(), teacher.double(), *options)
+        return ds.to(students.dtype), dt.to(teacher.dtype if for_teacher else students.dtype)
     s = students.to(dtype)
     counted = None if labels is None else labels != ignore_index
     # Upstream gradients a row, [K, N, 1], with the factor of the mean in them.
@@ -98,6 +107,11 @@ def reference_backward(
         ds, dt = ds.masked_fill(~counted[:, None], 0.0), dt.masked_fill(~counted[:, None], 0.0)
     nothing = students.new_empty(0)
     return ds.to(students.dtype) if for_students else nothing, dt.to(teacher.dtype) if for_teacher else nothing
+
+
+def _overflows(dtype: torch.dtype, temperature: float) -> bool:
+    """Whether a logit of float32, such as finfo.min for a class that is masked out, may overflow when divided."""
+    return dtype == torch.float32 and temperature < 1
 
 
 def _by_row(grad: Tensor | None, factor: Tensor | float, students: Tensor, mean: bool) -> Tensor | None:

@@ -2,17 +2,22 @@
 
 Bytes: the forward pass reads every logit once, the backward pass reads it again and writes its gradient:
 3 (K + 1) N C elements, the least there is without keeping probabilities. Rows of up to TILE classes stay in
-registers; longer ones are read twice in the forward pass, once for the softmax statistics (online, so in one
-sweep) and once for the divergence. All arithmetic is float32. Formulas: kernels/kd_reference.py.
+registers; longer ones are read in one sweep a student, with the teacher's beside it, which comes from the cache from
+the second student on. All arithmetic is float32. Formulas: kernels/kd_reference.py.
 
 With half-precision logits a modern GPU has time for some fifteen instructions an element, so they are
-counted: exponentials are powers of 2, which are one instruction where e^x is five, and the series that a
-small divergence needs is only summed for rows that have one. The softmax of a row is kept as two numbers,
-(maximum, log2 of the sum of powers below it), instead of as their sum, so that large logits lose nothing.
+counted (benchmarks/instructions.py): exponentials are powers of 2, which are one instruction where e^x is five, and
+what is common to a row is done once a row. The softmax of a row is kept as two numbers, (maximum, log2 of the sum of
+powers below it), instead of as their sum, so that large logits lose nothing; and log p - log q is computed from the
+logits' distances to their maxima before those are divided by the temperature, so that no finite logit overflows.
+
+A divergence is sum p (log p - log q) where it is large; where it is small the terms cancel, and such rows, each by its
+own divergence, are summed again by terms that do not (kernels/kd_reference.py, divergence_terms).
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,11 +27,13 @@ from torch import Tensor
 from kernels.dispatch import on_device_of
 
 TILE = 4096  # classes that a program holds in registers
-LOOP_TILE = 2048  # classes that it takes at a time when there are more
+LOOP_TILE = 8192  # classes that it takes at a time when there are more
+MEAN_BLOCK = 8192  # rows whose losses a program of mean_rows has on their way to it
 LN2 = tl.constexpr(math.log(2))
 LOG2E = tl.constexpr(1 / math.log(2))
-LOWEST = tl.constexpr(-3.0e38)  # finite: a maximum of -inf would turn 2^(x - max) into NaN
-NEAR = tl.constexpr(1 / 32)  # nats of divergence below which a row is summed by the series
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite: below a maximum of -inf there is only NaN
+NEAR = tl.constexpr(1 / 8)  # nats of divergence below which a row in registers is summed by terms that do not cancel
+NEAR_LOOP = tl.constexpr(1 / 4)  # and one that is swept, whose normalisers are known only at the end
 
 # The planes [K, N] of `rows`: the first three always, the next five with a teacher, the last when decoupled. There
 # MAX and LOG_SUM are of the classes but the target.
@@ -41,6 +48,12 @@ TEACHER_LOG_SUM = tl.constexpr(7)
 TARGET = tl.constexpr(8)
 
 
+# Arguments whose values kernels are not compiled for: else the last batch of an epoch, which is smaller, would stop
+# the training to compile.
+VARYING = ["N", "stride_k", "stride_n", "stride_t", "ignore_index"]
+VARYING_GRADS = [f"{loss}_stride_{of}" for loss in ("ce", "kl", "target") for of in ("k", "n")]
+
+
 @triton.jit
 def _load(base, offsets, columns, C: tl.constexpr):
     """Tile [rows, columns] in float32, -inf past the last class."""
@@ -49,21 +62,17 @@ def _load(base, offsets, columns, C: tl.constexpr):
 
 @triton.jit
 def _terms(p, q, d):
-    """Terms of KL(p || q), d = log p - log q in nats, that are never negative: p (d - 1) + q."""
-    return tl.where(p == 0, q, p * (d - 1) + q)
-
-
-@triton.jit
-def _series_terms(p, q, d):
-    """The same where p and q are close: a series in d, as p (d - 1) + q would cancel."""
+    """Terms of KL(p || q), d = log p - log q in nats, that are never negative: p (d - 1) + q, or a series in d where
+    p and q are close and these two would cancel."""
     series = d * d * (0.5 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720)))))
-    return tl.where((tl.abs(d) < 0.25) & (p != 0), p * series, _terms(p, q, d))
+    terms = tl.where(tl.abs(d) < 0.25, p * series, p * (d - 1) + q)
+    return tl.where(p == 0, q, terms)
 
 
 @triton.jit
-def _log_ratio(below_p, below_q, p_log_sum, q_log_sum):
-    """log p - log q in nats, from log2 of what is summed: where p and q are close their difference is exact."""
-    return (below_p - below_q) * LN2 + ((q_log_sum - p_log_sum) * LN2)[:, None]
+def _expected(e, d):
+    """Sum of e d over the classes; nothing of a class of weight 0, whose d may be infinite or NaN."""
+    return tl.sum(tl.where(e == 0, 0.0, e * d), 1)
 
 
 @triton.jit
@@ -88,8 +97,8 @@ def _log_sigmoid(z):
 def _target_divergence(z_s, z_t):
     """KL between two Bernoulli distributions, in nats, from their log odds."""
     yes_s, yes_t, no_s, no_t = _log_sigmoid(z_s), _log_sigmoid(z_t), _log_sigmoid(-z_s), _log_sigmoid(-z_t)
-    yes = _series_terms(tl.exp(yes_t), tl.exp(yes_s), yes_t - yes_s)
-    return yes + _series_terms(tl.exp(no_t), tl.exp(no_s), no_t - no_s)
+    yes = _terms(tl.exp(yes_t), tl.exp(yes_s), yes_t - yes_s)
+    return yes + _terms(tl.exp(no_t), tl.exp(no_s), no_t - no_s)
 
 
 @triton.jit
@@ -137,7 +146,7 @@ def _cross_entropy(s_y, mean, largest, log_sum, smoothing, counted):
     return tl.where(counted, loss, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward_tile(
     students,  # [K, N, C]
     teacher,  # [N, C] or None
@@ -147,7 +156,7 @@ def forward_tile(
     stride_k,
     stride_n,
     stride_t,
-    scale,  # log2(e) / temperature
+    temperature,
     smoothing,
     ignore_index,
     K: tl.constexpr,
@@ -164,6 +173,7 @@ def forward_tile(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1)  # past the end: the last row again, not stored
     columns = tl.arange(0, BLOCK_C)[None, :]
+    scale = LOG2E / temperature
     if labels is not None:
         label, counted, known = _load_labels(labels, row, ignore_index, C)
     if teacher is not None:
@@ -172,35 +182,44 @@ def forward_tile(
             t_y = _load_at_label(teacher, row * stride_t * ALIGN, label, known)
             t = tl.where(columns == label[:, None], -float("inf"), t)
         t_max = tl.maximum(tl.max(t, 1), LOWEST)
-        below_t = (t - t_max[:, None]) * scale
-        p = tl.exp2(below_t)
-        t_sum = tl.sum(p, 1)
+        below_t = t - t_max[:, None]
+        e_t = tl.exp2(below_t * scale)
+        t_sum = tl.sum(e_t, 1)
         t_log_sum = tl.log2(t_sum)
-        p *= (1 / t_sum)[:, None]
+    offsets = row * stride_n * ALIGN
+    following = tl.load(students + offsets[:, None] + columns, mask=columns < C, other=-float("inf"))
     for k in range(K):
-        offsets = (tl.cast(k, tl.int64) * stride_k + row * stride_n) * ALIGN
-        s = _load(students, offsets, columns, C)
+        s = following.to(tl.float32)
+        further = offsets + tl.cast(stride_k, tl.int64) * ALIGN  # the next student's row is on its way meanwhile
+        following = tl.load(
+            students + further[:, None] + columns, mask=(columns < C) & (k + 1 < K), other=-float("inf")
+        )
         if labels is not None:
             s_y = _load_at_label(students, offsets, label, known)
         x = s
         if DECOUPLED:
             x = tl.where(columns == label[:, None], -float("inf"), s)
         largest = tl.maximum(tl.max(x, 1), LOWEST)
-        below_s = (x - largest[:, None]) * scale
-        e = tl.exp2(below_s)
+        below_s = x - largest[:, None]
+        e = tl.exp2(below_s * scale)
         if teacher is not None:
             s_sum = tl.sum(e, 1)
             log_sum = tl.log2(s_sum)
-            q = e * (1 / s_sum)[:, None]
-            d = _log_ratio(below_t, below_s, t_log_sum, log_sum)
+            shift = tl.log2(s_sum / t_sum) * (LN2 * temperature)
+            d = below_t - below_s + shift[:, None]  # T (log p - log q)
             if REVERSE:
-                kl = tl.sum(_terms(q, p, -d), 1)
-                if tl.min(kl, 0) < NEAR:
-                    kl = tl.sum(_series_terms(q, p, -d), 1)
+                kl = -_expected(e, d) / (s_sum * temperature)
             else:
-                kl = tl.sum(_terms(p, q, d), 1)
-                if tl.min(kl, 0) < NEAR:
-                    kl = tl.sum(_series_terms(p, q, d), 1)
+                kl = _expected(e_t, d) / (t_sum * temperature)
+            far = kl >= NEAR
+            if tl.min(far.to(tl.int32), 0) == 0:
+                p, q = e_t * (1 / t_sum)[:, None], e * (1 / s_sum)[:, None]
+                d *= 1 / temperature
+                if REVERSE:
+                    near = _terms(q, p, -d)
+                else:
+                    near = _terms(p, q, d)
+                kl = tl.where(far, kl, tl.sum(near, 1))
             if DECOUPLED:
                 z_s, z_t = _log_odds(s_y, largest, log_sum, scale), _log_odds(t_y, t_max, t_log_sum, scale)
                 target = tl.where(counted, _target_divergence(z_s, z_t), 0.0)
@@ -229,20 +248,7 @@ def forward_tile(
             _store_row(rows, CE, k, n, K, N, ce)
             _store_row(rows, MAX_1, k, n, K, N, largest_1)
             _store_row(rows, LOG_SUM_1, k, n, K, N, log_sum_1)
-
-
-@triton.jit
-def _online(largest, total, x, scale):
-    """Every lane's running (maximum, sum of powers below it) with x taken in."""
-    new = tl.maximum(largest, x)
-    return new, total * tl.exp2((largest - new) * scale) + tl.exp2((x - new) * scale)
-
-
-@triton.jit
-def _finish(largest, total, scale):
-    """(maximum, log2 of the sum) of a row from those of its lanes."""
-    overall = tl.max(largest, 1)
-    return overall, tl.log2(tl.sum(total * tl.exp2((largest - overall[:, None]) * scale), 1))
+        offsets = further
 
 
 @triton.jit
@@ -253,19 +259,21 @@ def _sum_divergence(
     t_offsets,
     label,
     largest,
-    log_sum,
+    s_sum,
     t_max,
-    t_log_sum,
-    scale,
+    t_sum,
+    temperature,
     C: tl.constexpr,
     DECOUPLED: tl.constexpr,
     REVERSE: tl.constexpr,
-    SERIES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The divergence of whole rows whose softmax statistics are known, in one sweep over both."""
-    terms = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    """The divergences of whole rows whose softmax statistics are known, in a sweep, by terms that do not
+    cancel."""
+    scale = LOG2E / temperature
+    shift = tl.log2(s_sum / t_sum) * LN2
+    kl = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, C, BLOCK_C):
         columns = start + tl.arange(0, BLOCK_C)[None, :]
         t = _load(teacher, t_offsets, columns, C)
@@ -273,19 +281,29 @@ def _sum_divergence(
         if DECOUPLED:
             t = tl.where(columns == label[:, None], -float("inf"), t)
             s = tl.where(columns == label[:, None], -float("inf"), s)
-        below_t, below_s = (t - t_max[:, None]) * scale, (s - largest[:, None]) * scale
-        p, q = tl.exp2(below_t - t_log_sum[:, None]), tl.exp2(below_s - log_sum[:, None])
-        d = _log_ratio(below_t, below_s, t_log_sum, log_sum)
+        below_t, below_s = t - t_max[:, None], s - largest[:, None]
+        p = tl.exp2(below_t * scale) * (1 / t_sum)[:, None]
+        q = tl.exp2(below_s * scale) * (1 / s_sum)[:, None]
+        d = (below_t - below_s) * (1 / temperature) + shift[:, None]
         if REVERSE:
-            p, q, d = q, p, -d
-        if SERIES:
-            terms += _series_terms(p, q, d)
+            kl += tl.sum(_terms(q, p, -d), 1)
         else:
-            terms += _terms(p, q, d)
-    return tl.sum(terms, 1)
+            kl += tl.sum(_terms(p, q, d), 1)
+    return kl
 
 
 @triton.jit
+def _take_in(largest, total, x, scale):
+    """A row's running (maximum, sum of powers below it) with a tile taken in; of the tile what lies below that maximum,
+    and its powers; and by how much the maximum rose, and sums below it shrink."""
+    new = tl.maximum(largest, tl.max(x, 1))
+    below = x - new[:, None]
+    e = tl.exp2(below * scale)
+    shrink = tl.exp2((largest - new) * scale)
+    return new, total * shrink + tl.sum(e, 1), below, e, new - largest, shrink
+
+
+@triton.jit(do_not_specialize=VARYING)
 def forward_loop(
     students,
     teacher,
@@ -295,7 +313,7 @@ def forward_loop(
     stride_k,
     stride_n,
     stride_t,
-    scale,
+    temperature,
     smoothing,
     ignore_index,
     K: tl.constexpr,
@@ -308,124 +326,123 @@ def forward_loop(
     BLOCK_N: tl.constexpr,  # 1
     BLOCK_C: tl.constexpr,
 ):
-    """What forward_tile does, for rows that do not fit in registers."""
+    """What forward_tile does, for rows that do not fit in registers: one sweep a student.
+
+    Until it ends neither maxima nor normalisers are known: what is summed of the divergence follows the maxima.
+    """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1)
+    t_offsets = row * stride_t * ALIGN
     lanes = tl.arange(0, BLOCK_C)[None, :]
-    lowest = tl.full([BLOCK_N, BLOCK_C], LOWEST, tl.float32)
-    zeros = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    scale = LOG2E / temperature
+    zeros = tl.zeros([BLOCK_N], tl.float32)
     label = None
     if labels is not None:
         label, counted, known = _load_labels(labels, row, ignore_index, C)
-    if teacher is not None:
-        t_offsets = row * stride_t * ALIGN
-        if DECOUPLED:
-            t_y = _load_at_label(teacher, t_offsets, label, known)
-        largest, total = lowest, zeros
-        for start in range(0, C, BLOCK_C):
-            t = _load(teacher, t_offsets, start + lanes, C)
-            if DECOUPLED:
-                t = tl.where(start + lanes == label[:, None], -float("inf"), t)
-            largest, total = _online(largest, total, t, scale)
-        t_max, t_log_sum = _finish(largest, total, scale)
     for k in range(K):
         offsets = (tl.cast(k, tl.int64) * stride_k + row * stride_n) * ALIGN
-        largest, total, largest_1, total_1, above = lowest, zeros, lowest, zeros, zeros
+        largest, total, total_1, above = zeros + LOWEST, zeros, zeros, zeros
+        t_max, t_sum, tilted = zeros + LOWEST, zeros, zeros
         if labels is not None:
             s_y = _load_at_label(students, offsets, label, known)
-            pivot = tl.where(s_y == -float("inf"), 0.0, s_y)
+            middle = tl.where(s_y == -float("inf"), 0.0, s_y)
         for start in range(0, C, BLOCK_C):
             columns = start + lanes
             s = _load(students, offsets, columns, C)
             if SMOOTH:
-                above += tl.where(columns < C, s - pivot[:, None], 0.0)
-            if teacher is None or labels is None or POWER == 0:
-                if labels is not None:
-                    largest_1, total_1 = _online(largest_1, total_1, s, LOG2E)
-                if teacher is not None:
-                    if DECOUPLED:
-                        s = tl.where(columns == label[:, None], -float("inf"), s)
-                    largest, total = _online(largest, total, s, scale)
-            else:  # both temperatures from one exponential
-                largest_1 = tl.maximum(largest, s)
-                shrink = tl.exp2((largest - largest_1) * scale)
-                e = tl.exp2((s - largest_1) * scale)
-                largest, total = largest_1, total * shrink + e
-                total_1 = total_1 * _power(shrink, POWER) + _power(e, POWER)
-        if teacher is not None:
-            s_max, log_sum = _finish(largest, total, scale)
-            kl = _sum_divergence(
-                students, teacher, offsets, t_offsets, label, s_max, log_sum, t_max, t_log_sum, scale,
-                C, DECOUPLED, REVERSE, False, BLOCK_N, BLOCK_C,
-            )  # fmt: skip
-            if tl.min(kl, 0) < NEAR:
-                kl = _sum_divergence(
-                    students, teacher, offsets, t_offsets, label, s_max, log_sum, t_max, t_log_sum, scale,
-                    C, DECOUPLED, REVERSE, True, BLOCK_N, BLOCK_C,
-                )  # fmt: skip
+                above += tl.sum(tl.where(columns < C, s - middle[:, None], 0.0), 1)
             if DECOUPLED:
-                z_s, z_t = _log_odds(s_y, s_max, log_sum, scale), _log_odds(t_y, t_max, t_log_sum, scale)
+                s = tl.where(columns == label[:, None], -float("inf"), s)
+            s_sum = total
+            largest, total, below_s, e, s_rise, shrink = _take_in(largest, total, s, scale)
+            if labels is not None:
+                if POWER == 0:
+                    total_1 = total_1 * tl.exp2(s_rise * -LOG2E) + tl.sum(tl.exp2(below_s * LOG2E), 1)
+                else:
+                    total_1 = total_1 * _power(shrink, POWER) + tl.sum(_power(e, POWER), 1)
+            if teacher is not None:
+                t = _load(teacher, t_offsets, columns, C)
+                if DECOUPLED:
+                    t = tl.where(columns == label[:, None], -float("inf"), t)
+                p_sum = t_sum
+                t_max, t_sum, below_t, e_t, t_rise, t_shrink = _take_in(t_max, t_sum, t, scale)
+                d = below_t - below_s
+                if REVERSE:
+                    tilted = (tilted + s_sum * (s_rise - t_rise)) * shrink + _expected(e, d)
+                else:
+                    tilted = (tilted + p_sum * (s_rise - t_rise)) * t_shrink + _expected(e_t, d)
+        log_sum = tl.log2(total)
+        if teacher is not None:
+            t_log_sum = tl.log2(t_sum)
+            ratio = tl.log2(total / t_sum) * LN2
+            if REVERSE:
+                kl = -(tilted / total / temperature + ratio)
+            else:
+                kl = tilted / t_sum / temperature + ratio
+            far = kl >= NEAR_LOOP
+            if tl.min(far.to(tl.int32), 0) == 0:
+                near = _sum_divergence(
+                    students, teacher, offsets, t_offsets, label, largest, total, t_max, t_sum, temperature,
+                    C, DECOUPLED, REVERSE, BLOCK_N, BLOCK_C,
+                )  # fmt: skip
+                kl = tl.where(far, kl, near)
+            if DECOUPLED:
+                t_y = _load_at_label(teacher, t_offsets, label, known)
+                z_s, z_t = _log_odds(s_y, largest, log_sum, scale), _log_odds(t_y, t_max, t_log_sum, scale)
                 target = tl.where(counted, _target_divergence(z_s, z_t), 0.0)
                 kl = tl.where(counted, kl, 0.0)
                 _store_row(rows, TARGET, k, n, K, N, target)
             _store_row(rows, KL, k, n, K, N, kl)
-            _store_row(rows, MAX, k, n, K, N, s_max)
+            _store_row(rows, MAX, k, n, K, N, largest)
             _store_row(rows, LOG_SUM, k, n, K, N, log_sum)
             _store_row(rows, TEACHER_MAX, k, n, K, N, t_max)
             _store_row(rows, TEACHER_LOG_SUM, k, n, K, N, t_log_sum)
         if labels is None:
             _store_no_labels(rows, k, n, K, N)
         else:
-            max_1, log_sum_1 = _finish(largest_1, total_1, LOG2E)
-            mean = tl.sum(above, 1) / C + pivot - max_1
-            ce = _cross_entropy(s_y, mean, max_1, log_sum_1, smoothing, counted)
+            largest_1 = largest
+            if DECOUPLED:  # the labelled class comes on top
+                largest_1 = tl.maximum(largest, s_y)
+                total_1 = total_1 * tl.exp2((largest - largest_1) * LOG2E) + tl.exp2((s_y - largest_1) * LOG2E)
+            log_sum_1 = tl.log2(total_1)
+            ce = _cross_entropy(s_y, above / C + middle - largest_1, largest_1, log_sum_1, smoothing, counted)
             _store_row(rows, CE, k, n, K, N, ce)
-            _store_row(rows, MAX_1, k, n, K, N, max_1)
+            _store_row(rows, MAX_1, k, n, K, N, largest_1)
             _store_row(rows, LOG_SUM_1, k, n, K, N, log_sum_1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ignore_index"])
 def mean_rows(
     rows, labels, ce, kl, target, N, ignore_index, K: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Batch means [K] of the losses, one program a student; the last number of `rows` is how many rows count."""
-    k = tl.program_id(0)
-    zeros = tl.zeros([BLOCK], tl.float32)
-    ce_sum, kl_sum, target_sum, counted = zeros, zeros, zeros, zeros
+    """Batch means [K] of the losses, a program a student and loss; the last number of `rows` is how many rows count."""
+    k, part = tl.program_id(0), tl.program_id(1)  # 0: ce, 1: kl, 2: target
+    losses = rows + (tl.where(part == 0, CE, tl.where(part == 1, KL, TARGET)) * K + k) * tl.cast(N, tl.int64)
+    total, counted = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     start = 0
     while start < N:  # and not range: the interpreter takes no range of a tensor with NumPy 2.4
         n = start + tl.arange(0, BLOCK)
         start += BLOCK
         inside = n < N
-        at = k * tl.cast(N, tl.int64) + n
-        if ce is not None:
-            label = tl.load(labels + n, mask=inside, other=ignore_index)
-            counted += (label != ignore_index).to(tl.float32)
-            ce_sum += tl.load(rows + CE * K * tl.cast(N, tl.int64) + at, mask=inside, other=0.0)
-        if kl is not None:
-            kl_sum += tl.load(rows + KL * K * tl.cast(N, tl.int64) + at, mask=inside, other=0.0)
-        if target is not None:
-            target_sum += tl.load(rows + TARGET * K * tl.cast(N, tl.int64) + at, mask=inside, other=0.0)
-    count = N * 1.0
-    if ce is not None:
+        if labels is not None:
+            counted += (tl.load(labels + n, mask=inside, other=ignore_index) != ignore_index).to(tl.float32)
+        total += tl.load(losses + n, mask=inside, other=0.0)
+    of_all = N * 1.0
+    count = of_all
+    if labels is not None:
         count = tl.maximum(tl.sum(counted, 0), 1.0)
-        tl.store(ce + k, tl.sum(ce_sum, 0) / count)
-    if k == 0:
+    if k + part == 0:
         tl.store(rows + PLANES * K * tl.cast(N, tl.int64), count)
-    if target is not None:
-        tl.store(target + k, tl.sum(target_sum, 0) / count)
-    else:
-        count = N * 1.0
+    total = tl.sum(total, 0)
+    if ce is not None:
+        tl.store(ce + k, total / count, mask=part == 0)
     if kl is not None:
-        tl.store(kl + k, tl.sum(kl_sum, 0) / count)
+        tl.store(kl + k, total / (of_all if target is None else count), mask=part == 1)
+    if target is not None:
+        tl.store(target + k, total / count, mask=part == 2)
 
 
-@triton.jit
-def _upstream(grad, k, row, stride_k, stride_n, share):
-    return tl.load(grad + k * stride_k + row * stride_n).to(tl.float32) * share
-
-
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, *VARYING_GRADS])
 def gradients(
     grad_ce,  # [K] for a mean, [K, N] otherwise (by its strides); or None
     grad_kl,
@@ -446,17 +463,18 @@ def gradients(
     kl_stride_n,
     target_stride_k,
     target_stride_n,
-    scale,
+    temperature,
     smoothing,
     ignore_index,
     K: tl.constexpr,
     C: tl.constexpr,
     DECOUPLED: tl.constexpr,
     REVERSE: tl.constexpr,
-    MEAN: tl.constexpr,
-    PLANES: tl.constexpr,
+    SMOOTH: tl.constexpr,
     POWER: tl.constexpr,
     ALIGN: tl.constexpr,
+    MEAN: tl.constexpr,
+    PLANES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -465,7 +483,8 @@ def gradients(
     row = tl.minimum(n, N - 1)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     stored = (n < N)[:, None] & (columns < C)
-    of_kl = scale * LN2  # 1 / T, and the factor of the mean
+    scale, by_temperature = LOG2E / temperature, 1 / temperature
+    of_kl = by_temperature  # and the factor of the mean
     of_labelled = 1.0
     if MEAN:
         of_kl /= N
@@ -474,7 +493,7 @@ def gradients(
         at_label = columns == label[:, None]
         if MEAN:
             of_labelled /= tl.load(rows + PLANES * K * tl.cast(N, tl.int64))
-    of_target = scale * LN2 * of_labelled
+    of_target = by_temperature * of_labelled
     if DECOUPLED:
         of_kl = of_target
     if teacher is not None:
@@ -484,9 +503,10 @@ def gradients(
             t = tl.where(at_label, -float("inf"), t)
         t_max = _load_row(rows, TEACHER_MAX, 0, row, K, N)
         t_log_sum = _load_row(rows, TEACHER_LOG_SUM, 0, row, K, N)
-        below_t = (t - t_max[:, None]) * scale
-        p = tl.exp2(below_t - t_log_sum[:, None])
+        below_t = t - t_max[:, None]
+        p = tl.exp2(below_t * scale - t_log_sum[:, None])
     dt = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    tilt = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)  # what is to be multiplied by p
     for k in range(K):
         offsets = (tl.cast(k, tl.int64) * stride_k + row * stride_n) * ALIGN
         s = _load(students, offsets, columns, C)
@@ -497,18 +517,20 @@ def gradients(
             x = s
             if DECOUPLED:
                 x = tl.where(at_label, -float("inf"), s)
-            below_s = (x - largest[:, None]) * scale
-            q = tl.exp2(below_s - log_sum[:, None])
+            below_s = x - largest[:, None]
+            q = tl.exp2(below_s * scale - log_sum[:, None])
         if grad_kl is not None:
-            g = (tl.load(grad_kl + k * kl_stride_k + row * kl_stride_n).to(tl.float32) * of_kl)[:, None]
-            kl = _load_row(rows, KL, k, row, K, N)[:, None]
-            d = _log_ratio(below_t, below_s, t_log_sum, log_sum)
-            if REVERSE:
-                ds -= tl.where(q == 0, 0.0, g * q * (d + kl))
-                dt += g * (p - q)
+            g = tl.load(grad_kl + k * kl_stride_k + row * kl_stride_n).to(tl.float32) * of_kl
+            kl = _load_row(rows, KL, k, row, K, N)
+            ratio = (log_sum - t_log_sum) * LN2
+            if REVERSE:  # T (log p - log q + KL), and T (log p - log q - KL)
+                d = below_t - below_s + ((ratio + kl) * temperature)[:, None]
+                ds += tl.where(q == 0, 0.0, (g * -by_temperature)[:, None] * (q * d))
+                dt += g[:, None] * (p - q)
             else:
-                ds += g * (q - p)
-                dt += tl.where(p == 0, 0.0, g * p * (d - kl))
+                d = below_t - below_s + ((ratio - kl) * temperature)[:, None]
+                ds += g[:, None] * (q - p)
+                tilt += g[:, None] * d
         if grad_target is not None:
             g = tl.load(grad_target + k * target_stride_k + row * target_stride_n).to(tl.float32) * of_target
             s_y = _load_at_label(students, offsets, label, known)
@@ -518,14 +540,16 @@ def gradients(
             dt += (g * tl.sigmoid(z_t) * tl.sigmoid(-z_t) * (z_t - z_s))[:, None] * (onehot - p)
         if grad_ce is not None:
             g = tl.load(grad_ce + k * ce_stride_k + row * ce_stride_n).to(tl.float32) * of_labelled
-            g = tl.where(known, g, float("nan"))[:, None]
+            g = tl.where(known, g, float("nan"))
             log_sum_1 = _load_row(rows, LOG_SUM_1, k, row, K, N)
             if POWER == 0 or (grad_kl is None and grad_target is None):
                 largest_1 = _load_row(rows, MAX_1, k, row, K, N)
-                q_1 = tl.exp2((s - largest_1[:, None]) * LOG2E - log_sum_1[:, None])
+                of_ce = g[:, None] * tl.exp2((s - largest_1[:, None]) * LOG2E - log_sum_1[:, None])
             else:  # q^T is it but for a factor of the row
-                q_1 = _power(q, POWER) * tl.exp2(POWER * log_sum - log_sum_1)[:, None]
-            of_ce = g * (q_1 - smoothing / C) - tl.where(at_label, g * (1 - smoothing), 0.0)
+                of_ce = (g * tl.exp2(POWER * log_sum - log_sum_1))[:, None] * _power(q, POWER)
+            if SMOOTH:
+                of_ce -= (g * (smoothing / C))[:, None]
+            of_ce = tl.where(at_label, of_ce - (g * (1 - smoothing))[:, None], of_ce)
             ds += tl.where(counted[:, None], of_ce, 0.0)
         if DECOUPLED:
             ds = tl.where(counted[:, None], ds, 0.0)
@@ -533,6 +557,8 @@ def gradients(
             start = (tl.cast(k, tl.int64) * N + row) * C
             tl.store(d_students + start[:, None] + columns, ds, mask=stored)
     if d_teacher is not None:
+        if grad_kl is not None and not REVERSE:
+            dt += tl.where(p == 0, 0.0, p * tilt * by_temperature)
         if DECOUPLED:
             dt = tl.where(counted[:, None], dt, 0.0)
         tl.store(d_teacher + (row * C)[:, None] + columns, dt, mask=stored)
@@ -549,42 +575,33 @@ def forward(
     mean: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(ce, kl, target, rows), as the operator in kernels/kd.py returns them."""
-    count, batch, classes = students.shape
     students, teacher, labels = _rows_contiguous(students), _rows_contiguous(teacher), _contiguous(labels)
-    planes = planes_of(form)
-    rows = students.new_empty(planes * count * batch + int(mean), dtype=torch.float32)
-    block_n, block_c, warps = forward_shape(classes)
-    align, strides = _layout(students, teacher)
-    kernel = forward_tile if classes <= TILE else forward_loop
+    count, batch, classes = students.shape
+    plan = _plan(*_places(students, teacher), temperature, form, label_smoothing > 0 and labels is not None)
+    rows = students.new_empty(plan.planes * count * batch + mean, dtype=torch.float32)
+    wanted = (labels is not None, form != "none", form == "decoupled")
     with on_device_of(students):
-        kernel[(-(-batch // block_n),)](
+        (forward_tile if classes <= TILE else forward_loop)[plan.forward_grid](
             students,
             teacher,
             labels,
             rows,
             batch,
-            *strides,
-            LOG2E.value / temperature,
+            *plan.strides,
+            temperature,
             label_smoothing,
             ignore_index,
-            **_constants(students, temperature, form),
-            ALIGN=align,
-            SMOOTH=label_smoothing > 0 and labels is not None,
-            BLOCK_N=block_n,
-            BLOCK_C=block_c,
-            num_warps=warps,
+            **plan.forward,
         )
-        wanted = (labels is not None, form != "none", form == "decoupled")
         if mean:
             losses = [rows.new_empty(count if there else 0) for there in wanted]
             given = [loss if there else None for loss, there in zip(losses, wanted, strict=True)]
-            block = min(1 << (batch - 1).bit_length(), 4096)
-            mean_rows[(count,)](
-                rows, labels, *given, batch, ignore_index, K=count, PLANES=planes, BLOCK=block, num_warps=8
+            mean_rows[plan.mean_grid](
+                rows, labels, *given, batch, ignore_index, K=count, PLANES=plan.planes, BLOCK=MEAN_BLOCK, num_warps=16
             )
         else:
             parts = zip((CE.value, KL.value, TARGET.value), wanted, strict=True)
-            by_plane = rows.view(planes, count, batch)
+            by_plane = rows.view(plan.planes, count, batch)
             losses = [by_plane[plane].clone() if there else rows.new_empty(0) for plane, there in parts]
     return *losses, rows
 
@@ -606,16 +623,15 @@ def backward(
     for_teacher: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of students and teacher, contiguous and in their dtypes; empty where not wanted."""
-    _, batch, classes = students.shape
     students, teacher, labels = _rows_contiguous(students), _rows_contiguous(teacher), _contiguous(labels)
+    plan = _plan(*_places(students, teacher), temperature, form, label_smoothing > 0 and labels is not None)
     d_students = students.new_empty(students.shape if for_students else 0)
     d_teacher = teacher.new_empty(teacher.shape) if for_teacher else students.new_empty(0)
-    block_n, block_c, warps = backward_shape(classes)
-    align, strides = _layout(students, teacher)
+    strides = list(plan.strides)
     for grad in (grad_ce, grad_kl, grad_target):
-        strides += (0, 0) if grad is None else (grad.stride(0), 0 if mean else grad.stride(1))
+        strides += (0, 0) if grad is None else (*grad.stride(), 0)[:2]
     with on_device_of(students):
-        gradients[(-(-batch // block_n), -(-classes // block_c))](
+        gradients[plan.backward_grid](
             grad_ce,
             grad_kl,
             grad_target,
@@ -625,20 +641,69 @@ def backward(
             rows,
             d_students if for_students else None,
             d_teacher if for_teacher else None,
-            batch,
+            students.shape[1],
             *strides,
-            LOG2E.value / temperature,
+            temperature,
             label_smoothing,
             ignore_index,
-            **_constants(students, temperature, form),
-            ALIGN=align,
+            **plan.backward,
             MEAN=mean,
-            PLANES=planes_of(form),
-            BLOCK_N=block_n,
-            BLOCK_C=block_c,
-            num_warps=warps,
         )
     return d_students, d_teacher
+
+
+class _Plan(NamedTuple):
+    """What launches need to know of the shapes, found once for each."""
+
+    planes: int
+    strides: tuple[int, ...]  # of students and teacher, in units of what they are all multiples of
+    forward_grid: tuple[int, ...]
+    mean_grid: tuple[int, ...]
+    backward_grid: tuple[int, ...]
+    forward: dict[str, int | bool]  # what the kernels are compiled for
+    backward: dict[str, int | bool]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    teacher_stride: int,
+    temperature: float,
+    form: str,
+    smooth: bool,
+) -> _Plan:
+    count, batch, classes = shape
+    planes = planes_of(form)
+    # The stride of a dimension of one is anything; 0 leaves the others what they are.
+    strides = [0 if size == 1 else stride for size, stride in zip(shape[:2], strides, strict=False)]
+    strides.append(0 if batch == 1 else teacher_stride)
+    align = math.gcd(16, *strides)
+    constants = {
+        "K": count,
+        "C": classes,
+        "DECOUPLED": form == "decoupled",
+        "REVERSE": form == "reverse",
+        "SMOOTH": smooth,
+        # With "decoupled" the two temperatures have different maxima.
+        "POWER": int(temperature) if temperature in (1, 2, 4) and form != "decoupled" else 0,
+        "ALIGN": align,
+    }
+    names = ("BLOCK_N", "BLOCK_C", "num_warps")
+    forward, backward = (dict(zip(names, f(classes), strict=True)) for f in (forward_shape, backward_shape))
+    return _Plan(
+        planes,
+        tuple(stride // align for stride in strides),
+        (-(-batch // forward["BLOCK_N"]),),
+        (count, {"none": 1, "decoupled": 3}.get(form, 2)),
+        (-(-batch // backward["BLOCK_N"]), -(-classes // backward["BLOCK_C"])),
+        constants | forward,
+        constants | backward | {"PLANES": planes},
+    )
+
+
+def _places(students: Tensor, teacher: Tensor | None) -> tuple[torch.Size, tuple[int, ...], int]:
+    return students.shape, students.stride(), 0 if teacher is None else teacher.stride(0)
 
 
 def planes_of(form: str) -> int:
@@ -646,45 +711,22 @@ def planes_of(form: str) -> int:
     return 3 if form == "none" else 9 if form == "decoupled" else 8
 
 
-@functools.cache
 def forward_shape(classes: int) -> tuple[int, int, int]:
-    """(rows, classes, warps) of a program: 16 elements a thread, few warps a row, as its sums have to meet."""
+    """(rows, classes, warps) of a program: 32 elements a thread, few warps a row, as its sums have to meet."""
     block_c = triton.next_power_of_2(classes) if classes <= TILE else LOOP_TILE
     block_n = max(1, min(32, 512 // block_c))
-    return block_n, block_c, max(1, block_n * block_c // 512)
+    return block_n, block_c, max(1, min(16, block_n * block_c // 1024))
 
 
-@functools.cache
 def backward_shape(classes: int) -> tuple[int, int, int]:
     """The same for the backward pass, where the classes of a row need not meet."""
     block_c = min(triton.next_power_of_2(classes), 1024)
     block_n = max(1, min(32, 512 // block_c))
-    return block_n, block_c, max(1, block_n * block_c // 256)
-
-
-def _layout(students: Tensor, teacher: Tensor | None) -> tuple[int, list[int]]:
-    """The largest power of two up to 16 that divides all row strides, and those strides in units of it."""
-    strides = [*students.stride()[:-1], 0 if teacher is None else teacher.stride(0)]
-    align = math.gcd(16, *strides)
-    return align, [stride // align for stride in strides]
-
-
-def _constants(students: Tensor, temperature: float, form: str) -> dict:
-    """What the kernels are compiled for."""
-    decoupled = form == "decoupled"  # its two temperatures have different maxima
-    return {
-        "K": students.shape[0],
-        "C": students.shape[-1],
-        "DECOUPLED": decoupled,
-        "REVERSE": form == "reverse",
-        "POWER": int(temperature) if temperature in (1, 2, 4) and not decoupled else 0,
-    }
+    return block_n, block_c, max(1, block_n * block_c // 512)
 
 
 def _rows_contiguous(logits: Tensor | None) -> Tensor | None:
-    if logits is None or logits.stride(-1) == 1 or logits.shape[-1] == 1:
-        return logits
-    return logits.contiguous()
+    return logits if logits is None or logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
 def _contiguous(labels: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels import gate_gradient, gated_mix
+from kernels import gates as gates_module
 from kernels.gates import _mix, _mix_backward
 from objectives.gates import Gates
 
@@ -403,6 +404,8 @@ def test_a_shortcut_in_another_type_keeps_it():
         ({"shortcut": torch.zeros(2, dtype=torch.int64)}, "floating"),
         ({"shortcut": torch.zeros(2, device="meta")}, "is on meta"),
         ({"gates": torch.zeros(2, dtype=torch.int64)}, "gates must be floating"),
+        ({"active": True}, "active must be a whole number; got True"),
+        ({"active": torch.tensor(0)}, "active must be a whole number; got a Tensor"),
     ],
 )
 def test_gated_mix_names_what_does_not_fit(wrong, named):
@@ -413,11 +416,62 @@ def test_gated_mix_names_what_does_not_fit(wrong, named):
 
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("wanting", [(0,), (2,), (1, 2), (0, 1, 3), (3,)])  # output, output, shortcut, gates
+def test_what_needs_no_gradient_is_neither_kept_nor_written(monkeypatch, soft, relu, wanting):
+    leaves = [torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 3), torch.tensor([1.0, 0.0])]
+    for place in wanting:
+        leaves[place].requires_grad_()
+    *outputs, shortcut, gates = leaves
+    y = gated_mix(outputs, gates, None if soft else 0, shortcut, relu)
+    if not y.requires_grad:
+        assert not soft and wanting == (1,)
+        return
+    kept = y.grad_fn.saved_tensors[2:]
+    assert [x is not None for x in kept] == [gates.requires_grad] * 2
+    written, run = [], gates_module._run_mix_backward
+    monkeypatch.setattr(gates_module, "_run_mix_backward", lambda *given: written.append(run(*given)) or written[0])
+    y.sum().backward()
+    for_sum = relu and (shortcut.requires_grad or (not soft and outputs[0].requires_grad))
+    shares = [x for x in outputs if x.requires_grad] if soft else []
+    if written:
+        dz, dots, d_outputs = written[0]
+        assert (dz.numel() > 0, dots.numel() > 0, len(d_outputs)) == (for_sum, gates.requires_grad, len(shares))
+    else:
+        assert not (for_sum or gates.requires_grad or shares)
+    explicit = gates[0] * outputs[0] + (gates[1] * outputs[1] if soft else gates[1] * outputs[1].detach()) + shortcut
+    wanted = [leaves[place] for place in wanting if soft or place != 1]
+    expected = torch.autograd.grad((explicit.relu() if relu else explicit).sum(), wanted)
+    assert all(torch.allclose(leaf.grad, each, rtol=1e-5) for leaf, each in zip(wanted, expected, strict=True))
+
+
+def test_what_is_passed_through_can_be_changed_in_place():
+    """As nn.ReLU(inplace=True) does; gates that need the output for their gradient must notice."""
+    x = torch.tensor([-1.0, 2.0], requires_grad=True)
+    gated_mix([x * 3, None], torch.tensor([1.0, 0.0]), 0).relu_().sum().backward()
+    assert x.grad.tolist() == [0, 3]
+    gates = torch.tensor([1.0, 0.0], requires_grad=True)
+    y = gated_mix([x * 3, None], gates, 0).relu_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("active", [None, 0])
+def test_a_second_derivative_of_the_mix_is_refused(active):
+    outputs = [torch.randn(2, 3, requires_grad=True) for _ in range(2)]
+    gates = torch.tensor([1.0, 0.0], requires_grad=True)
+    y = gated_mix(outputs, gates, active)
+    (slope,) = torch.autograd.grad(y.sum(), gates, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
+        (y.sum() + slope.square().sum()).backward()
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
 def test_mix_operators_keep_the_rules_of_custom_operators(soft, relu):
     a, b, s = torch.randn(3, 2, 3, 4, 4)
     gates = torch.tensor([0.3, 0.7, 0.1]) if soft else None
     torch.library.opcheck(_mix, ([a, None, b] if soft else [a], gates, s, relu))
-    torch.library.opcheck(_mix_backward, (s, [a, None, b], gates, b if relu else None, True))
+    torch.library.opcheck(_mix_backward, (s, [a, None, b], gates, b if relu else None, True, relu, [soft] * 3))
 
 
 def test_phi_is_state_but_stays_on_the_host():

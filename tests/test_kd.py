@@ -329,16 +329,49 @@ def test_labels_that_are_no_class_show_and_ignored_ones_do_not():
 
 
 def test_a_second_derivative_is_refused():
+    """A gradient penalty beside the loss, which would otherwise have no part in the gradient and not say so."""
     students, teacher, _ = logits(1, 3, 5)
-    (first,) = torch.autograd.grad(kd_loss(students, teacher)[1].sum(), students, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(first.square().sum(), students)
+    kl = kd_loss(students, teacher)[1].sum()
+    (first,) = torch.autograd.grad(kl, students, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
+        (kl + first.square().sum()).backward()
+
+
+def test_numbers_of_any_library_are_numbers():
+    students, teacher, labels = logits(2, 3, 5)
+    plain = kd_loss(students, teacher, labels, temperature=2.0, label_smoothing=0.0, ignore_index=1)
+    given = {"temperature": np.float32(2), "label_smoothing": 0, "ignore_index": np.int64(1)}
+    assert all(map(torch.equal, plain, kd_loss(students, teacher, labels, **given)))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_classes_masked_out_by_the_lowest_number_leave_all_finite(direction, temperature):
+    """finfo.min / T overflows for T < 1; a row of nothing else is uniform."""
+    low = torch.finfo(torch.float32).min
+    students, teacher, labels = logits(2, 4, 5, torch.float32)
+    students, teacher = students.detach(), teacher.detach()
+    teacher[1], students[:, 1, 2:] = low, low if direction == "reverse" else 0.0
+    students[0, 2], teacher[3, 3], students[:, 3, 3] = low, low, low
+    inputs = [students.requires_grad_(), teacher.requires_grad_()]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    found, exact = ours(*inputs, labels, direction, temperature), oracle(*wide, labels, direction, temperature)
+    for a, b in zip(found, exact, strict=True):
+        assert a.isfinite().all() and torch.allclose(a.double(), b, rtol=1e-5)
+    slopes = torch.autograd.grad(sum(x.sum() for x in found), inputs)
+    for a, b in zip(slopes, torch.autograd.grad(sum(x.sum() for x in exact), wide), strict=True):
+        assert torch.allclose(a.double(), b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("function", "wrong", "named"),
     [
         (kd_loss, {"label_smoothing": -0.1}, "label_smoothing"),
+        (kd_loss, {"label_smoothing": "0.1"}, "label_smoothing must be a number; got '0.1'"),
+        (kd_loss, {"temperature": torch.nn.Parameter(torch.ones(()))}, "temperature must be a number; got a Parameter"),
+        (kd_loss, {"temperature": True}, "temperature must be a number; got True"),
+        (kd_loss, {"ignore_index": 2.5}, "ignore_index must be a whole number; got 2.5"),
+        (kd_loss, {"direction": "decoupled"}, "direction must be"),
         (kd_loss, {"label_smoothing": math.nan}, "label_smoothing"),
         (kd_loss, {"reduction": "sum"}, "reduction"),
         (decoupled_kd_loss, {"temperature": 0.0}, "temperature"),
@@ -401,6 +434,7 @@ def test_what_the_kernels_take_on_a_gpu(monkeypatch, capability, dtype, runs):
         def __init__(self, dtype):
             self.dtype = dtype
 
+    dispatch._runs_triton.cache_clear()
     kernels.use("auto", "cpu")
     assert dispatch.runs_triton(OnGPU(dtype), None) is runs
     monkeypatch.setattr(dispatch, "_choice", "triton")
@@ -409,6 +443,7 @@ def test_what_the_kernels_take_on_a_gpu(monkeypatch, capability, dtype, runs):
     else:
         with pytest.raises(ValueError, match=r"bfloat16: use float16|6\.1 is below 7\.0"):
             dispatch.runs_triton(OnGPU(dtype))
+    dispatch._runs_triton.cache_clear()
 
 
 def test_a_class_masked_out_by_the_student_is_left_out_of_its_cross_entropy():

@@ -11,18 +11,9 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402 - after importorskip
-from triton.compiler import ASTSource  # noqa: E402 - after importorskip
-
+from benchmarks.launches import compile_launch, recorded_launches, specialisation  # noqa: E402 - after importorskip
 from kernels import gates_triton, kd_triton  # noqa: E402 - after importorskip
 
-NAMES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-}
-OPTIONS = ("num_warps", "num_stages")
 TARGETS = [(70, torch.float32), (70, torch.float16)]
 TARGETS += [(arch, dtype) for arch in (80, 90) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
 each_target = pytest.mark.parametrize(("arch", "dtype"), TARGETS, ids=lambda value: str(value).replace("torch.", ""))
@@ -34,50 +25,14 @@ def fresh_cache(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def launched(monkeypatch):
+def launched():
     """The launches that happened, each (kernel, arguments by name)."""
-    calls = []
-
-    def run(kernel, *args, grid, warmup, **kwargs):
-        calls.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
-
-    monkeypatch.setattr(triton.JITFunction, "run", run)
-    return calls
-
-
-def describe(value, path: tuple, attributes: dict):
-    """A launch argument's type in a signature; pointers and integers that 16 divides are noted, as at run time."""
-    if isinstance(value, tuple):
-        return tuple(describe(each, (*path, i), attributes) for i, each in enumerate(value))
-    if isinstance(value, torch.Tensor):
-        attributes[path] = [["tt.divisibility", 16]]
-        return "*" + NAMES[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    if value is None or value == 1:
-        return "constexpr"
-    if value % 16 == 0:
-        attributes[path] = [["tt.divisibility", 16]]
-    return "i32"
-
-
-def compile_launch(kernel, arguments: dict, arch: int):
-    signature, constants, attributes = {}, {}, {}
-    options = {name: arguments.pop(name) for name in OPTIONS if name in arguments}
-    constexprs = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-    for place, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        signature[name] = "constexpr" if name in constexprs else describe(value, (place,), attributes)
-        if signature[name] == "constexpr":
-            constants[name] = value
-        elif isinstance(value, tuple):
-            constants |= {(place, i): None for i, each in enumerate(value) if each is None}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with recorded_launches() as launches:
+        yield launches
 
 
 def check(launched, arch: int) -> list:
-    compiled = [compile_launch(*launch, arch) for launch in launched]
+    compiled = [compile_launch(launch, arch) for launch in launched]
     for kernel in compiled:
         assert kernel.asm["cubin"][:4] == b"\x7fELF" and f".target sm_{arch}" in kernel.asm["ptx"]
     return compiled
@@ -131,10 +86,42 @@ def test_gates_compile(launched, soft, arch, dtype):
     outputs = [torch.zeros(4, 16, 8, 8, dtype=dtype), torch.zeros(4, 16, 8, 8, dtype=dtype), None]
     gates = torch.zeros(3) if soft else None
     y = gates_triton.mix(outputs if soft else outputs[:1], gates, outputs[0], relu=True)
-    gates_triton.mix_backward(y, outputs, gates, y, for_gates=True)
-    gates_triton.mix_backward(y, outputs, gates, None, for_gates=True)
+    shares = [soft, soft, False]
+    gates_triton.mix_backward(y, outputs, gates, y, for_gates=True, for_sum=True, shares=shares)
+    gates_triton.mix_backward(y, outputs, gates, None, for_gates=True, for_sum=False, shares=shares)
     assert len(launched) == 3
     check(launched, arch)
+
+
+def specialisations(launched) -> set[str]:
+    return {repr((launch[0].__name__, *specialisation(launch))) for launch in launched}
+
+
+@pytest.mark.parametrize("classes", [100, 1271, 5000])
+@pytest.mark.parametrize("mean", [True, False])
+def test_batches_of_all_sizes_take_the_same_code(launched, mean, classes):
+    """Else the last batch of an epoch would stop the training to compile."""
+    compiled = []
+    for batch in range(1, 201):
+        launched.clear()
+        students, teacher = torch.zeros(3, batch, classes), torch.zeros(batch, classes)
+        labels, grad = torch.zeros(batch, dtype=torch.int64), torch.ones(3) if mean else torch.ones(3, batch)
+        options = FORMS["forward"] | {"ignore_index": -100, "mean": mean}
+        rows = kd_triton.forward(students, teacher, labels, **options)[3]
+        kd_triton.backward(grad, grad, None, students, teacher, labels, rows, **options, **BOTH)
+        compiled.append(specialisations(launched))
+    assert set.union(*compiled) == compiled[0] and len(compiled[0]) == (3 if mean else 2)
+
+
+def test_batches_of_all_sizes_are_mixed_by_the_same_code(launched):
+    compiled = []
+    for batch in range(1, 201):
+        launched.clear()
+        outputs = [torch.zeros(batch, 16, 2, 2) for _ in range(2)]
+        y = gates_triton.mix(outputs, torch.zeros(2), outputs[0], relu=True)
+        gates_triton.mix_backward(y, outputs, None, y, for_gates=True, for_sum=True, shares=[False] * 2)
+        compiled.append(specialisations(launched))
+    assert set.union(*compiled) == compiled[0] and len(compiled[0]) == 2
 
 
 @pytest.mark.parametrize("classes", [1000, 32000])

@@ -243,6 +243,46 @@ def test_a_row_that_is_not_a_number_stays_alone(c, bad):
     assert gradient[:, rest].isfinite().all()
 
 
+@pytest.mark.parametrize("c", [10, 5001])
+@pytest.mark.parametrize(("form", "T"), [("forward", 0.5), ("reverse", 0.5), ("forward", 1.0)])
+def test_classes_masked_out_by_the_lowest_number(form, T, c):
+    """A row of nothing else is uniform, and finfo.min / T, which overflows for T < 1, is never formed."""
+    low = torch.finfo(F32).min
+    students, teacher = logits(2, 4, c).detach(), logits(4, c, seed=1).detach()
+    teacher[1], students[:, 1, 2:] = low, low if form == "reverse" else 0.0
+    students[0, 2], teacher[3, 3], students[:, 3, 3] = low, low, low
+    if form == "forward":
+        teacher[0, 4] = teacher[0].max() - 2  # a divergence of 1e35 and more: the student alone masks it out
+        students[1, 0, 4] = low
+    losses = ours(students, teacher, labels_of(4, c), form, T)
+    assert all(loss.isfinite().all() for loss in losses)
+    compare(students.requires_grad_(), teacher.requires_grad_(), labels_of(4, c), form, T)
+
+
+@pytest.mark.parametrize("c", [10, 9000])
+def test_a_rows_bits_are_its_own(c):
+    """Rows far from their teacher and near it, which are summed in another way, in one program or in several."""
+    students, teacher = logits(1, 3, c, sigma=1.0).detach(), logits(3, c, seed=1, sigma=1.0).detach()
+    students[0, 1] = teacher[1] + 1e-3 * students[0, 1]
+    _, together = kd_loss(students, teacher, reduction="none")
+    alone = [kd_loss(students[:, n : n + 1], teacher[n : n + 1], reduction="none")[1] for n in range(3)]
+    assert torch.equal(together, torch.cat(alone, 1)) and together[0, 1] < 1e-5 < together[0, 0]
+
+
+@pytest.mark.parametrize("c", [1000, 9000])
+@pytest.mark.parametrize("form", ["forward", "reverse"])
+def test_a_divergence_keeps_its_digits_on_either_side_of_the_switch(form, c):
+    """KL from 0.01 to 1, with logits of size 8: below a bound the rows are summed by terms that do not cancel."""
+    n = 12 if c == 1000 else 4
+    teacher = logits(n, c, sigma=8.0, seed=1)
+    noise = torch.linspace(0.15, 2.5, n, device=DEVICE)[:, None] * logits(n, c, sigma=1.0, seed=2)
+    students = (teacher + 20 + noise).detach()[None].requires_grad_()
+    (found,) = ours(students, teacher, None, form, 1.0, reduction="none")
+    (exact,) = oracle(students.double(), teacher.double(), None, form, 1.0, reduction="none")
+    assert exact.min() < 0.05 and exact.max() > 0.5
+    assert ((found.double() - exact).abs() / exact).max() < LOSS_LIMIT
+
+
 @pytest.mark.parametrize("c", [9, 5001])
 def test_labels_that_are_no_class_show_and_ignored_ones_do_not(c):
     students, teacher, labels = logits(2, 3, c), logits(3, c, seed=1), labels_of(3, c)
@@ -386,6 +426,16 @@ def test_mix_of_mixed_layouts_and_types():
     assert error(dg, torch.stack([(mask * x.double()).sum() for x in (a, b)])) < 1e-6
 
 
+def test_soft_gates_need_not_lie_next_to_each_other():
+    outputs = [logits(2, 3, seed=seed).detach() for seed in range(3)]
+    every_other = torch.tensor([0.3, 9.0, 0.7, 9.0, -0.2], device=DEVICE)[::2]
+    for gates in (every_other, torch.tensor(0.5, device=DEVICE).expand(3)):
+        y = gated_mix([x.requires_grad_() for x in outputs], gates)
+        assert error(y, explicit_mix(outputs, gates, None, False)) < 1e-6
+        slopes = torch.autograd.grad(y.sum(), outputs)
+        assert [slope.unique().item() for slope in slopes] == gates.tolist()
+
+
 def test_mix_shows_what_is_not_a_number():
     x = torch.tensor([1.0, math.nan, -1.0], device=DEVICE, requires_grad=True)
     y = gated_mix([x], torch.ones(1, device=DEVICE), 0, torch.zeros(3, device=DEVICE), relu=True)
@@ -420,7 +470,7 @@ def test_mix_operators_keep_the_rules_of_custom_operators(soft, relu):
     a, b, s = (logits(2, 3, 4, 4, seed=seed).detach() for seed in range(3))
     gates = torch.tensor([0.3, 0.7, 0.1], device=DEVICE) if soft else None
     torch.library.opcheck(_mix, ([a, None, b] if soft else [a], gates, s, relu))
-    torch.library.opcheck(_mix_backward, (s, [a, None, b], gates, b if relu else None, True))
+    torch.library.opcheck(_mix_backward, (s, [a, None, b], gates, b if relu else None, True, relu, [soft] * 3))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", *(["inductor"] if GPU else [])])
