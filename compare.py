@@ -48,7 +48,7 @@ def main() -> None:
     finish(found, outcome, options.output_dir)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -74,7 +74,7 @@ def arguments() -> argparse.Namespace:
     add("--verbose", action="store_true", help="show what every run prints")
     add("--dry_run", action="store_true", help="print the cost and the commands of what is left, and stop")
     add("--report", action="store_true", help="train nothing: write the results of the runs that are done")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def chosen(options: argparse.Namespace) -> Comparison:

@@ -21,8 +21,8 @@ from models.pool import Pool
 from objectives.registry import TEACHERS
 
 SECONDS_A_RUN = 2.0  # for data, plots and measures, besides steps
-STEPS = 8  # that are timed; the fastest counts
-PATHS = 4  # of GTN that are averaged
+STEPS, TIMED_SECONDS = 8, 5.0  # that are timed at the most; the fastest counts
+STEP_FLOPS = 2e11  # of a timed step: a larger batch is cut, so that a CPU takes seconds
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,12 @@ def measured_rate(run: PlannedRun, slots: int = 1) -> tuple[float, str]:
     network = create_model(name, size.classes, pool, image_size=side)
     network = network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
-    images = torch.randn(config.batch_size, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+    flops = 3 * _network(name, size.classes, side, pool)[1]
+    batch = max(2, min(config.batch_size, round(STEP_FLOPS / flops)))
+    images = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(len(images), dtype=torch.long, device=device)
     seconds = []
-    for _ in range(STEPS):
+    while len(seconds) < 2 or (len(seconds) < STEPS and sum(seconds) < TIMED_SECONDS):
         start = time.perf_counter()
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
@@ -135,8 +137,7 @@ def measured_rate(run: PlannedRun, slots: int = 1) -> tuple[float, str]:
         loss.item()
         seconds.append(time.perf_counter() - start)
     step = min(seconds)
-    flops = 3 * len(images) * _network(name, size.classes, side, pool)[1]
-    return flops / step, f"a step of {len(images)} images of {name} at {side}x{side} took {step:.3f} s"
+    return flops * batch / step, f"a step of {batch} images of {name} at {side}x{side} took {step:.3f} s"
 
 
 def size_of(run: PlannedRun) -> Size:
@@ -179,12 +180,15 @@ def _teacher(run: PlannedRun, classes: int, side: int) -> tuple[int, float]:
     shape = (config.method, model, config.student, repr(config.pool), config.branches, config.teacher_cut)
     key = json.dumps([*shape, classes, side])
     if key not in _branches:
-        teacher = create_model(model, classes, config.pool, image_size=side)
-        objective = TEACHERS[config.method].build(teacher, config, side).eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            for path in range(PATHS):
-                objective.predict(torch.zeros(1, 3, side, side), path)
-        _branches[key] = counter.get_total_flops() / PATHS
+        with torch.device("meta"):
+            teacher = create_model(model, classes, config.pool, image_size=side)
+            objective = TEACHERS[config.method].build(teacher, config, side).eval()
+            if config.method == "gtn":
+                _branches[key] = own + 2 * objective.branch_macs(side, uniform=True)
+            else:
+                with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                    objective.predict(torch.zeros(1, 3, side, side), 0)
+                _branches[key] = counter.get_total_flops()
     return parameters, _branches[key]
 
 

@@ -61,17 +61,17 @@ def _value(record: dict, row: dict) -> float | None:
     return 100 - value if row["error"] else value
 
 
-def list_tables() -> Iterator[str]:
-    """A line a table: its rows and runs, and what they cost at full length and shortened, one seed of each run.
+def list_tables(names: Sequence[str] = ()) -> Iterator[str]:
+    """A line a table (default: all): rows, runs, and what they cost at full length and shortened, one seed of each run.
 
     Operations over those of a measured step of one network: another one's may take twice or half as long.
     """
-    names = recipes.tables()
-    width = max(map(len, names))
+    chosen = {name: table for name, table in recipes.tables().items() if not names or name in names}
+    width = max(map(len, chosen))
     yield f"{'table':<{width}}  rows  runs   images full, short (millions)   hours full, short on this machine"
     reference = PlannedRun("list", "train_teacher.py", {"model": LISTED_RATE, "dataset": "cifar100"}, "vanilla", 0)
     rate, measured = cost.measured_rate(reference)
-    for name, table in names.items():
+    for name, table in chosen.items():
         costs = []
         for scale in SCALES:
             once = {plain(run.name): run for run in _Runs(table, name, scale).of_seed(0)}
@@ -115,6 +115,7 @@ class _Runs:
         # pair, whose teachers differ in how they were trained.
         self.by_model = name.startswith("eskd/")
         self.models = {row.teacher.model for row in table.rows if row.teacher}
+        self.teachers: dict[str, PlannedRun] = {}  # by name: rows share them
 
     def of_seed(self, seed: int) -> Iterator[PlannedRun]:
         for row in self.table.rows:
@@ -128,14 +129,15 @@ class _Runs:
         """Its run, behind those that it starts from."""
         before = list(self._teacher(teacher.weights, seed)) if teacher.weights else []
         yield from before
+        name = f"seed{seed}-{teacher.folder('').rpartition('/')[2]}"
+        if name not in self.teachers:
+            self.teachers[name] = self._new_teacher(name, teacher, seed, before[-1] if before else None)
+        yield self.teachers[name]
+
+    def _new_teacher(self, name: str, teacher: Teacher, seed: int, weights: PlannedRun | None) -> PlannedRun:
         options = self._options(teacher.recipe, {"method": teacher.method, "model": teacher.model, **teacher.options})
-        yield PlannedRun(
-            f"seed{seed}-{teacher.folder('').rpartition('/')[2]}",
-            "train_teacher.py",
-            options | {"seed": seed},
-            self.source(teacher),
-            seed,
-            weights=before[-1] if before else None,
+        return PlannedRun(
+            name, "train_teacher.py", options | {"seed": seed}, self.source(teacher), seed, weights=weights
         )
 
     def _student(self, row: Row, label: str, seed: int, teacher: PlannedRun | None) -> PlannedRun:

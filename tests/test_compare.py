@@ -21,15 +21,17 @@ from reports.statistics import student_interval
 from tests.runs import ROOT, Fork, forked, read_json, succeeded
 
 POOL = {"stem": 4, "head": 8, "candidates": ["res3x2", "identity", "zero"], "widths": [4, 4, 4, 8, 8, 8]}
+POOL |= {"strides": [1, 1, 1, 2, 2, 1]}
 TINY = {"dataset": "tiny", "image_size": 8, "batch_size": 128, "epochs": 1, "train_fraction": 0.3}
 PLAN = {
     "common": TINY,
     "teacher": {"model": "resnet8"},
     "teachers": {
         "vanilla": {"method": "vanilla"},
-        "gtn": {"method": "gtn", "weights": "vanilla", "pool": POOL | {"strides": [1, 1, 1, 2, 2, 1]}},
-        "sftn": {"method": "sftn", "for_each_student": True, "distill": {"temperature": 2.0}},
+        "gtn": {"method": "gtn", "weights": "vanilla", "pool": POOL},
+        "sftn": {"method": "sftn", "pool": POOL, "for_each_student": True, "distill": {"temperature": 2.0}},
     },
+    "distill": {"pool": POOL},
     "students": ["resnet8", "pool:1"],
     "seeds": [0, 1],
 }
@@ -78,14 +80,14 @@ def test_keys_are_the_configurations_whatever_a_run_is_called():
     assert one["seed0-vanilla"].key != changed["seed0-vanilla"].key
     assert one["seed0-pool1-vanilla"].key != changed["seed0-pool1-vanilla"].key  # through its teacher
     assert one["seed0-pool1-alone"].key == changed["seed0-pool1-alone"].key
-    unread = runs(distill={"dkd_beta": 3.0}, common=TINY | {"checkpointing_epochs": 7})
+    unread = runs(distill={"pool": POOL, "dkd_beta": 3.0}, common=TINY | {"checkpointing_epochs": 7})
     assert unread["seed0-pool1-vanilla"].key == one["seed0-pool1-vanilla"].key
     assert len({run.key for run in one.values()}) == len(one)
 
 
 @pytest.mark.parametrize("name", ["seed1-gtn", "seed0-pool1-sftn", "seed0-resnet8-alone"])
 def test_a_command_gives_the_configuration_that_was_planned(name):
-    run = runs(distill={"dkd_beta": 3.0, "exclude_classes": [], "flip": False})[name]
+    run = runs(distill={"pool": POOL, "dkd_beta": 3.0, "exclude_classes": [], "flip": False})[name]
     script, *words = run.command(Path("runs"))
     config = parse(CONFIGS[script], "", {}, words)
     assert (config.output_dir, config.dataset, config.seed) == (f"runs/{run.folder}", "digits", run.seed)
@@ -136,7 +138,7 @@ MATRIX = PLAN | {
 
 def test_a_matrix_that_is_killed_goes_on_and_makes_nothing_twice(tmp_path):
     """2 teachers x 2 students x 2 seeds, killed as no program can notice, with a run under way."""
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(MATRIX))
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(MATRIX, sort_keys=False))
     arguments = ["compare.py", tmp_path / "plan.yaml", "--data", "tiny=digits", "--output_dir", tmp_path / "out"]
     arguments += ["--runs", tmp_path / "runs"]
     records, folder = tmp_path / "out/records", tmp_path / "out"
@@ -183,7 +185,7 @@ def test_a_matrix_that_is_killed_goes_on_and_makes_nothing_twice(tmp_path):
 def test_a_failure_stays_alone_and_is_told(tmp_path):
     content = MATRIX | {"students": ["resnet8"], "seeds": [0], "common": TINY | {"train_fraction": 0.2}}
     content["teachers"] = {"vanilla": {}, "broken": {"smoothing": 0.1, "batch_size": 100_000}}
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     arguments = ["compare.py", tmp_path / "plan.yaml", "--data", "tiny=digits", "--output_dir", tmp_path / "out"]
     arguments += ["--runs", tmp_path / "runs"]
     done = forked(*arguments)
