@@ -10,13 +10,13 @@ BIN := .venv/bin
 .PHONY: demo compare test mutate torture lint benchmark gpu-check gpu-evidence clean
 
 demo: .venv/installed
-	$(BIN)/python -m benchmarks.evidence benchmarks/plans/digits.yaml --seeds 0 --verbose --work runs --results runs/demo
+	$(BIN)/python compare.py benchmarks/plans/digits.yaml --seeds 0 --verbose --output_dir runs/demo
 	@echo "next: your own images, on one GPU or on this CPU:"
 	@echo "  accelerate launch --config_file accelerate_config.yaml train_teacher.py --model resnet32 --dataset folder:PATH \\"
 	@echo "      --image_size 32 --epochs 60 --output_dir runs/mine"
 
 compare: .venv/installed
-	$(BIN)/python -m benchmarks.evidence benchmarks/plans/digits.yaml --work runs --results runs/compare
+	$(BIN)/python compare.py benchmarks/plans/digits.yaml --output_dir runs/compare
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -50,7 +50,8 @@ gpu-check: .venv/installed
 
 # DATA is a parquet glob of 100 classes, for example parquet:data/tin100-*.parquet; each call goes on for 9 minutes.
 gpu-evidence: .venv/installed
-	$(BIN)/python -m benchmarks.evidence benchmarks/plans/gpu_resnet32x4.yaml --data tin100=$(DATA) --minutes 8.5
+	$(BIN)/python compare.py benchmarks/plans/gpu_resnet32x4.yaml --data "tin100=$(DATA)" --minutes 8.5 \
+		--records benchmarks/results/evidence/gpu_resnet32x4 --output_dir runs/gpu-evidence
 
 .venv/installed: requirements.txt requirements-timm.txt
 	$(PYTHON) -m venv .venv

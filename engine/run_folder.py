@@ -19,7 +19,7 @@ import yaml
 from common import UserError, write_atomically
 
 OURS = ("summary.json", "model.safetensors", "model.json", "metrics.jsonl", "supernet.safetensors")
-OURS += ("evaluation.json", "evaluation.parquet")
+OURS += ("evaluation.json", "evaluation.parquet", "report.html")
 OUR_FOLDERS = ("plots", "checkpoints", "tensorboard", "anchors", "students", "export")
 LOCK = ".lock"
 RUN_KEYS = {"method", "dataset", "seed", "epochs", "output_dir", "checkpointing_epochs"}  # of any run's config.yaml

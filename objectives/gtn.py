@@ -249,10 +249,17 @@ class GTN(Grafted):
             )
         return lines
 
-    def branch_macs(self, image_size: int) -> float:
-        """Multiply-accumulates of one image in all branches together, averaged over the gates' paths."""
+    def branch_macs(self, image_size: int, uniform: bool = False) -> float:
+        """Multiply-accumulates of one image in all branches together, averaged over the gates' paths.
+
+        `uniform`: over all paths alike, as before training; this needs no values, and works on the `meta` device.
+        """
         shapes = block_shapes(self.teacher, image_size)
-        rows = self._by_branch(self.gates.probabilities().tolist())
+        if uniform:
+            layers = [branch.supernet.layers for branch in self.branches]
+            rows = [[[1 / len(layer.names)] * len(layer.names) for layer in each] for each in layers]
+        else:
+            rows = self._by_branch(self.gates.probabilities().tolist())
         return sum(
             branch.macs(shapes[place - 1], chances)
             for branch, place, chances in zip(self.branches, self.branch_points, rows, strict=True)

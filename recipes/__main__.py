@@ -32,6 +32,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

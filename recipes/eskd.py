@@ -201,6 +201,7 @@ def students(student: str, text: str, method: str = "kd", **options) -> Iterator
 
 
 def alone(student: str) -> Row:
+    """The student by the labels alone."""
     error, deviation = ALONE[student]
     return Row("cifar10", None, student, "none", {}, figures(student=error, student_std=deviation), FULL)
 

@@ -116,6 +116,7 @@ TABLE9 = """
 
 
 def standard(model: str, **options) -> Teacher:
+    """The teacher trained for accuracy alone."""
     return Teacher("cifar100", model, "vanilla", options)
 
 

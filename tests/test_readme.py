@@ -9,6 +9,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
+import compare
 from distill import DistillConfig
 from engine.command_line import parse
 from evaluate import EvaluateConfig
@@ -72,6 +73,10 @@ def test_command_is_understood_by_launcher_and_script(command, monkeypatch):
     else:
         assert words[0] == "python"
         script, arguments = words[1], words[2:]
+    if script == "compare.py":
+        options = compare.arguments(arguments)
+        assert options.list or compare.chosen(options).runs
+        return
     config = parse(CONFIGS[script], "", {}, arguments)
     named = {"evaluate.py": lambda: config.runs or [config.output], "export.py": lambda: config.run}
     places = named.get(script, lambda: [config.output_dir])()
@@ -85,8 +90,8 @@ def test_commands_for_a_cpu_run(tmp_path):
         photo.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (12, 9), (number, 90, 200)).save(photo)
     for command in script_commands():
-        if any(each in command for each in ("cifar100", "imagenet", "stl10", "--resume_from_checkpoint")):
-            continue  # needs a network, a GPU, a stopped run
+        if any(each in command for each in ("compare.py", "cifar100", "imagenet", "stl10", "--resume_from_checkpoint")):
+            continue  # needs a network, a GPU, a stopped run; compare.py has tests of its own
         variables, words = split(command)
         words = [word.replace("runs/", f"{tmp_path}/").replace("folder:", f"folder:{tmp_path}/") for word in words]
         if not {"evaluate.py", "export.py"} & set(words):

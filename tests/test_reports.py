@@ -123,23 +123,3 @@ def test_similarity_over_batches():
     shifted.update([x + 1000], [x])  # in float32, as the maps behind a ReLU have a mean
     assert shifted.matrix() == [[pytest.approx(1, abs=1e-4)]]
 
-
-@pytest.mark.parametrize("seeds", [1, 2])
-def test_tables_show_intervals_only_over_several_seeds(seeds):
-    """Students of one seed share a teacher: two of them say nothing about the next seed."""
-    from reports.comparison import as_markdown
-
-    measures = dict.fromkeys(("confidence", "entropy", "nll", "kl", "agreement", "cka"), 0.5)
-    outcomes = {("vanilla", "a"): 90.0, ("vanilla", "b"): 92.0, ("gtn", "a"): 91.0, ("gtn", "b"): 94.0}
-    records = [
-        {"script": "distill.py", "source": source, "student": student, "seed": seed, "top1": top1, "test": measures}
-        for seed in range(seeds)
-        for (source, student), top1 in outcomes.items()
-    ]
-    table = as_markdown(records, ["a", "b"], ["vanilla", "gtn"])
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line]
-    cells = {name: rest for name, *rest in lines}
-    vanilla, gtn = cells["mean (95% interval)"]
-    difference, interval, over_seeds, pairs, _ = cells["gtn - vanilla"]
-    assert vanilla.startswith("91.00") and gtn.startswith("92.50") and (difference, pairs) == ("+1.50", str(2 * seeds))
-    assert {bool(interval), bool(over_seeds), " to " in vanilla, " to " in gtn} == {seeds > 1}

@@ -1,0 +1,180 @@
+"""Compare teachers by their students: a matrix of them, students, methods and seeds, or a paper's table.
+
+python compare.py --teachers vanilla gtn --students pool:1 resnet8 --methods kd dkd --seeds 0 1 2 --options epochs=10
+python compare.py benchmarks/plans/digits.yaml --seeds 0 --output_dir runs/demo
+python compare.py --paper sftn/1 --scale short --seeds 0 1 2
+python compare.py --list
+
+Prints what it will cost, makes each run once, and goes on where it was stopped when it is called again. Leaves
+comparison.json, comparison.md and report.html in --output_dir. docs/compare.md says more.
+"""
+
+import argparse
+import math
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from common import UserError
+from comparing import cost, local
+from comparing.papers import SCALES, list_tables, paper_comparison
+from comparing.plan import Comparison, assignments, make_plan, read_plan, teacher_of
+from comparing.planned import PlannedRun
+from comparing.report import write_report
+from engine.distributed import run_script
+from engine.forks import be_forked_from, result_of
+
+
+def main() -> None:
+    options = arguments()
+    be_forked_from()
+    if options.list:
+        result_of(lambda: [print(line, flush=True) for line in list_tables()])
+        return
+    comparison = chosen(options)
+    places = local.Places(options.runs, options.records or options.output_dir / "records", options.verbose)
+    left = [] if options.report else local.work_list(comparison.runs, places)
+    slots = local.slots(options.jobs)
+    if left:
+        show_cost(comparison, left, len(slots))
+    if options.dry_run:
+        for run in left:
+            print(shlex.join(["python", *run.command(options.runs)]))
+        return
+    deadline = time.monotonic() + 60 * options.minutes if options.minutes else math.inf
+    outcome = local.execute(left, places, slots, deadline, Progress(left, places).tell)
+    found = write_report(comparison, places, options.output_dir, shlex.join(["python", *sys.argv]), outcome)
+    finish(found, outcome, options.output_dir)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("plan", nargs="?", type=Path, help="a YAML file that says what is compared (docs/compare.md)")
+    add("--paper", metavar="TABLE", help="a paper's table by name, instead of a plan")
+    add("--scale", choices=SCALES, default="full", help="of --paper: as printed, or shortened for CPUs")
+    add("--list", action="store_true", help="print the papers' tables and what each would cost, and stop")
+    add("--teachers", nargs="+", default=[], help="methods of train_teacher.py, its recipes, or trained run folders")
+    add("--students", nargs="+", default=[], help="what distill.py takes as --student")
+    add("--methods", nargs="+", default=[], help="what distill.py takes as --method; default: kd")
+    add("--seeds", nargs="+", type=int, default=[], help="default: 0, or the plan's")
+    add("--options", nargs="+", default=[], metavar="NAME=VALUE", help="options of every run")
+    add("--teacher_options", nargs="+", default=[], metavar="NAME=VALUE", help="options of every teacher")
+    add("--student_options", nargs="+", default=[], metavar="NAME=VALUE", help="options of every student")
+    add("--sweep", nargs="+", default=[], metavar="NAME=V1,V2", help="every combination of these options' values")
+    add("--data", nargs="+", default=[], metavar="NAME=DATASET", help="what --dataset is where the plan says NAME")
+    add("--only", nargs="+", default=[], help="runs whose names hold one of these words")
+    add("--output_dir", type=Path, default=Path("runs/comparison"), help="folder of the results")
+    add("--runs", type=Path, default=Path("runs/shared"), help="folder of run folders, shared by all comparisons")
+    add("--records", type=Path, help="folder of a JSON file a run; default: records in --output_dir")
+    add("--jobs", type=int, default=1, help="runs at a time on CPUs, which share the cores; on GPUs it is one a GPU")
+    add("--minutes", type=float, help="stop after this long; the same command goes on")
+    add("--verbose", action="store_true", help="show what every run prints")
+    add("--dry_run", action="store_true", help="print the cost and the commands of what is left, and stop")
+    add("--report", action="store_true", help="train nothing: write the results of the runs that are done")
+    return parser.parse_args(argv)
+
+
+def chosen(options: argparse.Namespace) -> Comparison:
+    """What the user asks for. Raises UserError where it cannot be."""
+    data = {name: str(value) for name, value in assignments("--data", options.data).items()}
+    if options.paper:
+        only_flags(options, "--paper says it")
+        return select(paper_comparison(options.paper, options.scale, options.seeds or [0]), options.only)
+    plan = read_plan(options.plan) if options.plan else make_plan(from_flags(options), "compare.py")
+    if options.plan:
+        only_flags(options, f"the plan {options.plan} says it")
+        plan.seeds = options.seeds or plan.seeds
+    return select(plan.comparison(options.plan.stem if options.plan else options.output_dir.name, data), options.only)
+
+
+def only_flags(options: argparse.Namespace, reason: str) -> None:
+    """Raise UserError for a flag that makes a matrix, where something else does."""
+    names = ["teachers", "students", "methods", "options", "teacher_options", "student_options", "sweep"]
+    if given := [name for name in [*names, *(["plan"] if options.paper else [])] if getattr(options, name)]:
+        raise UserError(f"{'' if given[0] == 'plan' else '--'}{given[0]}: {reason}; leave one of them out")
+
+
+def select(comparison: Comparison, words: list[str]) -> Comparison:
+    """The comparison with the runs alone whose names hold one of the words, if there are any."""
+    if words:
+        comparison.runs = [run for run in comparison.runs if any(word in run.name for word in words)]
+    return comparison
+
+
+def from_flags(options: argparse.Namespace) -> dict:
+    """A plan's content."""
+    if not options.teachers or not options.students:
+        raise UserError("give a plan, or --teachers and --students; --help shows examples")
+    sweep = assignments("--sweep", [word.replace("=", "=[", 1) + "]" for word in options.sweep])
+    return {
+        "teachers": dict(map(teacher_of, options.teachers)),
+        "students": options.students,
+        "methods": options.methods,
+        "seeds": options.seeds or [0],
+        "common": assignments("--options", options.options),
+        "teacher": assignments("--teacher_options", options.teacher_options),
+        "distill": assignments("--student_options", options.student_options),
+        "sweep": sweep,
+    }
+
+
+def show_cost(comparison: Comparison, left: list[PlannedRun], slots: int) -> None:
+    """Print what the runs that are left will cost."""
+    print(f"{comparison.name}: {len(comparison.runs)} runs, {len(left)} to be made", flush=True)
+    found = result_of(lambda: cost.estimate(left, slots))
+    at_once = f", {slots} at a time" if slots > 1 else ""
+    print(
+        f"  cost      {found['images']:,} training images, about {duration(found['seconds'])}{at_once}, "
+        f"{found['bytes'] / 1e6:,.0f} MB of models on disk\n            ({found['measured']})",
+        flush=True,
+    )
+
+
+class Progress:
+    """Says what has come of each run, and how long the rest will take at the pace so far."""
+
+    def __init__(self, left: list[PlannedRun], places: local.Places):
+        self.total, self.done, self.places, self.start = len(left), 0, places, time.monotonic()
+
+    def tell(self, run: PlannedRun, failure: str | None) -> None:
+        self.done += 1
+        what = f"failed: {failure}" if failure else summary(run, self.places)
+        rest = (time.monotonic() - self.start) / self.done * (self.total - self.done)
+        print(f"[{self.done}/{self.total}] {run.name}: {what}; about {duration(rest)} left", flush=True)
+
+
+def summary(run: PlannedRun, places: local.Places) -> str:
+    """What came out of a run."""
+    record = local.recorded(run, places.records)
+    return f"{record['top1']:.2f}% in {record['seconds']:.0f} s"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def finish(found: dict | None, outcome: local.Outcome, folder: Path) -> None:
+    """Say what came out and where it is; exits with 1 if a run failed, 130 if the user stopped it."""
+    if found is None:
+        print("no run is done yet")
+    else:
+        print(f"\n{(folder / 'comparison.md').read_text()}")
+        print(f"  page      {(folder / 'report.html').resolve()}")
+        print(f"  tables    {folder / 'comparison.md'}\n  numbers   {folder / 'comparison.json'}")
+    for name, reason in outcome.failed.items():
+        print(f"  failed    {name}: {reason}", file=sys.stderr)
+    if outcome.left:
+        print(f"stopped with {len(outcome.left)} runs left; the same command goes on")
+    if outcome.failed:
+        print(f"{len(outcome.failed)} runs failed; the same command tries them again", file=sys.stderr)
+    sys.exit(130 if outcome.interrupted else int(bool(outcome.failed)))
+
+
+if __name__ == "__main__":
+    run_script(main)

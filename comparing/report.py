@@ -1,0 +1,29 @@
+"""comparison.json, comparison.md and report.html of a comparison, from the records of its runs."""
+
+import json
+from pathlib import Path
+
+from common import write_atomically
+from comparing.local import Outcome, Places
+from comparing.papers import beside
+from comparing.plan import Comparison
+from comparing.records import recorded
+from reports.comparison import as_markdown, compare
+from reports.page import comparison_page
+
+
+def write_report(comparison: Comparison, places: Places, folder: Path, command: str, outcome: Outcome) -> dict | None:
+    """Write what is known of a comparison into a folder; None, and no file, while no run is done."""
+    records = [record for run in comparison.runs if (record := recorded(run, places.records))]
+    if not records:
+        return None
+    tables = compare(records, comparison.students, comparison.teachers, comparison.methods, comparison.note)
+    done = {record["run"] for record in records}
+    found = {"name": comparison.name, "command": command} | tables
+    found |= {"planned": len(comparison.runs), "done": len(done), "failed": outcome.failed, "plan": comparison.config}
+    found |= {"paper": beside(comparison.rows, records), "runs": records}
+    write_atomically(folder / "comparison.json", json.dumps(found, indent=1) + "\n")
+    count = f"{found['done']} of {found['planned']} runs are done."
+    write_atomically(folder / "comparison.md", f"{as_markdown(found)}\n{count} Made by `{command}`.\n")
+    write_atomically(folder / "report.html", comparison_page(found))
+    return found
