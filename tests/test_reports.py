@@ -122,4 +122,3 @@ def test_similarity_over_batches():
     shifted = metrics.Similarity()
     shifted.update([x + 1000], [x])  # in float32, as the maps behind a ReLU have a mean
     assert shifted.matrix() == [[pytest.approx(1, abs=1e-4)]]
-
