@@ -67,8 +67,7 @@ def reference_backward(
         return ds.to(students.dtype), dt.to(teacher.dtype if for_teacher else students.dtype)
     s = students.to(dtype)
     counted = None if labels is None else labels != ignore_index
-    # Upstream gradients a row, [K, N, 1], with the factor of the mean in them.
-    every = 1 / s.shape[1] if mean else 1.0
+    every = 1 / s.shape[1] if mean else 1.0  # the mean's factor is part of the gradients a row, [K, N, 1]
     labelled = every if counted is None else counted.to(dtype) / (counted.sum().clamp(min=1) if mean else 1)
     of_kl = labelled if form == "decoupled" else every
     factors = ((grad_ce, labelled), (grad_kl, of_kl), (grad_target, labelled))
@@ -76,10 +75,7 @@ def reference_backward(
     ds = torch.zeros_like(s)
     dt = torch.zeros(() if teacher is None else teacher.shape, dtype=dtype, device=s.device)
     if g_ce is not None:
-        goal = (1 - label_smoothing) * _onehot(s, labels) + label_smoothing / s.shape[-1]
-        known = (labels >= 0) & (labels < s.shape[-1]) | ~counted
-        ds += g_ce * (s.softmax(-1) - goal).masked_fill(~known[:, None], math.nan)
-        ds = ds.masked_fill(~counted[:, None], 0.0)
+        ds += _cross_entropy_gradient(g_ce, s, labels, label_smoothing, counted)
     if form == "decoupled":
         t = teacher.to(dtype)
         onehot = _onehot(s, labels)
@@ -107,6 +103,14 @@ def reference_backward(
         ds, dt = ds.masked_fill(~counted[:, None], 0.0), dt.masked_fill(~counted[:, None], 0.0)
     nothing = students.new_empty(0)
     return ds.to(students.dtype) if for_students else nothing, dt.to(teacher.dtype) if for_teacher else nothing
+
+
+def _cross_entropy_gradient(grad, s, labels, label_smoothing, counted):
+    """Of the logits s [K, N, C], with the upstream gradient [K, N, 1]: NaN for a label that is no class."""
+    goal = (1 - label_smoothing) * _onehot(s, labels) + label_smoothing / s.shape[-1]
+    known = (labels >= 0) & (labels < s.shape[-1]) | ~counted
+    found = grad * (s.softmax(-1) - goal).masked_fill(~known[:, None], math.nan)
+    return found.masked_fill(~counted[:, None], 0.0)
 
 
 def _overflows(dtype: torch.dtype, temperature: float) -> bool:
