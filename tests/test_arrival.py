@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from data.datasets import load_images
 from distill import DistillConfig
 from engine.command_line import parse
 from engine.loop import Loop
@@ -214,6 +215,10 @@ STUDENTS: Table = {
         offered((1, 2)),
     ),
 }  # fmt: skip
+TWO_CLASSES: Table = {
+    "binary": ("2 5 7", lambda loop: (student_or_teacher(loop).fc.out_features, loop.test.labels.sum().item()),
+               (2, (load_images("digits", 8).test.labels[:, None] == torch.tensor([2, 5, 7])).sum().item())),
+}  # fmt: skip
 SCHEDULE: Table = {
     "schedule": ("2/6", lambda loop: (loop.config.epochs, rates(loop)[:6]),
                  (6, [0.05] * 2 + [0.005] * 2 + [0.0005] * 2)),
@@ -285,6 +290,8 @@ SETTINGS = {
     "teachers": ("train_teacher.py", "--model resnet14", COMMON),
     "teachers-images": ("train_teacher.py", "--model resnet8 --image_size 16 --batch_size 8", PLACES),
     "teachers-weights": ("train_teacher.py", "--model resnet8 --image_size 8", WEIGHTS),
+    "teachers-classes": ("train_teacher.py", "--model resnet8 --image_size 8", TWO_CLASSES),
+    "students-classes": ("distill.py", "--method none --student resnet8 --image_size 8", TWO_CLASSES),
     "schedule": ("train_teacher.py", "--model resnet8 --image_size 8", SCHEDULE),
     "sftn": ("train_teacher.py", "--image_size 8 --batch_size 16", SFTN),
     "sftn-plain": ("train_teacher.py", "--model resnet8 --image_size 8", PLAIN),
