@@ -89,7 +89,7 @@ def _svg(draw, size: tuple[float, float], name: str) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()[file.getvalue().index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href").replace(INK, "currentColor")
+    text = text.replace("xlink:href", "href").replace(INK, "currentColor")
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
     opening = re.search(r'viewBox="[^"]*"', text)[0]
     style = f'style="max-width:{size[0] * 72:.0f}pt"'
