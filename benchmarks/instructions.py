@@ -68,9 +68,10 @@ def basic_blocks(listing: str) -> dict[int, Block]:
             current = blocks[address] = ([], [])
         current[0].append(instruction)
         after = [code[place + 1][0]] if place + 1 < len(code) else []
-        jump = re.search(r"\bBRA(?!\.DIV).*?(\.L_\w+)", instruction)
+        # For sm_80 a conditional call without a return stands for a jump, too.
+        jump = re.search(r"(\bBRA(?!\.DIV)|^@\S+\s+CALL\.REL\.NOINC).*?(\.L_\w+)", instruction)
         if jump or "EXIT" in instruction:
-            current[1].extend((after if instruction.startswith("@") else []) + ([labels[jump[1]]] if jump else []))
+            current[1].extend((after if instruction.startswith("@") else []) + ([labels[jump[2]]] if jump else []))
             current = None
         elif after and after[0] in labels.values():
             current[1].extend(after)
@@ -94,13 +95,14 @@ def shortest_way(blocks: dict[int, Block]) -> list[int]:
 
 def executed(blocks: dict[int, Block], rounds: list[int]) -> list[tuple[str, int]]:
     """The instructions of the shortest way with how often each is executed, `rounds` of loops from the outermost."""
-    way = shortest_way(blocks)
-    loops = {(head, tail) for tail in way for head in blocks[tail][1] if head <= tail}
-    # The way leaves the outermost loop by an exit in the middle: what comes after it jumps back.
-    for tail, (_, following) in blocks.items():
-        loops |= {(head, tail) for head in following if head <= tail and head in way and tail > way[-1] >= head}
+    way, reached, rest = shortest_way(blocks), set(), [min(blocks)]
+    while rest:
+        if (address := rest.pop()) not in reached:
+            reached.add(address)
+            rest += blocks[address][1]
+    loops = {(head, tail) for tail in reached for head in blocks[tail][1] if head <= tail and head in way}
     found = []
-    for address in sorted({*way, *(tail for head, tail in loops if tail > way[-1])}):
+    for address in sorted({*way, *(tail for _, tail in loops)}):  # the jump back may be off the way
         depth = sum(head <= address <= tail for head, tail in loops)
         times = 1
         for each in rounds[:depth]:

@@ -136,7 +136,7 @@ def load_checkpoint(
             raise UserError("--resume_from_checkpoint: the checkpoint was made with another --mixed_precision")
         _restore(objective, _under(tensors, "objective"))
         for name, optimizer in optimizers.items():
-            values = _laid_out(_optimizer_state(tensors, name), optimizer)
+            values = _optimizer_state(tensors, name)
             optimizer.load_state_dict({"state": values, "param_groups": state["param_groups"][name]})
         for name, other in others.items():
             other.load_state_dict(state["others"][name])
@@ -183,20 +183,6 @@ def _optimizer_state(tensors: Mapping[str, Tensor], name: str) -> dict[int, dict
         index, _, what = key.partition("/")
         values.setdefault(int(index), {})[what] = tensor
     return values
-
-
-def _laid_out(state: dict[int, dict[str, Tensor]], optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
-    """An optimiser's state with its elements in the order in which the parameters' lie: a fused one asks for that."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {
-        index: {
-            name: torch.empty_like(parameters[index], dtype=value.dtype, device=value.device).copy_(value)
-            if value.shape == parameters[index].shape
-            else value
-            for name, value in values.items()
-        }
-        for index, values in state.items()
-    }
 
 
 def _check_optimizers(optimizers: Mapping[str, Optimizer], tensors: Mapping[str, Tensor], groups: Mapping) -> None:

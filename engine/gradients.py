@@ -1,4 +1,4 @@
-"""What gradients a step has: averaging them over processes, and momenta for those that are new."""
+"""Averaging over processes what gradients a step has."""
 
 from collections.abc import Iterable
 
@@ -7,17 +7,6 @@ import torch.distributed as dist
 from torch import nn
 
 BUCKET_BYTES = 25 * 2**20  # bytes sent at once, as DistributedDataParallel has it
-
-
-def start_momenta(optimizer: torch.optim.SGD, *_) -> None:
-    """A momentum of zeros for every weight that has its first gradient, before the step.
-
-    PyTorch's fused SGD (2.11) takes momenta of all weights or of none; the step makes of zeros what it starts with.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None and not optimizer.state.get(parameter):
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
 
 
 class GradientAverager:

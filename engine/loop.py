@@ -21,7 +21,7 @@ from engine.console import Console
 from engine.cuda_graph import CudaGraphCapture, StepGraph, Terms, check_capturable
 from engine.distributed import Interrupted, RunError, StopSignals, keep_freed_memory
 from engine.evaluate import evaluate
-from engine.gradients import GradientAverager, start_momenta
+from engine.gradients import GradientAverager
 from engine.objective import Objective, Phase, weighted_sum
 from engine.run_folder import RunFolder
 from engine.schedule import learning_rate
@@ -68,11 +68,7 @@ class Loop:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             nesterov=config.nesterov,
-            # On a CPU one call instead of four a weight, with the same bits; elsewhere PyTorch's own choice.
-            fused=True if accelerator.device.type == "cpu" else None,
         )
-        if config.momentum:
-            weights.register_step_pre_hook(start_momenta)
         self.optimizers = {"weights": weights} | {phase.name: phase.optimizer for phase in objective.phases}
         self.steppers = {name: accelerator.prepare_optimizer(each) for name, each in self.optimizers.items()}
         self.scalers = {"scaler": accelerator.scaler} if accelerator.scaler else {}

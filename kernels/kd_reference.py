@@ -11,11 +11,7 @@ SMALL = 0.25  # |log p - log q| under which `divergence_terms` uses its series
 
 def reference_forward(students, teacher, labels, temperature, form, label_smoothing, ignore_index, mean):
     """(ce, kl, target, nothing kept), as the operator returns them."""
-    dtype = compute_dtype(students, teacher)
-    if _overflows(dtype, temperature):
-        options = (labels, temperature, form, label_smoothing, ignore_index, mean)
-        *losses, kept = reference_forward(students.double(), teacher.double(), *options)
-        return *(loss.to(dtype) for loss in losses), kept
+    dtype = _working_dtype(students, teacher, temperature)
     s = students.to(dtype)
     ce, kl, target, kept = (s.new_empty(0, dtype=each) for each in (dtype, dtype, dtype, torch.float32))
     counted = None if labels is None else labels != ignore_index
@@ -34,13 +30,12 @@ def reference_forward(students, teacher, labels, temperature, form, label_smooth
         pair = (log_q, log_p) if form == "reverse" else (log_p, log_q)
         kl = divergence_terms(*pair).sum(-1)
         kl = kl.masked_fill(~counted, 0.0) if form == "decoupled" else kl
-    if not mean:
-        return ce, kl, target, kept
-    count = None if counted is None else counted.sum().clamp(min=1)
-    ce = ce if labels is None else ce.sum(-1) / count
-    if form == "decoupled":
-        return ce, kl.sum(-1) / count, target.sum(-1) / count, kept
-    return ce, kl if form == "none" else kl.mean(-1), target, kept
+    if mean:
+        count = None if counted is None else counted.sum().clamp(min=1)
+        ce = ce if labels is None else ce.sum(-1) / count
+        target = target.sum(-1) / count if form == "decoupled" else target
+        kl = kl if form == "none" else kl.sum(-1) / count if form == "decoupled" else kl.mean(-1)
+    return *(loss.to(compute_dtype(students, teacher)) for loss in (ce, kl, target)), kept
 
 
 def reference_backward(
@@ -59,15 +54,11 @@ def reference_backward(
     for_teacher,
 ):
     """Gradients of students and teacher, in their dtypes; empty where not wanted."""
-    dtype = compute_dtype(students, teacher)
-    if _overflows(dtype, temperature):
-        grads = (None if grad is None else grad.double() for grad in (grad_ce, grad_kl, grad_target))
-        options = (labels, temperature, form, label_smoothing, ignore_index, mean, for_students, for_teacher)
-        ds, dt = reference_backward(*grads, students.double(), teacher.double(), *options)
-        return ds.to(students.dtype), dt.to(teacher.dtype if for_teacher else students.dtype)
+    dtype = _working_dtype(students, teacher, temperature)
     s = students.to(dtype)
     counted = None if labels is None else labels != ignore_index
-    every = 1 / s.shape[1] if mean else 1.0  # the mean's factor is part of the gradients a row, [K, N, 1]
+    # Upstream gradients a row, [K, N, 1], with the factor of the mean in them.
+    every = 1 / s.shape[1] if mean else 1.0
     labelled = every if counted is None else counted.to(dtype) / (counted.sum().clamp(min=1) if mean else 1)
     of_kl = labelled if form == "decoupled" else every
     factors = ((grad_ce, labelled), (grad_kl, of_kl), (grad_target, labelled))
@@ -75,7 +66,10 @@ def reference_backward(
     ds = torch.zeros_like(s)
     dt = torch.zeros(() if teacher is None else teacher.shape, dtype=dtype, device=s.device)
     if g_ce is not None:
-        ds += _cross_entropy_gradient(g_ce, s, labels, label_smoothing, counted)
+        goal = (1 - label_smoothing) * _onehot(s, labels) + label_smoothing / s.shape[-1]
+        known = (labels >= 0) & (labels < s.shape[-1]) | ~counted
+        ds += g_ce * (s.softmax(-1) - goal).masked_fill(~known[:, None], math.nan)
+        ds = ds.masked_fill(~counted[:, None], 0.0)
     if form == "decoupled":
         t = teacher.to(dtype)
         onehot = _onehot(s, labels)
@@ -105,17 +99,9 @@ def reference_backward(
     return ds.to(students.dtype) if for_students else nothing, dt.to(teacher.dtype) if for_teacher else nothing
 
 
-def _cross_entropy_gradient(grad, s, labels, label_smoothing, counted):
-    """Of the logits s [K, N, C], with the upstream gradient [K, N, 1]: NaN for a label that is no class."""
-    goal = (1 - label_smoothing) * _onehot(s, labels) + label_smoothing / s.shape[-1]
-    known = (labels >= 0) & (labels < s.shape[-1]) | ~counted
-    found = grad * (s.softmax(-1) - goal).masked_fill(~known[:, None], math.nan)
-    return found.masked_fill(~counted[:, None], 0.0)
-
-
-def _overflows(dtype: torch.dtype, temperature: float) -> bool:
-    """Whether a logit of float32, such as finfo.min for a class that is masked out, may overflow when divided."""
-    return dtype == torch.float32 and temperature < 1
+def _working_dtype(students: Tensor, teacher: Tensor | None, temperature: float) -> torch.dtype:
+    """float64 below T = 1, where a finite logit such as finfo.min, for a class that is masked out, overflows."""
+    return torch.float64 if temperature < 1 else compute_dtype(students, teacher)
 
 
 def _by_row(grad: Tensor | None, factor: Tensor | float, students: Tensor, mean: bool) -> Tensor | None:

@@ -68,24 +68,6 @@ def test_everything_comes_back_and_training_goes_on_alike(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_an_optimisers_state_comes_back_in_the_layout_of_its_parameters(tmp_path):
-    """PyTorch's fused SGD goes through memory, whatever the strides: channels first it would take the wrong momenta."""
-    trained = []
-    for fused, resumed in ((None, False), (True, False), (True, True)):
-        torch.manual_seed(0)
-        network = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
-        sgd = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True, fused=fused)
-        for step in range(3):
-            if resumed and step == 2:
-                save_checkpoint(tmp_path / "last", network, {"sgd": sgd}, {}, Progress(), CONFIG)
-                load_checkpoint(tmp_path / "last", network, {"sgd": sgd}, {}, CONFIG, set())
-            network(torch.randn(2, 4, 5, 5)).pow(2).sum().backward()
-            sgd.step()
-            sgd.zero_grad()
-        trained.append(network.weight)
-    assert torch.equal(trained[0], trained[1]) and torch.equal(trained[0], trained[2])
-
-
 def test_shared_parameters_are_saved_once(tmp_path):
     shared = nn.Linear(2, 2)
     save_checkpoint(tmp_path / "c", nn.ModuleList([shared, shared]), {}, {}, Progress(), {})
