@@ -1,6 +1,7 @@
 """One encoded picture -> one RGB image, or an error that names it."""
 
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from common import UserError
 
+warnings.filterwarnings("ignore", module=r"PIL\.")  # an image that cannot be read is named; others are fine
 UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)
 
 

@@ -45,12 +45,47 @@ class Progress:
         numbers = (self.epoch, self.batch, self.iteration)
         if any(type(number) is not int or not 0 <= number < 2**53 for number in numbers):
             raise ValueError(f"its place is epoch {self.epoch}, batch {self.batch}, iteration {self.iteration}")
-        if not isinstance(self.history, list) or any(not isinstance(row, dict) for row in self.history):
+        if not isinstance(self.history, list) or not all(_is_row(row) for row in self.history):
             raise ValueError("its history is no list of rows")
-        if not isinstance(self.best, dict) or not {"top1", "epoch"} <= self.best.keys():
+        if len({str(_names(row | {"losses": {}})) for row in self.history if row["accuracy"]}) > 1:
+            raise ValueError("the rows of its history differ in what they tell")
+        if len(self.history) != self.epoch:
+            raise ValueError(f"its history has {len(self.history)} rows after {self.epoch} epochs")
+        best = self.best if isinstance(self.best, dict) else {}
+        if not (_is_number(best.get("top1")) and type(best.get("epoch")) is int):
             raise ValueError("it has no best epoch")
-        if type(self.seconds) not in (int, float) or not isinstance(self.partial, dict):
-            raise ValueError("its times are no numbers")
+        if not _is_number(self.seconds) or not _is_partial(self.partial):
+            raise ValueError("its times or sums are no numbers")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**63  # nan is not
+
+
+def _is_row(row: object) -> bool:
+    """Whether all of a history's row is numbers, by name and in mappings, the loop's own among them."""
+    names = ("epoch", "lr", "images", "images_per_second", "seconds")
+    if not isinstance(row, dict) or not all(_is_number(row.get(name)) for name in names):
+        return False
+    return all(isinstance(row.get(name), dict) for name in ("losses", "accuracy")) and _is_numbers(row)
+
+
+def _is_partial(value: object) -> bool:
+    """Whether it is what Totals.as_dict gives, or nothing."""
+    sums = value.get("sums", {}) if isinstance(value, dict) else None
+    pairs = sums.values() if isinstance(sums, dict) else [None]
+    if not all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in pairs):
+        return False
+    return all(_is_number(value.get(name, 0)) for name in ("images", "seconds"))
+
+
+def _is_numbers(value: object) -> bool:
+    return all(map(_is_numbers, value.values())) if isinstance(value, dict) else _is_number(value)
+
+
+def _names(value: object) -> object:
+    """The names in nested mappings."""
+    return {name: _names(value[name]) for name in sorted(value)} if isinstance(value, dict) else None
 
 
 def save_checkpoint(

@@ -137,6 +137,10 @@ class Loop:
         self.progress, local_buffers = load_checkpoint(
             path, self.objective, self.optimizers, self.scalers, self.config.as_dict(), NOT_COMPUTED, self.fingerprints
         )
+        if self.progress.batch >= len(self.train):
+            raise UserError(
+                f"--resume_from_checkpoint: '{path}' is at batch {self.progress.batch} of {len(self.train)}"
+            )
         replicas.scatter_statistics(self.objective, self.accelerator, local_buffers)
         if not self.accelerator.is_main_process:
             self.progress.partial = {}  # sums over all processes: counted once

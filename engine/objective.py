@@ -104,7 +104,7 @@ class Objective(nn.Module, ABC):
         """Called with each batch of the validation split, evaluated after an epoch: what `predict` gave."""
 
     def record(self) -> dict:
-        """What an epoch's row of metrics.jsonl says besides losses and accuracies (JSON types only)."""
+        """What an epoch's row of metrics.jsonl says besides losses and accuracies: numbers, in mappings by name."""
         return {}
 
     def advice(self, image_size: int) -> list[str]:

@@ -58,10 +58,10 @@ class RunFolder:
         self._check()
 
     def _check_inputs(self, inputs: Mapping[str, Sequence[str | Path]]) -> None:
-        own = self.path.resolve()
+        own = _real(self.path)
         for option, places in inputs.items():
             for place in places:
-                if own in (found := Path(place).resolve(), *found.parents) and Path(place).exists():
+                if own in (found := _real(place), *found.parents) and Path(place).exists():
                     raise UserError(f"--output_dir {self.path}: holds {option} {place}, which the run reads")
 
     def _check(self) -> None:
@@ -81,7 +81,7 @@ class RunFolder:
                 f"--output_dir {path}: holds an unfinished run; --resume_from_checkpoint latest continues it, "
                 "--overwrite replaces it"
             )
-        if self.resume != "latest" and Path(self.resume).resolve().parent != self.checkpoints.resolve():
+        if self.resume != "latest" and _real(self.resume).parent != _real(self.checkpoints):
             raise UserError(
                 f"--output_dir {path}: holds another run than --resume_from_checkpoint {self.resume} is of; choose "
                 "another folder, or --overwrite replaces it"
@@ -135,6 +135,11 @@ class RunFolder:
 
     def write_summary(self, summary: dict) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+def _real(place: str | Path) -> Path:
+    """Where a path leads, through links; a link to itself stays (Path.resolve raises RuntimeError)."""
+    return Path(os.path.realpath(place))
 
 
 def _is_temporary(name: str) -> bool:

@@ -45,6 +45,7 @@ WRNS = ["16_1", "16_2", "16_3", "16_4", "16_6", "16_8", "16_11", *(f"28_{width}"
 WRNS += ["40_1", "40_2", "52_2", "64_2", "76_2", "88_2", "100_2", "154_2", "250_2"]
 DENSENET_NAME = re.compile(r"densenet(bc)?(\d{1,9})_(\d{1,9})")
 MAX_DEPTH, MAX_WIDTH = 2000, 256
+MOST_OF_A_PIXEL = 1e6  # mean and deviation of pixels from 0 to 1
 DENSENETS = ["40_12", "40_24", "40_48", "100_12", "100_24", "bc40_12", "bc100_12"]
 
 
@@ -173,7 +174,8 @@ class ModelInfo:
         """Raise UserError, naming the field, for values that no run writes."""
 
         def numbers(values: object) -> bool:
-            return isinstance(values, list) and len(values) == 3 and all(type(v) in (int, float) for v in values)
+            plain = isinstance(values, list) and len(values) == 3 and all(type(v) in (int, float) for v in values)
+            return plain and all(-MOST_OF_A_PIXEL < value < MOST_OF_A_PIXEL for value in values)  # nan is not
 
         fine = {
             "name": isinstance(self.name, str),

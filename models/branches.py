@@ -59,7 +59,7 @@ class Branch(nn.Module):
         for layer, row in zip(self.supernet.layers, chances, strict=True):
             here = [macs(layer.candidates[name], x) for name in layer.names]
             total += sum(chance * cost for chance, (cost, _) in zip(row, here, strict=False))
-            x = next(out for _, out in here if out is not None)
+            x = next((out for _, out in here if out is not None), x)  # where there is only zero, the shortcut
         return total + macs(nn.Sequential(self.supernet.head, self.supernet.fc), x)[0]
 
 

@@ -114,10 +114,11 @@ def _read(path: Path, where: str) -> dict[str, Tensor]:
 
 def _unpacked_bytes(path: Path) -> int:
     """What the zip archive that torch.save writes unpacks to; 0 for files of another kind."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # torch.load has its own word for a damaged one
         return 0
-    with zipfile.ZipFile(path) as archive:
-        return sum(entry.file_size for entry in archive.infolist())
 
 
 def _fit(model: Network, tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], str]:

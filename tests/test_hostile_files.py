@@ -12,7 +12,11 @@ from torch import nn
 from common import UserError
 from data.decode import from_cell
 from engine.checkpoint import Progress, _digest, load_checkpoint, save_checkpoint
-from models import create_model, load_weights
+from models import ModelInfo, create_model, load_weights
+from tests.runs import TINY, forked, here, succeeded
+
+ROW = {"epoch": 1, "lr": 0.1, "images": 4, "images_per_second": 9.0, "seconds": 0.5, "losses": {"ce": 1.5}}
+ROW |= {"accuracy": {"teacher": 50.0}, "top5": {"teacher": 90.0}, "gates": {"branch1": {"L2": {"zero": 0.5}}}}
 
 
 def checkpoint(path, change) -> tuple[nn.Module, dict]:
@@ -22,7 +26,15 @@ def checkpoint(path, change) -> tuple[nn.Module, dict]:
     optimizers = {"weights": torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)}
     network(torch.randn(4, 3)).sum().backward()
     optimizers["weights"].step()
-    save_checkpoint(path, network, optimizers, {}, Progress(1, 0, 5), {"lr": 0.1}, {"the data set": "a"})
+    save_checkpoint(
+        path,
+        network,
+        optimizers,
+        {},
+        Progress(2, 0, 5, history=[ROW, ROW | {"epoch": 2}]),
+        {"lr": 0.1},
+        {"the data set": "a"},
+    )
     with safetensors.safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         state = json.loads(file.metadata()["state"])
@@ -39,6 +51,16 @@ CRAFTED = {
     "an epoch in words": lambda state, tensors: state["progress"].update(epoch="two"),
     "a batch past all integers": lambda state, tensors: state["progress"].update(batch=2**70),
     "no history": lambda state, tensors: state["progress"].update(history=3),
+    "a row too many": lambda state, tensors: state["progress"]["history"].append(ROW),
+    "a row without losses": lambda state, tensors: state["progress"]["history"][0].pop("losses"),
+    "an accuracy in words": lambda state, tensors: state["progress"]["history"][0].update(accuracy="high"),
+    "gates that are no numbers": lambda state, tensors: state["progress"]["history"][1]["gates"].update(branch1=None),
+    "a row of another branch": lambda state, tensors: state["progress"]["history"][1].update(gates={"branch2": {}}),
+    "a loss that is no number": lambda state, tensors: state["progress"]["history"][1]["losses"].update(
+        ce=float("nan")
+    ),
+    "a best in words": lambda state, tensors: state["progress"].update(best={"top1": "x", "epoch": 1}),
+    "sums that are none": lambda state, tensors: state["progress"].update(partial={"sums": {"ce": [1]}}),
     "no best": lambda state, tensors: state["progress"].update(best=[]),
     "no groups": lambda state, tensors: state.update(param_groups={}),
     "groups of another optimiser": lambda state, tensors: state["param_groups"].update(gates=[]),
@@ -73,6 +95,44 @@ def test_an_unchanged_one_loads(tmp_path):
     network, optimizers = checkpoint(tmp_path / "c.safetensors", lambda state, tensors: None)
     arguments = (tmp_path / "c.safetensors", network, optimizers, {}, {"lr": 0.1}, set(), {"the data set": "a"})
     assert load_checkpoint(*arguments)[0].iteration == 5
+
+
+def test_a_batch_past_the_epochs_end_is_refused(tmp_path):
+    """A file that fits this run in all but the place: nothing would be left to train on, and no loss to average."""
+    run = tmp_path / "r"
+    arguments = [*TINY, "--train_fraction", "0.1", "--output_dir", run, "--epochs", "2"]
+    succeeded(here("train_teacher.py", *arguments))
+    path = run / "checkpoints/last.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        state = json.loads(file.metadata()["state"])
+    state["progress"] |= {"epoch": 1, "batch": 99, "history": state["progress"]["history"][:1]}
+    document = json.dumps(state)
+    safetensors.torch.save_file(tensors, path, {"state": document, "sha256": _digest(tensors, document)})
+    (run / "summary.json").unlink()
+    done = here("train_teacher.py", *arguments, "--resume_from_checkpoint", "latest")
+    assert done.returncode == 2 and "is at batch 99 of" in done.stderr
+
+
+def test_a_damaged_archive_of_weights_is_refused(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save(create_model("resnet8", 10).state_dict(), path)
+    path.write_bytes(path.read_bytes().replace(b"PK\x01\x02", b"PK\xff\xff", 1))  # the table of its entries
+    with pytest.raises(UserError, match="damaged"):
+        load_weights(create_model("resnet8", 10), str(path))
+
+
+@pytest.mark.parametrize("std", [[10**400, 1, 1], [float("inf"), 1, 1], [float("nan"), 1, 1]])
+def test_a_normalisation_beyond_all_numbers_is_refused(tmp_path, std):
+    info = ModelInfo("resnet8", "digits", 10, 8, [0.5] * 3, std)
+    with pytest.raises(UserError, match=r"model\.json: 'std' cannot be"):
+        info.check()
+
+
+def test_an_odd_image_warns_of_nothing_beside_the_line(tmp_path):
+    code = "import warnings, data.decode\n"
+    code += "warnings.warn_explicit('odd', UserWarning, 'x.py', 1, module='PIL.TiffImagePlugin')"
+    assert not succeeded(forked("-c", code)).stderr
 
 
 def test_weights_that_unpack_to_far_more_than_they_take_are_refused_unread(tmp_path, monkeypatch):

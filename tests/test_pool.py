@@ -368,6 +368,14 @@ def test_branches_of_efficientnet_at_224_pixels_take_its_maps():
     assert 0.38e9 < macs(teacher, torch.zeros(1, 3, 224, 224, device="meta"))[0] < 0.39e9
 
 
+def test_a_layer_in_which_all_students_have_zero_costs_nothing():
+    pool = Pool(stem=4, head=8, widths=[4, 4, 8], strides=[1, 1, 2], candidates=["identity", "zero"], partition=[1, 2])
+    pool.layers = [["identity"], ["zero"], ["identity"]]
+    (branch,) = graft([(4, 8)], pool, 10, 8)
+    transform = branch.macs((4, 8), [[1.0], [1.0]]) - (4**2 * (4 * 8 + 8 * 8) + 8 * 10)
+    assert transform == macs(branch.transform, torch.zeros(1, 4, 8, 8))[0]
+
+
 @pytest.mark.parametrize(
     ("options", "stride"),
     [

@@ -134,6 +134,8 @@ def test_an_output_folder_that_is_an_input_is_refused_through_links_too(tmp_path
     with pytest.raises(UserError, match="which the run reads"):
         RunFolder(tmp_path / "link", overwrite=True, inputs={"--weights": [run]})
     RunFolder(run / "student", inputs={"--teacher": [run]})
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    RunFolder(tmp_path / "new", inputs={"the spec": [tmp_path / "loop"]})  # whoever reads it will say so
 
 
 def test_the_teacher_survives_being_named_as_output(tmp_path):

@@ -77,6 +77,13 @@ class Moments:
             raise OSError(number, os.strerror(number), path)
 
 
+def limit_memory(more: int) -> None:
+    """Let this process take so many bytes on top of what it has."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    taken = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize"))
+    resource.setrlimit(resource.RLIMIT_AS, (taken + more,) * 2)
+
+
 def strike_before(iteration: int, signum: int) -> None:
     from engine.loop import Loop
 
@@ -96,10 +103,7 @@ def main() -> None:
     script = os.path.abspath(sys.argv[0])
     moments = None
     if "memory" in plan:
-        taken = next(
-            int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmSize" in line
-        )
-        resource.setrlimit(resource.RLIMIT_AS, (taken * 1024 + plan["memory"],) * 2)
+        limit_memory(plan["memory"])
     if plan.get("rank", int(os.environ.get("RANK", 0))) == int(os.environ.get("RANK", 0)):
         if "folder" in plan:
             moments = Moments(plan)

@@ -1,34 +1,28 @@
 """Options with values drawn from their types, and files made by hand: one line, or a run; never a traceback."""
 
-import io
 import random
-import time
-import traceback
-from contextlib import redirect_stderr
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 from hypothesis import strategies as st
 
-from common import UserError, derive_seed
+from common import derive_seed
 from data.sources import HUB
 from distill import DistillConfig
-from engine.command_line import _field_types, parse
-from engine.distributed import one_line
+from engine.command_line import _field_types
 from losses.registry import METHODS
 from models import list_models
 from tests.runs import TINY_POOL
 from tests.torture import files
+from tests.torture.many import BEGUN, Many
 from tests.torture.report import Failure, Report
-from tests.torture.runs import SIZE, Bases, Result, begin, contents, finish
+from tests.torture.runs import SIZE, Bases, Result, begin, contents, finish, processor_seconds
 from tests.torture.values import drawn, typed
 from train_teacher import TeacherConfig
 
 BATCH = 50  # cases that hypothesis draws at once
 MEMORY = 4 * 2**30  # bytes that a run may take
-BEGUN = 15  # seconds after which a run that trains counts as taken
-STILL = 240  # seconds after which one that does not is hung
 CONFIGS = {"train_teacher.py": TeacherConfig, "distill.py": DistillConfig}
 KNOWN = {
     "model": [*list_models()[:12], "pool:3", "wrn10_1", "nas_m"],
@@ -48,7 +42,7 @@ def case(seed: int, number: int):
     if chance.random() < 0.5:
         drawn_options = cases(seed, number // BATCH)[number % BATCH]
         return lambda report, place, bases: try_options(report, place, bases, number, *drawn_options)
-    return lambda report, place, bases: try_file(report, place, bases, chance)
+    return lambda report, place, bases: try_file(report, place, bases, number, chance)
 
 
 @cache
@@ -89,25 +83,7 @@ def try_options(
     argv = ["--method", method, *base(script, method, bases)]
     for name, words in options:
         argv += [f"--{name}", *words]
-    if number % 10 and (line := parsed(script, argv)):  # most need no process of their own
-        if len(line.splitlines()) != 1:
-            raise Failure("untidy", f"{script} {list(map(str, argv))}\n{line}")
-        report.counts.update(("inputs", "refused"))
-    else:
-        attempt(report, place, bases, script, argv)
-
-
-def parsed(script: str, argv: list) -> str:
-    """What is said of a command line that is refused; empty if it is taken. Raises Failure for a traceback."""
-    words = io.StringIO()
-    try:
-        with redirect_stderr(words):
-            parse(CONFIGS[script], "", {}, list(map(str, argv)))
-    except UserError as error:
-        return words.getvalue() + one_line(error)
-    except Exception:
-        raise Failure("tracebacks", f"{script} {list(map(str, argv))}\n{traceback.format_exc()}") from None
-    return ""
+    attempt(report, place, bases, number, script, argv)
 
 
 def base(script: str, method: str, bases: Bases) -> list:
@@ -119,21 +95,24 @@ def base(script: str, method: str, bases: Bases) -> list:
     return [*taught, "--student", "resnet8", *SIZE, "--epochs", "1"]
 
 
-def try_file(report: Report, place: Path, bases: Bases, chance: random.Random) -> None:
+def try_file(report: Report, place: Path, bases: Bases, number: int, chance: random.Random) -> None:
     name = chance.choice(list(files.MADE))
     script, argv = files.MADE[name](chance, place, bases)
     (place / "made").write_text(f"{name}: {script} {argv}\n")
-    attempt(report, place, bases, script, argv)
+    attempt(report, place, bases, number, script, argv)
 
 
-def attempt(report: Report, place: Path, bases: Bases, script: str, argv: list) -> None:
-    """Run a script with what was drawn, in a folder of its own; raises Failure unless it ends as it should."""
+def attempt(report: Report, place: Path, bases: Bases, number: int, script: str, argv: list) -> None:
+    """Run a script with what was drawn, in a folder of its own; raises Failure unless it ends as it should.
+
+    Of ten cases nine share a process with others, where starting one would cost more than all else.
+    """
     if "--output_dir" not in argv:
         argv = ["--output_dir", place / "run", *argv]
     before = {folder: contents(folder) for folder in place.iterdir() if folder.is_dir() and not folder.is_symlink()}
     (place / "cwd").mkdir()
     try:
-        result = watched(script, argv, place)
+        result = (many(bases.folder).ask if number % 10 else watched)(script, argv, place)
         if result is not None:
             result.check_words(script)
     except Failure as failure:
@@ -148,16 +127,19 @@ def attempt(report: Report, place: Path, bases: Bases, script: str, argv: list) 
         bases.check()
 
 
+@cache
+def many(folder: Path) -> Many:
+    return Many(folder / "many", MEMORY)
+
+
 def watched(script: str, argv: list, place: Path) -> Result | None:
     """What the script came to; None where it was still training after a while, and was ended."""
     ranks = begin(script, argv, plan={"memory": MEMORY, "cwd": str(place / "cwd"), "plots": len(argv) % 4 == 0})
-    start = time.monotonic()
-    while ranks[0].wait(0.05) is None:
-        seconds = time.monotonic() - start
-        if seconds > BEGUN and "training and " in ranks[0].output[0].read_text():
+    while ranks[0].wait(0.1) is None:
+        if processor_seconds(ranks[0].pid) > BEGUN and "training and " in ranks[0].output[0].read_text():
             ranks[0].kill()
             ranks[0].wait(10)
             return None
-        if seconds > STILL:
+        if processor_seconds(ranks[0].pid) > 2 * BEGUN:
             break
-    return finish(ranks, 1)
+    return finish(ranks)

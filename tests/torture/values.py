@@ -142,7 +142,7 @@ def mutated(document, random: random.Random, times: int = 1):
     for _ in range(times):
         holders = [each for each in _holders(document) if each]
         if not holders:
-            return random.choice(ODD_VALUES)
+            return copy.deepcopy(random.choice(ODD_VALUES))
         holder = random.choice(holders)
         key = random.choice(list(holder)) if isinstance(holder, dict) else random.randrange(len(holder))
         way = random.random()
@@ -160,14 +160,14 @@ def mutated(document, random: random.Random, times: int = 1):
 def _like(value, random: random.Random):
     """Another value: near the old one, or of any kind."""
     if isinstance(value, bool) or random.random() < 0.4:
-        return random.choice(ODD_VALUES)
+        return copy.deepcopy(random.choice(ODD_VALUES))
     if isinstance(value, (int, float)):
         return random.choice([-value, value + 1, value - 1, value * 1000, value + 0.5, str(value), [value], 10**9])
     if isinstance(value, str):
         return random.choice(
             [value + "x", value[:-1], value.upper(), value * 500, value + "\n", random.choice(ODD_WORDS)]
         )
-    return random.choice(ODD_VALUES)
+    return copy.deepcopy(random.choice(ODD_VALUES))
 
 
 def _holders(document) -> list:
