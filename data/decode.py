@@ -1,6 +1,8 @@
 """One encoded picture -> one RGB image, or an error that names it."""
 
 import io
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,8 @@ from PIL import Image
 
 from common import UserError
 
+# Pillow goes by a file's content, not by its name, and runs Ghostscript for some formats that nobody trains on.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "JPEG2000")
 UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -29,6 +33,13 @@ def read_rgb(open_image: Callable[[], Image.Image], where: str, side: int | None
     return image
 
 
+def open_file(path: str) -> Image.Image:
+    """Open an image file."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait
+        raise ValueError("it is no regular file")
+    return Image.open(path, formats=FORMATS)
+
+
 def from_cell(cell: object, folder: str | None = None) -> Image.Image:
     """Open a cell of an image column: the encoded bytes, or a struct of `bytes` and `path`.
 
@@ -38,11 +49,11 @@ def from_cell(cell: object, folder: str | None = None) -> Image.Image:
     data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
     if data is None and path is not None and folder is not None:
         if Path(folder).resolve() in Path(path).resolve().parents:
-            return Image.open(path)
+            return open_file(path)
         raise ValueError(f"the cell's path ({path}) leads out of {folder}")
     if data is None:
         raise ValueError("the cell holds no image" if path is None else f"the cell holds a path ({path}), not an image")
-    return Image.open(io.BytesIO(data))
+    return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from common import UserError
-from data.decode import from_cell
+from data.decode import from_cell, open_file
 
 TEST_FILE = re.compile(r"(?<![a-z])(test|val|validation)(?![a-z])")
 TEST_SPLITS = ("test", "validation", "valid", "val")
@@ -117,7 +117,7 @@ class FolderSource:
 
     def row(self, index: int) -> Row:
         file, label = self.samples[index]
-        return Row(file, lambda: Image.open(file), label)
+        return Row(file, lambda: open_file(file), label)
 
     def __iter__(self) -> Iterator[Row]:
         return map(self.row, range(len(self)))
@@ -136,6 +136,8 @@ class ParquetSource:
         import pyarrow.parquet
 
         try:
+            if pipes := [file for file in self.files if not Path(file).is_file()]:  # opening a pipe would wait
+                raise OSError(f"{pipes[0]} is no regular file")
             self.tables = [
                 pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=READ_BUFFER) for file in self.files
             ]
