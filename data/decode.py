@@ -3,16 +3,18 @@
 import io
 import os
 import stat
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from common import UserError
 
 # Pillow goes by a file's content, not by its name, and runs Ghostscript for some formats that nobody trains on.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "JPEG2000")
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata that nothing here reads, in images that can be read
 UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -27,7 +29,9 @@ def read_rgb(open_image: Callable[[], Image.Image], where: str, side: int | None
     try:
         image = _to_rgb(open_image())
     except UNREADABLE as error:
-        raise UserError(f"--dataset: cannot read the image {where}: {error}") from None
+        # Pillow's own words would name an object in memory.
+        reason = f"it is none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"--dataset: cannot read the image {where}: {reason}") from None
     if side and image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.BILINEAR)
     return image

@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,8 +269,7 @@ def undecoded(table, image: str):
 
 
 def _load(kind: str, source: ParquetSource, **options):
-    import datasets
-
+    datasets = _datasets()
     try:
         return datasets.load_dataset(kind, split="train", cache_dir=source.cache_dir, **options)
     except Exception as error:  # the library raises many kinds
@@ -278,8 +278,7 @@ def _load(kind: str, source: ParquetSource, **options):
 
 
 def _load_hub(name: str, data_dir: str | None, cache_dir: str | None, offline: bool, streaming: bool):
-    import datasets
-
+    datasets = _datasets()
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UserError(f"--data_dir {data_dir}: is no folder")
     if offline:
@@ -296,6 +295,16 @@ def _load_hub(name: str, data_dir: str | None, cache_dir: str | None, offline: b
             f"--dataset {name}: cannot fetch '{HUB[name].path}' and no cached copy was found ({reason}). What was "
             "fetched before is kept: run again, or give a local copy with --data_dir"
         ) from None
+
+
+def _datasets():
+    """The library, which shows its bars on a terminal only, and warns of nothing that is not an error here."""
+    import datasets
+
+    datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets
 
 
 def _go_offline() -> None:

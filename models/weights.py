@@ -110,8 +110,9 @@ def _read(path: Path, where: str) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{where}: holds no state dict")
     for name, tensor in content.items():
-        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
-            raise UserError(f"{where}: '{name}' is no plain tensor ({tensor.layout}); save it dense")
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+            kind = f"{tensor.layout}, {tensor.dtype}"
+            raise UserError(f"{where}: '{name}' is no plain tensor ({kind}); save it dense, of real numbers")
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 

@@ -278,6 +278,14 @@ def test_sparse_weights_are_refused(tmp_path):
         load_weights(create_model("resnet8", 10), str(tmp_path / "w.pth"))
 
 
+def test_complex_weights_are_refused(tmp_path):
+    """torch would drop their imaginary parts, and warn."""
+    state = create_model("resnet8", 10).state_dict()
+    torch.save(state | {"fc.weight": state["fc.weight"].to(torch.complex64)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"'fc\.weight' is no plain tensor \(torch\.strided, torch\.complex64\)"):
+        load_weights(create_model("resnet8", 10), str(tmp_path / "w.pth"))
+
+
 def test_timms_training_checkpoints_are_read(tmp_path):
     """They hold the options of the run as an argparse.Namespace, which is harmless."""
     torch.manual_seed(0)
@@ -327,7 +335,7 @@ def test_an_image_of_absurd_size_is_refused_before_it_is_unpacked():
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO", "TGA", "PCX"])
 def test_only_formats_of_photographs_are_decoded(kind):
     """Pillow goes by the content, and would hand an EPS file over to Ghostscript, a program of its own."""
-    with pytest.raises(UserError, match="cannot identify image file"):
+    with pytest.raises(UserError, match=r"cannot read the image x\.png: it is none of JPEG, PNG"):
         read_rgb(lambda: from_cell(png(16, kind)), "x.png")
 
 
