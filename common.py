@@ -1,11 +1,14 @@
 """What every package needs: an error for the user, names with the nearest known ones, seeds, safe writing."""
 
 import difflib
+import errno
 import hashlib
 import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+
+MOST_TEXT = 2**26  # bytes of a recipe, spec, summary or table of metrics
 
 
 class UserError(ValueError):
@@ -31,6 +34,26 @@ def derive_seed(*parts: int | str) -> int:
     """
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def without_waiting(name: str, flags: int) -> int:
+    """An opener for `open`: a pipe that has no other end is empty, or an OSError, instead of waited for."""
+    return os.open(name, flags | os.O_NONBLOCK)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file, or of a pipe that somebody writes to: `<(...)`.
+
+    Raises:
+        OSError: it cannot be read, or goes on after 64 MB.
+        UnicodeDecodeError: it is no text.
+    """
+    with open(path, "rb", opener=without_waiting) as file:
+        os.set_blocking(file.fileno(), True)
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return content.decode()
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -30,6 +30,7 @@ from models.network import Network, count_parameters
 from models.pool import Pool
 from models.weights import initial_weights, load_weights
 from objectives.distillation import Distillation, build_methods
+from objectives.own_methods import run_with
 from objectives.peers import Peers
 
 LISTINGS = {"models": describe_models, "methods": describe_methods}
@@ -106,7 +107,8 @@ def main() -> None:
     loss = f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in objective.term_weights.items())}"
     lines = [loss, initial and f"initial weights: {initial}", cache_logits(config, objective, data)]
     run.introduce(what, data, lines)
-    loop.run()
+    with run_with(methods):
+        loop.run()
     spec = find_spec(config.student, pool, image_size=data.image_size)
     info = ModelInfo(config.student, data.name, data.num_classes, data.image_size, data.mean, data.std, spec)
     if run.is_main:

@@ -16,7 +16,7 @@ from typing import Literal
 from accelerate import Accelerator
 from torch import Tensor
 
-from common import UserError, write_atomically
+from common import UserError, read_text, write_atomically
 from data.datasets import load_images
 from data.pipeline import Pipeline
 from data.splits import AnySplit, ImageSet, StreamSplit
@@ -157,8 +157,8 @@ def check_output(path: Path) -> None:
         raise UserError(f"--output {path}: must be a .json file")
     if path.exists():
         try:
-            ours = "top1_interval" in json.loads(path.read_text())
-        except (OSError, ValueError):
+            ours = "top1_interval" in json.loads(read_text(path))
+        except (OSError, ValueError, TypeError, RecursionError):
             ours = False
         if not ours:
             raise UserError(f"--output {path}: exists and is no evaluation; choose another name")

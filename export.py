@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common import UserError
+from common import UserError, read_text
 from data.datasets import load_images
 from data.pipeline import Pipeline
 from data.splits import AnySplit
@@ -186,8 +186,8 @@ def describe(
 def summary_of(folder: Path) -> dict:
     """What the run's summary says of it; nothing where there is none."""
     try:
-        found = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
+        found = json.loads(read_text(folder / "summary.json"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

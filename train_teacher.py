@@ -9,6 +9,7 @@ python train_teacher.py --method gtn --weights runs/vanilla --freeze_teacher_epo
 """
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from shlex import quote
 
 import torch
 
-from common import UserError, check_name, write_atomically
+from common import UserError, check_name, read_text, write_atomically
 from data.datasets import hold_out
 from data.splits import AnySplit, ImageSet
 from engine.command_line import parse
@@ -190,10 +191,12 @@ class Reference:
     def __init__(self, run: str):
         self.run, self.warned = run, False
         try:
-            self.top1 = float(json.loads((Path(run) / "summary.json").read_text())["top1"])
-            rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+            self.top1 = float(json.loads(read_text(Path(run) / "summary.json"))["top1"])
+            rows = [json.loads(line) for line in read_text(Path(run) / "metrics.jsonl").splitlines()]
             self.curve = [float(row["accuracy"]["teacher"]) for row in rows]
-        except (OSError, ValueError, KeyError, TypeError):
+            if not self.curve or not all(map(math.isfinite, (self.top1, *self.curve))):
+                raise ValueError("no accuracy")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"--vanilla_run {run}: holds no finished run of a teacher") from None
 
     def behind(self, top1: float, done: float) -> str | None:

@@ -1,16 +1,20 @@
 """One encoded picture -> one RGB image, or an error that names it."""
 
 import io
+import os
+import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from common import UserError
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # an image that cannot be read is named; others are fine
+# Pillow goes by a file's content, not by its name, and runs Ghostscript for some formats that nobody trains on.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "JPEG2000")
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata that nothing here reads, in images that can be read
 UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -25,10 +29,19 @@ def read_rgb(open_image: Callable[[], Image.Image], where: str, side: int | None
     try:
         image = _to_rgb(open_image())
     except UNREADABLE as error:
-        raise UserError(f"--dataset: cannot read the image {where}: {error}") from None
+        # Pillow's own words would name an object in memory.
+        reason = f"it is none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"--dataset: cannot read the image {where}: {reason}") from None
     if side and image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.BILINEAR)
     return image
+
+
+def open_file(path: str) -> Image.Image:
+    """Open an image file."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait
+        raise ValueError("it is no regular file")
+    return Image.open(path, formats=FORMATS)
 
 
 def from_cell(cell: object, folder: str | None = None) -> Image.Image:
@@ -40,11 +53,11 @@ def from_cell(cell: object, folder: str | None = None) -> Image.Image:
     data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
     if data is None and path is not None and folder is not None:
         if Path(folder).resolve() in Path(path).resolve().parents:
-            return Image.open(path)
+            return open_file(path)
         raise ValueError(f"the cell's path ({path}) leads out of {folder}")
     if data is None:
         raise ValueError("the cell holds no image" if path is None else f"the cell holds a path ({path}), not an image")
-    return Image.open(io.BytesIO(data))
+    return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

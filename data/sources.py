@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from common import UserError
-from data.decode import from_cell
+from data.decode import from_cell, open_file
 
 TEST_FILE = re.compile(r"(?<![a-z])(test|val|validation)(?![a-z])")
 TEST_SPLITS = ("test", "validation", "valid", "val")
@@ -117,7 +118,7 @@ class FolderSource:
 
     def row(self, index: int) -> Row:
         file, label = self.samples[index]
-        return Row(file, lambda: Image.open(file), label)
+        return Row(file, lambda: open_file(file), label)
 
     def __iter__(self) -> Iterator[Row]:
         return map(self.row, range(len(self)))
@@ -136,6 +137,8 @@ class ParquetSource:
         import pyarrow.parquet
 
         try:
+            if pipes := [file for file in self.files if not Path(file).is_file()]:  # opening a pipe would wait
+                raise OSError(f"{pipes[0]} is no regular file")
             self.tables = [
                 pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=READ_BUFFER) for file in self.files
             ]
@@ -266,8 +269,7 @@ def undecoded(table, image: str):
 
 
 def _load(kind: str, source: ParquetSource, **options):
-    import datasets
-
+    datasets = _datasets()
     try:
         return datasets.load_dataset(kind, split="train", cache_dir=source.cache_dir, **options)
     except Exception as error:  # the library raises many kinds
@@ -276,8 +278,7 @@ def _load(kind: str, source: ParquetSource, **options):
 
 
 def _load_hub(name: str, data_dir: str | None, cache_dir: str | None, offline: bool, streaming: bool):
-    import datasets
-
+    datasets = _datasets()
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UserError(f"--data_dir {data_dir}: is no folder")
     if offline:
@@ -294,6 +295,16 @@ def _load_hub(name: str, data_dir: str | None, cache_dir: str | None, offline: b
             f"--dataset {name}: cannot fetch '{HUB[name].path}' and no cached copy was found ({reason}). What was "
             "fetched before is kept: run again, or give a local copy with --data_dir"
         ) from None
+
+
+def _datasets():
+    """The library, which shows its bars on a terminal only, and warns of nothing that is not an error here."""
+    import datasets
+
+    datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets
 
 
 def _go_offline() -> None:

@@ -156,7 +156,7 @@ def load_checkpoint(
         if metadata["sha256"] != _digest(tensors, document):
             raise UserError(f"--resume_from_checkpoint: '{path}' is damaged: its checksum does not fit")
         state = json.loads(document)
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, OSError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).splitlines()[0]

@@ -10,7 +10,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import TypeVar, get_args, get_type_hints
 
 import docstring_parser
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from common import UserError
 from engine.config import RunConfig, ScriptOptions
@@ -19,6 +19,7 @@ from engine.recipe import read_recipe
 Config = TypeVar("Config", bound=ScriptOptions)
 Listing = list[str] | Callable[[], Iterable[str]]
 HELP = "help and listings"
+set_parsing_settings(import_path_denylist=["*"])  # a `class_path` in a recipe would import what it names
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -259,7 +260,7 @@ def _instance(
             given = given | {key.partition(".")[0] for key in recipe}
             namespace = parser.parse_object(recipe, namespace, defaults=False)
         values = vars(parser.instantiate(parser.parse_args(argv, namespace)))
-    except (ArgumentError, TypeError, RecursionError) as error:
+    except (ArgumentError, ImportError, TypeError, RecursionError) as error:
         raise UserError(_in_words(error)) from None
     for each in fields(config_class):
         value = values[each.name]

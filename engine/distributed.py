@@ -46,7 +46,7 @@ def run_script(main: Callable[[], None]) -> None:
         main()
         _give_group_back()
     except UserError as error:
-        _leave(f"error: {one_line(error)}", 2)
+        _leave(f"error: {error}", 2)
     except RunError as error:
         _leave(f"stopped: {error}", 1)
     except OSError as error:
@@ -132,15 +132,15 @@ def describe(error: OSError) -> str:
     return f"{error.strerror or error}{where}{following}"
 
 
-def one_line(error: Exception) -> str:
-    """An error's message with what would break its line, a name with a newline in it, spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(error))
+def one_line(message: object) -> str:
+    """A message, or an error's, with what would break its line, a name with a newline in it, spelt out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message))
 
 
 def _leave(message: str, code: int) -> None:
     # Every process meets a user's mistake alike; one of them says it. What only another meets, it says too.
     if int(os.environ.get("RANK", 0)) == 0 or code == 1:
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+        print(f"{os.path.basename(sys.argv[0])}: {one_line(message)}", file=sys.stderr, flush=True)
     if code != 1:  # what fails in one process alone must not wait for the others
         _give_group_back()
     sys.exit(code)

@@ -1,10 +1,8 @@
 """Recipes: YAML files of options, read with safe_load's types and refused where YAML would be silent."""
 
-from pathlib import Path
-
 import yaml
 
-from common import UserError
+from common import UserError, read_text
 
 DEEPEST = 8  # levels of a recipe
 
@@ -41,7 +39,7 @@ def read_recipe(path: str) -> dict:
     if not path:
         raise UserError("--config: name a recipe, for example --config recipes/digits_gtn.yaml")
     try:
-        content = _Loader(Path(path).read_text()).get_single_data()
+        content = _Loader(read_text(path)).get_single_data()
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserError(f"--config {path}: cannot read the recipe ({line}{error.problem})") from None

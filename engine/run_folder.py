@@ -16,7 +16,7 @@ from weakref import WeakSet
 import torch
 import yaml
 
-from common import UserError, write_atomically
+from common import UserError, read_text, without_waiting, write_atomically
 
 OURS = ("summary.json", "model.safetensors", "model.json", "metrics.jsonl", "supernet.safetensors")
 OURS += ("evaluation.json", "evaluation.parquet", "report.html")
@@ -98,7 +98,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--output_dir {self.path}: cannot be made ({error.strerror})") from None
         try:
-            self._lock = open(self.path / LOCK, "a")  # noqa: SIM115 - held until the process ends
+            self._lock = open(self.path / LOCK, "a", opener=without_waiting)  # noqa: SIM115 - held until the process ends
         except OSError as error:
             raise UserError(f"--output_dir {self.path}: cannot be written to ({error.strerror})") from None
         _locks.add(self._lock)
@@ -150,8 +150,8 @@ def _is_temporary(name: str) -> bool:
 def _is_run(path: Path) -> bool:
     """Whether a folder's config.yaml is a run's: nobody else's has all of these keys."""
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = yaml.safe_load(read_text(path / "config.yaml"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return False
     return isinstance(config, dict) and config.keys() >= RUN_KEYS
 

@@ -57,8 +57,7 @@ def reference_backward(
     dtype = _working_dtype(students, teacher, temperature)
     s = students.to(dtype)
     counted = None if labels is None else labels != ignore_index
-    # Upstream gradients a row, [K, N, 1], with the factor of the mean in them.
-    every = 1 / s.shape[1] if mean else 1.0
+    every = 1 / s.shape[1] if mean else 1.0  # the mean's factor becomes part of the gradients a row, [K, N, 1]
     labelled = every if counted is None else counted.to(dtype) / (counted.sum().clamp(min=1) if mean else 1)
     of_kl = labelled if form == "decoupled" else every
     factors = ((grad_ce, labelled), (grad_kl, of_kl), (grad_target, labelled))

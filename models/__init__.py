@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from common import UserError, check_name, write_atomically
+from common import UserError, check_name, read_text, write_atomically
 from models.densenet import DenseNet
 from models.imagenet import CUTS, ImageNetFeatures, ImageNetResNet
 from models.imagenet import RESNETS as IMAGENET_RESNETS
@@ -46,6 +46,7 @@ WRNS += ["40_1", "40_2", "52_2", "64_2", "76_2", "88_2", "100_2", "154_2", "250_
 DENSENET_NAME = re.compile(r"densenet(bc)?(\d{1,9})_(\d{1,9})")
 MAX_DEPTH, MAX_WIDTH = 2000, 256
 MOST_OF_A_PIXEL = 1e6  # mean and deviation of pixels from 0 to 1
+MAX_CLASSES, MAX_SIDE = 10**6, 2**14  # of what a model.json may ask for: more would fill any memory
 DENSENETS = ["40_12", "40_24", "40_48", "100_12", "100_24", "bc40_12", "bc100_12"]
 
 
@@ -178,10 +179,10 @@ class ModelInfo:
             return plain and all(-MOST_OF_A_PIXEL < value < MOST_OF_A_PIXEL for value in values)  # nan is not
 
         fine = {
-            "name": isinstance(self.name, str),
+            "name": isinstance(self.name, str) and (self.spec is not None or not self.name.endswith(".json")),
             "dataset": isinstance(self.dataset, str),
-            "num_classes": type(self.num_classes) is int and self.num_classes >= 2,
-            "image_size": type(self.image_size) is int and self.image_size >= 1,
+            "num_classes": type(self.num_classes) is int and 2 <= self.num_classes <= MAX_CLASSES,
+            "image_size": type(self.image_size) is int and 1 <= self.image_size <= MAX_SIDE,
             "mean": numbers(self.mean),
             "std": numbers(self.std) and min(self.std) > 0,
             "pool": self.pool is None or isinstance(self.pool, dict),
@@ -214,7 +215,7 @@ def load_pretrained(folder: str | Path) -> Network:
     if not (folder / "model.json").is_file() or not (folder / "model.safetensors").is_file():
         raise UserError(f"'{folder}' holds no trained model (model.json and model.safetensors)")
     try:
-        info = ModelInfo(**json.loads((folder / "model.json").read_text()))
+        info = ModelInfo(**json.loads(read_text(folder / "model.json")))
         info.check()
         data = (folder / "model.safetensors").read_bytes()
         if hashlib.sha256(data).hexdigest() != info.sha256:

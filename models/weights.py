@@ -1,6 +1,7 @@
 """Initial weights: published ones, or those of a local file. Nothing that is read can execute code."""
 
 import argparse
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,9 @@ def _read(path: Path, where: str) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             content = safetensors.torch.load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their options
+            # timm's checkpoints hold their options. What torch warns of is either refused below or harmless.
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file makes a reader raise can be anything
         # The reader's own words are left out: for files with code in them they advise to execute it.
@@ -107,8 +110,9 @@ def _read(path: Path, where: str) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{where}: holds no state dict")
     for name, tensor in content.items():
-        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
-            raise UserError(f"{where}: '{name}' is no plain tensor ({tensor.layout}); save it dense")
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+            kind = f"{tensor.layout}, {tensor.dtype}"
+            raise UserError(f"{where}: '{name}' is no plain tensor ({kind}); save it dense, of real numbers")
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 

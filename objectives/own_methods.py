@@ -3,7 +3,7 @@
 import math
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,11 +23,22 @@ def as_theirs(method: type[Method]) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if not _is_own(method):
             raise
-        frames = traceback.extract_tb(error.__traceback__)
-        path = sys.modules[method.__module__].__file__
-        line = next((f", line {frame.lineno}" for frame in reversed(frames) if frame.filename == path), "")
-        said = (str(error).splitlines() or [""])[0]
-        raise UserError(f"--method {path}:{method.__name__}: fails{line}: {type(error).__name__}: {said}") from None
+        raise _theirs(method, error) from None
+
+
+@contextmanager
+def run_with(methods: Sequence[type[Method]]) -> Iterator[None]:
+    """Within it, what is raised in a file of the user's own methods becomes a UserError: of `after_step`, say, or of an
+    autograd function in the backward pass, which nobody calls by name."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        for method in filter(_is_own, methods):
+            if _line(method, error):
+                raise _theirs(method, error) from None
+        raise
 
 
 def check_weights(method: Method) -> None:
@@ -53,6 +64,22 @@ def check_terms(method: Method, terms: dict[str, Tensor], names: Mapping[str, fl
             what = f"a tensor {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
             raise UserError(f"--method {type(method).__name__}: its term '{name}' is {what}, no scalar tensor")
     return terms
+
+
+def _theirs(method: type[Method], error: BaseException) -> UserError:
+    line, said = _line(method, error), (str(error).splitlines() or [""])[0]
+    where = f"{_file(method)}:{method.__name__}: fails{f', line {line}' if line else ''}"
+    return UserError(f"--method {where}: {type(error).__name__}: {said}")
+
+
+def _line(method: type[Method], error: BaseException) -> int | None:
+    """The innermost line of the method's file that an error went through."""
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    return next((frame.lineno for frame in frames if frame.filename == _file(method)), None)
+
+
+def _file(method: type[Method]) -> str:
+    return sys.modules[method.__module__].__file__
 
 
 def _is_own(method: type[Method]) -> bool:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from engine.run_folder import RUN_KEYS, RunFolder
 from tests.runs import TINY, forked, here, read_rows, succeeded
-from tests.test_models import Payload
+from tests.test_security import Payload
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from engine.config import RunConfig
 from engine.run_folder import RUN_KEYS, RunFolder
 from engine.schedule import learning_rate
 from tests.runs import forked
-from tests.test_models import Payload
+from tests.test_security import Payload
 
 RUNS_CONFIG = "".join(f"{key}: 1\n" for key in sorted(RUN_KEYS))
 CONFIG = {"lr": 0.1, "pool": {"widths": [1, 2]}, "output_dir": "a"}

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from common import UserError, check_name, derive_seed
+from common import UserError, check_name, derive_seed, read_text
 from models.network import (
     Network,
     conv_bn,
@@ -389,8 +389,8 @@ def read_spec(path: Path, argument: str = "model") -> dict:
     Raises UserError when the file is missing or holds no spec.
     """
     try:
-        spec = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        spec = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{argument} {path}: cannot read the spec file ({error})") from None
     spec = spec.get("spec", spec) if isinstance(spec, dict) else spec
     check_spec(spec)

@@ -8,7 +8,6 @@ import argparse
 import platform
 import sys
 from itertools import count
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -16,7 +15,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, read_text
 from models.network import cost, count_parameters
 from models.pool import Pool, PoolNet
 
@@ -92,12 +91,12 @@ def read_pool(source: str | None) -> Pool:
     if source is None:
         return Pool()
     try:
-        content = yaml.safe_load(Path(source).read_text())
+        content = yaml.safe_load(read_text(source))
         pool = Pool(**content["pool"])
         pool.check()
     except UserError as error:
         raise UserError(f"--pool {source}: {error}") from None
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"--pool {source}: holds no pool ({' '.join(str(error).split())[:120]})") from None
     return pool
 
