@@ -1,8 +1,6 @@
 """Files made by hand or by an enemy: one line that names them, nothing executed, nothing allocated for them."""
 
-import argparse
 import json
-import zipfile
 
 import pytest
 import safetensors.torch
@@ -10,7 +8,6 @@ import torch
 from torch import nn
 
 from common import UserError
-from data.decode import from_cell
 from engine.checkpoint import Progress, _digest, load_checkpoint, save_checkpoint
 from models import ModelInfo, create_model, load_weights
 from tests.runs import TINY, forked, here, succeeded
@@ -133,45 +130,3 @@ def test_an_odd_image_warns_of_nothing_beside_the_line(tmp_path):
     code = "import warnings, data.decode\n"
     code += "warnings.warn_explicit('odd', UserWarning, 'x.py', 1, module='PIL.TiffImagePlugin')"
     assert not succeeded(forked("-c", code)).stderr
-
-
-def test_weights_that_unpack_to_far_more_than_they_take_are_refused_unread(tmp_path, monkeypatch):
-    path = tmp_path / "bomb.pth"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data/0", bytes(200_000_000))
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("was read"))
-    with pytest.raises(UserError, match=r"unpacks to 0\.2 GB"):
-        load_weights(create_model("resnet8", 10), str(path))
-
-
-def test_sparse_weights_are_refused(tmp_path):
-    state = create_model("resnet8", 10).state_dict()
-    torch.save(state | {"fc.weight": state["fc.weight"].to_sparse()}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"'fc\.weight' is no plain tensor"):
-        load_weights(create_model("resnet8", 10), str(tmp_path / "w.pth"))
-
-
-def test_timms_training_checkpoints_are_read(tmp_path):
-    """They hold the options of the run as an argparse.Namespace, which is harmless."""
-    torch.manual_seed(0)
-    state = create_model("resnet8", 10).state_dict()
-    torch.save(
-        {"epoch": 3, "arch": "x", "state_dict": state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "w.pth.tar"
-    )
-    model = create_model("resnet8", 10)
-    load_weights(model, str(tmp_path / "w.pth.tar"))
-    assert torch.equal(model.fc.weight, state["fc.weight"])
-
-
-def test_a_cell_with_a_path_opens_no_file(tmp_path):
-    (tmp_path / "secret.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match="holds a path"):
-        from_cell({"bytes": None, "path": str(tmp_path / "secret.png")})
-
-
-@pytest.mark.parametrize(
-    "name", ["wrn16_100000", "wrn100000_2", "densenet40_99999", "wrn16_" + "9" * 5000, "pool:" + "1" * 5000]
-)
-def test_networks_of_absurd_sizes_are_refused_before_anything_is_made(name):
-    with pytest.raises(UserError, match="--model"):
-        create_model(name, 10, argument="--model")
