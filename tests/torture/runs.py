@@ -25,7 +25,7 @@ FAREWELL = 90  # seconds of idleness for the others to end after a process has f
 SIZE = ["--image_size", "8", "--train_fraction", "0.1", "--batch_size", "48"]  # 3 batches an epoch
 SHORT = [*SIZE, "--epochs", "2"]
 TEACHERS = {
-    "vanilla": ["--label_smoothing", "0.1"],
+    "vanilla": ["--smoothing", "0.1"],
     "vanilla anchors": ["--anchors", "2", "--val_fraction", "0.2"],
     "mse": [],
     "sftn": ["--student", "resnet8"],
