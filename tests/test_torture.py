@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
+from distill import DistillConfig
+from engine.command_line import parse
 from tests.runs import ROOT, forked
+from tests.torture import runs as scenarios
 from tests.torture.__main__ import read_options
 from tests.torture.report import Failure, Report
-from tests.torture.runs import CHILD, Result
+from tests.torture.runs import CHILD, Bases, Result, draw_scenario
 from tests.torture.values import drawn, mutated, typed
+from train_teacher import TeacherConfig
 
 WRITES = """
 import os, sys
@@ -59,6 +63,16 @@ def test_a_seed_draws_the_same_again():
     document = {"a": [1, {"b": "x"}], "c": None}
     changed = [mutated(document, random.Random(seed)) for seed in range(30)]
     assert document == {"a": [1, {"b": "x"}], "c": None} and all(each != document for each in changed)
+
+
+def test_every_run_that_is_disturbed_is_understood(tmp_path):
+    bases = Bases(tmp_path)
+    bases.teacher = tmp_path  # which would have to be trained
+    found = {str(scenario.arguments): scenario for scenario in (draw_scenario(0, n, bases) for n in range(0, 2000, 4))}
+    assert len(found) == len(scenarios.TEACHERS) + len(scenarios.STUDENTS)
+    for scenario in found.values():
+        config = {"train_teacher.py": TeacherConfig, "distill.py": DistillConfig}[scenario.script]
+        parse(config, "", {}, list(map(str, scenario.arguments)))
 
 
 @pytest.mark.parametrize(
