@@ -216,7 +216,9 @@ def code(path: Path) -> str:
     return re.sub(r"\.eval\(", ".mode(", re.sub(r'""".*?"""|"[^"\n]*"', "", path.read_text(), flags=re.DOTALL))
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "kernels"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.parent == ROOT / "kernels"], ids=lambda path: path.name
+)
 def test_kernels_need_torch_and_triton_alone(path):
     assert imported(path) - set(sys.stdlib_module_names) <= {"torch", "triton", "kernels"}
 
