@@ -88,8 +88,9 @@ def test_a_launcher_that_is_asked_to_stop_lets_its_processes_save(tmp_path):
 
 
 STUBS = {
-    "scontrol": 'if [ "$1" = show ]; then echo first; echo second; else echo "$@" > "$WORK/requeued"; fi',
-    "srun": 'echo "$@" > "$WORK/started"; trap "echo saved > $WORK/saved; exit 143" TERM; while :; do sleep 0.02; done',
+    "scontrol": 'if [ "$1" = show ]; then echo first; echo second; else echo "$@, $(cat $WORK/saved)" > "$WORK/requeued"; fi',
+    "srun": """trap 'sleep 0.3; echo saved > $WORK/saved; exit 143' TERM
+sleep 0.1; echo "$@" > $WORK/starting; mv $WORK/starting $WORK/started; while :; do sleep 0.02; done""",
 }
 
 
@@ -105,10 +106,9 @@ def test_the_slurm_script_saves_before_its_time_is_up_and_queues_again(tmp_path,
     end = time.monotonic() + 60
     while not (tmp_path / "started").exists() and time.monotonic() < end:
         time.sleep(0.02)
-    time.sleep(0.1)  # until srun's trap is set
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 0
-    assert (tmp_path / "saved").exists() and (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert (tmp_path / "requeued").read_text() == "requeue 7, saved\n"
     words = shlex.split((tmp_path / "started").read_text())
     assert words[0] == "torchrun"
     launched = torch.distributed.run.get_args_parser().parse_args(words[1:])
