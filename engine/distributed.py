@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as error:
         _leave(f"stopped: {describe(error)}", 1)
     except (RuntimeError, MemoryError) as error:  # a collective operation fails where a process has gone
-        if not (reason := out_of_memory(error) or lost_processes()):
+        if not (reason := out_of_memory(error) or lost_processes() or lost_connection(error)):
             raise
         _leave(f"stopped: {reason}", 1)
     except Interrupted as interruption:
@@ -103,6 +104,18 @@ def lost_processes() -> str | None:
     return (
         f"process {names} of {len(_processes)} has ended; the last checkpoint is whole. Start the same command again "
         "with --resume_from_checkpoint latest"
+    )
+
+
+def lost_connection(error: Exception) -> str | None:
+    """What to say where a collective operation failed and the run has other machines, whose processes are not seen."""
+    words = one_line(error)
+    broken = re.search(r"connection (closed|reset|refused)|timed out|NCCL|broken pipe", words, re.IGNORECASE)
+    if not broken or all(each.machine == _machine() for each in _processes):
+        return None
+    return (
+        f"a process on another machine has ended or cannot be reached ({broken[0]}); the last checkpoint is whole. "
+        "Start the same command again on all machines with --resume_from_checkpoint latest"
     )
 
 
@@ -172,6 +185,8 @@ def start_accelerator(
     if not gpus:
         # Launchers set one thread a process; on a CPU a process should use its share of the cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    if local == world > 1:
+        _leave_old_addresses()
     # Buffers are averaged once an epoch by the loop instead of being broadcast before every forward pass.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     try:
@@ -195,6 +210,24 @@ def start_accelerator(
         own = torch.tensor([[accelerator.process_index, _machine(), os.getpid()]], device=accelerator.device)
         _processes[:] = [Process(*row) for row in accelerator.gather(own).tolist()]
     return accelerator
+
+
+def _leave_old_addresses() -> None:
+    """Have processes that a launcher has started again find each other through a store of their own.
+
+    The static rendezvous (torch 2.11) keeps the launcher's store, where the addresses of those before them still stand:
+    who reads them waits for ever.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    if os.environ["RANK"] == "0":
+        with socket.socket() as free:
+            free.bind(("", 0))
+            store.set(f"port of restart {restart}", str(free.getsockname()[1]))
+    os.environ["MASTER_PORT"] = store.get(f"port of restart {restart}").decode()
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -131,6 +131,7 @@ class Loop:
         if wanted is None:
             return
         path = self.folder.last if wanted == "latest" else Path(wanted)
+        self._check_all_see(path)
         if wanted == "latest" and not path.is_file():
             self.console.print(f"no checkpoint in {self.folder.path} yet: starting from the beginning")
             return
@@ -144,8 +145,21 @@ class Loop:
         replicas.scatter_statistics(self.objective, self.accelerator, local_buffers)
         if not self.accelerator.is_main_process:
             self.progress.partial = {}  # sums over all processes: counted once
-        where = f"{self._name(self.progress.epoch)}, batch {self.progress.batch + 1}"
-        self.console.print(f"resuming from {path} at {where}")
+        where = f"at {self._name(self.progress.epoch)}, batch {self.progress.batch + 1}"
+        ended = self.progress.epoch == self.warmup + self.config.last_epoch
+        self.console.print(f"resuming from {path} {'after its last epoch' if ended else where}")
+
+    def _check_all_see(self, path: Path) -> None:
+        """Raise UserError where only some processes find a checkpoint: machines that share no folder."""
+        if self.world == 1:
+            return
+        found = self.accelerator.gather(torch.tensor([path.is_file()], device=self.accelerator.device))
+        if found.any() and not found.all():
+            missing = ", ".join(map(str, (~found).nonzero().flatten().tolist()))
+            raise UserError(
+                f"--resume_from_checkpoint: process {missing} does not find '{path}', which others do; put "
+                "--output_dir where all machines see it"
+            )
 
     def _name(self, epoch: int) -> str:
         if epoch < self.warmup:

@@ -74,7 +74,8 @@ class RunFolder:
             raise UserError(f"--output_dir {path}: holds files that are no run's; choose another folder")
         if self.overwrite:
             return
-        if (path / "summary.json").is_file():
+        going_on = self.resume == "latest" and self.last.is_file()  # a finished run has nothing left to do
+        if (path / "summary.json").is_file() and not going_on:
             raise UserError(f"--output_dir {path}: holds a finished run; --overwrite replaces it")
         if self.resume is None:
             raise UserError(

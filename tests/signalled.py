@@ -1,4 +1,7 @@
-"""python tests/signalled.py SIGNAL ITERATION SCRIPT ...: the script, sending itself a signal before an iteration."""
+"""python tests/signalled.py SIGNAL ITERATION[@RANK] SCRIPT ...: the script, which sends itself a signal before it.
+
+What a launcher starts again is left alone.
+"""
 
 import os
 import runpy
@@ -6,12 +9,14 @@ import sys
 
 from engine.loop import Loop
 
-_, signum, iteration, *sys.argv = sys.argv
+_, signum, place, *sys.argv = sys.argv
+iteration, _, rank = place.partition("@")
 step = Loop.step
 
 
 def signalled(loop, batch, totals) -> None:
-    if loop.progress.iteration == int(iteration):
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if first and loop.progress.iteration == int(iteration) and rank in ("", str(loop.rank)):
         os.kill(os.getpid(), int(signum))
     step(loop, batch, totals)
 

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
@@ -52,7 +53,15 @@ def split(command: str) -> tuple[dict[str, str], list[str]]:
 
 def test_readme_shows_the_commands_that_matter():
     shown = "\n".join(commands())
-    for needed in ("make demo", "make test", "train_teacher.py", "distill.py", "--num_machines", "latest"):
+    for needed in (
+        "make demo",
+        "make test",
+        "train_teacher.py",
+        "distill.py",
+        "--num_machines",
+        "--max_restarts",
+        "latest",
+    ):
         assert needed in shown
 
 
@@ -69,6 +78,9 @@ def test_command_is_understood_by_launcher_and_script(command, monkeypatch):
     if words[:2] == ["accelerate", "launch"]:
         launched = launch_command_parser().parse_args(words[2:])
         assert launched.config_file is None or Path(launched.config_file).is_file()
+        script, arguments = launched.training_script, launched.training_script_args
+    elif words[0] == "torchrun":
+        launched = torch.distributed.run.get_args_parser().parse_args(words[1:])
         script, arguments = launched.training_script, launched.training_script_args
     else:
         assert words[0] == "python"
