@@ -56,6 +56,13 @@ def read_text(path: str | Path) -> str:
     return content.decode()
 
 
+def check_writable(argument: str, path: Path) -> None:
+    """Raise UserError where neither the folder of `path` nor the nearest one above that exists can be written to."""
+    place = next(each for each in path.absolute().parents if each.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UserError(f"{argument} {path}: '{place}' cannot be written to")
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader, or a crash, finds either the old content or all of the new."""
     path.parent.mkdir(parents=True, exist_ok=True)

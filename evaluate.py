@@ -8,7 +8,6 @@ python evaluate.py --model resnet18 --pretrained --dataset imagenet --output run
 
 import io
 import json
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -16,7 +15,7 @@ from typing import Literal
 from accelerate import Accelerator
 from torch import Tensor
 
-from common import UserError, read_text, write_atomically
+from common import UserError, check_writable, read_text, write_atomically
 from data.datasets import load_images
 from data.pipeline import Pipeline
 from data.splits import AnySplit, ImageSet, StreamSplit
@@ -162,9 +161,7 @@ def check_output(path: Path) -> None:
             ours = False
         if not ours:
             raise UserError(f"--output {path}: exists and is no evaluation; choose another name")
-    place = next(each for each in path.absolute().parents if each.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise UserError(f"--output {path}: '{place}' cannot be written to")
+    check_writable("--output", path)
 
 
 def load_data(config: EvaluateConfig, subject: Subject, accelerator: Accelerator) -> ImageSet:

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,14 +18,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common import UserError, read_text
+from common import UserError, check_writable, read_text
 from data.datasets import load_images
 from data.pipeline import Pipeline
-from data.splits import AnySplit
+from data.splits import AnySplit, StreamSplit
 from engine.command_line import parse
 from engine.config import ScriptOptions
 from engine.console import Console
-from engine.distributed import run_script
+from engine.distributed import RunError, run_script
 from engine.run_folder import machine
 from exporters.card import write_card
 from exporters.deployed import Deployed
@@ -37,7 +36,7 @@ from models.network import count_parameters
 from reports.subject import Subject, load_subject
 
 CPU = torch.device("cpu")
-BATCH = 250  # images a forward pass of the proof
+BATCH, CALIBRATION_BATCH = 250, 50  # images a forward pass
 
 
 @dataclass
@@ -102,8 +101,7 @@ def main() -> None:
         proofs = prove(files, deployed, bar(pipeline, test))
         for name, proof in proofs.items():
             if why := proof.failure(config.max_drop if "int8" in name else None):
-                print(f"export.py: {name} is not shipped: {why}; nothing was written", file=sys.stderr)
-                raise SystemExit(1)
+                raise RunError(f"{name} is not shipped: {why}; nothing was written")
         found = describe(deployed, files, proofs, folder, config)
         (folder / "export.json").write_text(json.dumps(found, indent=1) + "\n")
         write_card(folder / "README.md", subject.info, found, summary_of(subject.folder), config.license)
@@ -120,9 +118,7 @@ def check_target(target: Path, overwrite: bool) -> None:
             raise UserError(f"--output_dir {target}: holds an export; --overwrite replaces it")
     elif target.exists() and not target.is_dir():
         raise UserError(f"--output_dir {target}: is a file")
-    place = next(each for each in target.absolute().parents if each.exists())
-    if not os.access(place, os.W_OK):
-        raise UserError(f"--output_dir {target}: '{place}' cannot be written to")
+    check_writable("--output_dir", target)
 
 
 def images_of(subject: Subject, config: ExportConfig) -> tuple[Pipeline, AnySplit, AnySplit]:
@@ -134,10 +130,12 @@ def images_of(subject: Subject, config: ExportConfig) -> tuple[Pipeline, AnySpli
 
 
 def calibration(deployed: Deployed, pipeline: Pipeline, train: AnySplit, count: int) -> Iterator[Tensor]:
-    """Training images as files are fed them, evenly spread over the split, so that sorted classes all come."""
-    every, size = max(1, len(train) // count), 50
-    chosen = (images[::every] for images, _ in pipeline.evaluation(train, size * every))
-    return map(deployed.given, itertools.islice(chosen, -(-count // size)))
+    """`count` training images as files are fed them, evenly spread over the split, whose classes may be sorted; of a
+    stream the first ones."""
+    if not isinstance(train, StreamSplit):
+        train = train.take(torch.linspace(0, len(train) - 1, min(count, len(train))).round().long())
+    batches = (deployed.given(images) for images, _ in pipeline.evaluation(train, CALIBRATION_BATCH))
+    return itertools.islice(batches, -(-count // CALIBRATION_BATCH))
 
 
 def write(deployed: Deployed, folder: Path, config: ExportConfig, calibrate: Iterator[Tensor]) -> dict[str, Function]:
@@ -211,7 +209,9 @@ def show(found: dict, target: Path) -> None:
         cells |= {"relative error": f"{each['max_relative_error']:.1e}", "MB": f"{each['bytes'] / 1e6:.2f}"}
         console.cells(cells | {f"ms, batch {n}": f"{each['latency_ms'][n]['p50']:.2f}" for n in ("1", "32")})
     console.print(f"written: {target}/export.json, {target}/README.md (a model card) and the files above")
-    console.print(f"next: run {target}/model.onnx in your product; {target}/README.md says what goes in and comes out")
+    console.print(
+        f"next: run {target / next(iter(found['files']))} in your product; the model card says what goes in and comes out"
+    )
 
 
 if __name__ == "__main__":

@@ -121,8 +121,8 @@ def _unpacked_bytes(path: Path) -> int:
     try:
         with zipfile.ZipFile(path) as archive:
             return sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # torch.load has its own word for a damaged one
-        return 0
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return 0  # no archive, or one that zipfile cannot read: torch.load has its own word for it
 
 
 def _fit(model: Network, tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], str]:

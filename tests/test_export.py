@@ -10,12 +10,16 @@ import torch
 from huggingface_hub import ModelCard
 from onnx import numpy_helper
 
+from data.pipeline import Pipeline
+from data.splits import ImageSet, Split
+from export import calibration
 from exporters import onnx as exporters_onnx
 from exporters.deployed import Deployed
 from exporters.onnx import load_onnx, write_onnx
 from exporters.proof import Proof, prove
 from models import ModelInfo, create_model, load_pretrained, save_pretrained
 from models.pool import Pool
+from reports.subject import ImageOptions
 from tests.runs import TINY, forked, here, succeeded
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -67,6 +71,19 @@ def test_what_a_file_is_fed_are_the_bytes_of_the_images():
     pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
     images = (pixels / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     assert torch.equal(deployed.given(images), pixels)
+
+
+@pytest.mark.parametrize(("images", "wanted"), [(1437, 120), (30, 512)])
+def test_calibration_images_are_spread_over_a_sorted_split(images, wanted):
+    labels = torch.arange(images) * 10 // images
+    pixels = labels.byte().view(-1, 1, 1, 1).expand(-1, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    split = Split(pixels, labels)
+    data = ImageSet("sorted", 10, 16, split, split, MEAN, STD, flip=False)
+    deployed = Deployed(network("resnet8"), True)
+    found = list(calibration(deployed, Pipeline(data, ImageOptions(), torch.device("cpu")), split, wanted))
+    assert sum(map(len, found)) == min(images, wanted) and max(map(len, found)) <= 50
+    classes = torch.cat(found)[:, 0, 0, 0].bincount(minlength=10)
+    assert classes.max() - classes.min() <= 1
 
 
 def test_a_proof_counts_errors_disagreements_and_ties():

@@ -88,7 +88,8 @@ def test_a_launcher_that_is_asked_to_stop_lets_its_processes_save(tmp_path):
 
 
 STUBS = {
-    "scontrol": 'if [ "$1" = show ]; then echo first; echo second; else echo "$@, $(cat $WORK/saved)" > "$WORK/requeued"; fi',
+    "scontrol": """if [ "$1" = show ]; then echo first; echo second
+else echo "$@, $(cat $WORK/saved)" > "$WORK/requeued"; fi""",
     "srun": """trap 'sleep 0.3; echo saved > $WORK/saved; exit 143' TERM
 sleep 0.1; echo "$@" > $WORK/starting; mv $WORK/starting $WORK/started; while :; do sleep 0.02; done""",
 }
