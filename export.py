@@ -209,9 +209,8 @@ def show(found: dict, target: Path) -> None:
         cells |= {"relative error": f"{each['max_relative_error']:.1e}", "MB": f"{each['bytes'] / 1e6:.2f}"}
         console.cells(cells | {f"ms, batch {n}": f"{each['latency_ms'][n]['p50']:.2f}" for n in ("1", "32")})
     console.print(f"written: {target}/export.json, {target}/README.md (a model card) and the files above")
-    console.print(
-        f"next: run {target / next(iter(found['files']))} in your product; the model card says what goes in and comes out"
-    )
+    first = target / next(iter(found["files"]))
+    console.print(f"next: run {first} in your product; the model card says what goes in and comes out")
 
 
 if __name__ == "__main__":
