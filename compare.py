@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import UserError
+from common import UserError, check_name
 from comparing import cost, local
 from comparing.papers import SCALES, list_tables, paper_comparison
 from comparing.plan import Comparison, assignments, make_plan, read_plan, teacher_of
@@ -48,9 +48,17 @@ def main() -> None:
     finish(found, outcome, options.output_dir)
 
 
+class Parser(argparse.ArgumentParser):
+    """One whose complaints are one line, as those of the other scripts."""
+
+    def error(self, message: str) -> None:
+        """Raise UserError."""
+        raise UserError(message.removeprefix("argument "))
+
+
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line. Raises UserError for what it does not know."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("plan", nargs="?", type=Path, help="a YAML file that says what is compared (docs/compare.md)")
     add("--paper", metavar="TABLE", help="a paper's table by name, instead of a plan")
@@ -74,7 +82,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--verbose", action="store_true", help="show what every run prints")
     add("--dry_run", action="store_true", help="print the cost and the commands of what is left, and stop")
     add("--report", action="store_true", help="train nothing: write the results of the runs that are done")
-    return parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        check_name("options", unknown[0].partition("=")[0], parser._option_string_actions)
+    return options
 
 
 def chosen(options: argparse.Namespace) -> Comparison:

@@ -87,17 +87,16 @@ def published_normalisation(network: Network, data: ImageSet) -> tuple[list[floa
     return IMAGENET_MEAN, IMAGENET_STD
 
 
-def load_subject(folder: str, argument: str = "") -> Subject:
+def load_subject(folder: str, argument: str = "RUN") -> Subject:
     """The trained network of a run folder, and its data options.
 
     Raises:
         UserError: no model there, or files that cannot be what they claim to be; `argument` is named.
     """
-    where = f"{argument} {folder}".strip()
     try:
         network = load_pretrained(folder)
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{argument} {folder}: {error}") from None
     return Subject(folder, Path(folder), run_options(Path(folder)), network)
 
 

@@ -19,7 +19,7 @@ from comparing.records import recorded
 from engine.command_line import parse
 from engine.forks import result_of
 from reports.statistics import student_interval
-from tests.runs import ROOT, Fork, forked, read_json, succeeded
+from tests.runs import ROOT, Fork, forked, here, read_json, succeeded
 
 POOL = {"stem": 4, "head": 8, "candidates": ["res3x2", "identity", "zero"], "widths": [4, 4, 4, 8, 8, 8]}
 POOL |= {"strides": [1, 1, 1, 2, 2, 1]}
@@ -116,6 +116,23 @@ def test_words_and_errors():
         _ = runs(common=TINY | {"epocs": 3})["seed0-vanilla"].key
     with pytest.raises(UserError, match="starts from 'gtn', which comes after"):
         runs(teachers={"a": {"method": "vanilla", "weights": "gtn"}, "gtn": {"method": "gtn"}})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--teacher vanilla", "options: unknown name '--teacher'; did you mean --teachers"),
+        ("--seeds one", "--seeds: invalid int value: 'one'"),
+        ("--seeds", "--seeds: expected at least one argument"),
+        ("--scale tiny", "--scale: invalid choice: 'tiny'"),
+        ("nothing.yaml", "nothing.yaml: cannot read the plan"),
+        ("--teachers vanilla", "give --teachers and --students"),
+        ("--paper sftn/99", "--paper: unknown name 'sftn/99'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(words, said):
+    done = here("compare.py", *words.split())
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_costs_are_images_times_operations():
