@@ -126,7 +126,7 @@ def test_words_and_errors():
         ("--seeds", "--seeds: expected at least one argument"),
         ("--scale tiny", "--scale: invalid choice: 'tiny'"),
         ("nothing.yaml", "nothing.yaml: cannot read the plan"),
-        ("--teachers vanilla", "give --teachers and --students"),
+        ("--teachers vanilla", "give a plan, or --teachers and --students"),
         ("--paper sftn/99", "--paper: unknown name 'sftn/99'"),
     ],
 )
