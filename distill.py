@@ -7,7 +7,7 @@ accelerate launch --config_file accelerate_config.yaml distill.py \\
     --config recipes/cifar100_kd.yaml --teacher runs/t --student nas_m --output_dir runs/s
 """
 
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from shlex import quote
 
@@ -17,11 +17,13 @@ from common import UserError
 from data.datasets import hold_out
 from data.pipeline import augmentation_of
 from data.splits import ImageSet, Split, StreamSplit
-from engine.command_line import parse
+from engine.command_line import parse, set_to_defaults, unread_options
 from engine.config import RunConfig, union
-from engine.distributed import run_script
+from engine.distributed import RunError, run_script
 from engine.objective import Objective
 from engine.run import Run
+from engine.run_folder import default_folder, plain
+from engine.together import run_together
 from losses.method import Method
 from losses.registry import METHODS, describe_methods, find_methods, options_of
 from models import ModelInfo, create_model, describe_models, find_spec, is_model, load_pretrained, save_pretrained
@@ -32,6 +34,7 @@ from models.weights import initial_weights, load_weights
 from objectives.distillation import Distillation, build_methods
 from objectives.own_methods import run_with
 from objectives.peers import Peers
+from objectives.shared import SharedOutputs
 
 LISTINGS = {"models": describe_models, "methods": describe_methods}
 
@@ -44,14 +47,19 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
         student: a zoo name (--list_models), pool:SEED, or the path of a student's spec (.json).
         method: a name of --list_methods, several joined by +, or FILE.py:CLASS, a method of your own.
         pool: the pool of pool:SEED; default: the one a GTN teacher was trained for, else the paper's.
+        students: several students, each trained as if it were alone, into output_dir/NAME; the teacher sees a batch
+            once for all of them.
+        methods: the same with several methods, for every student.
     """
 
     title = "student"
-    essential = ("student", "pool", *RunConfig.essential)
+    essential = ("student", "students", "pool", *RunConfig.essential)
 
     student: str = "pool:0"
     method: str = "kd"
     pool: Pool | None = None
+    students: list[str] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
 
     @classmethod
     def with_method(cls, method: str) -> "type[DistillConfig]":
@@ -62,11 +70,37 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
         return {name: options_of([method]) for name, method in METHODS.items()}
 
     def chosen(self) -> tuple[type, ...]:
-        return options_of(find_methods(self.method), self.kd_weight)
+        names = self.methods or [self.method]
+        return tuple(dict.fromkeys(part for name in names for part in options_of(find_methods(name), self.kd_weight)))
 
     def check(self) -> None:
         if self.pool is not None:
             self.pool.check()
+        for one, several in (("student", "students"), ("method", "methods")):
+            given, default = getattr(self, one), type(self).__dataclass_fields__[one].default
+            if getattr(self, several) and given != default:
+                raise UserError(f"--{one} {given}: cannot be combined with --{several}")
+        if not (self.students or self.methods):
+            return
+        if self.resume_from_checkpoint not in (None, "latest"):
+            raise UserError("--resume_from_checkpoint: of several students it can only be 'latest'")
+        if alone := next((name for name in self.methods if ".py:" in name or "rco" in name.split("+")), None):
+            raise UserError(f"--methods {alone}: goes with no other; give it as --method, to one student")
+
+    def each(self) -> list["DistillConfig"]:
+        """The options of every student's run, as if it were the only one."""
+        if not (self.students or self.methods):
+            return [self]
+        base, found = Path(self.output_dir or default_folder("distilled", "students", self.dataset or "")), {}
+        for student in self.students or [self.student]:
+            for method in self.methods or [self.method]:
+                name = "-".join(map(plain, [student, *([method] if self.methods else [])]))
+                if name in found:
+                    raise UserError(f"--students {student}: there are two for the folder {base / name}")
+                one = {"student": student, "method": method, "students": [], "methods": []}
+                found[name] = replace(self, **one, output_dir=str(base / name))
+                set_to_defaults(found[name], unread_options(found[name]))
+        return list(found.values())
 
     def inputs(self) -> dict[str, list[str]]:
         """See RunConfig."""
@@ -77,46 +111,86 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
 
 def main() -> None:
     config = parse(DistillConfig, __doc__, LISTINGS)
-    methods = check_methods(config)
-    teachers = load_teachers(config, needed=any(method.needs_teacher for method in methods))
+    configs = config.each()
+    methods = [check_methods(each) for each in configs]
+    teachers = load_teachers(config, needed=any(method.needs_teacher for joined in methods for method in joined))
     known = [teacher.info for teacher in teachers if isinstance(teacher, Network)]
-    config.dataset = config.dataset or (known[0].dataset if known else "digits")
-    run = Run(config, config.method, config.student)
-    data = run.load_data(image_size(config, known))
-    teachers = [run.first(build_teacher, each, data, config) if isinstance(each, str) else each for each in teachers]
+    for each in configs:
+        each.dataset = config.dataset or (known[0].dataset if known else "digits")
+    runs = [Run(each, each.method, each.student) for each in configs]
+    first = runs[0]
+    data = first.load_data(image_size(config, known))
+    teachers = [first.first(build_teacher, each, data, config) if isinstance(each, str) else each for each in teachers]
     data, val = hold_out(fit_to_teachers(data, teachers), config.val_fraction, "validation")
     data = replace(data, val=val)
-    pools = [Pool(**teacher.info.pool) for teacher in teachers if teacher.info.pool]
-    pool = config.pool or next(iter(pools), Pool())
-    torch.manual_seed(config.seed)
-    student = create_model(config.student, data.num_classes, pool, "--student", data.image_size)
-    initial = run.first(initial_weights, student, config.pretrained, config.weights)
-    others = (config.peers or [config.student]) if methods[0].peers else []
-    peers = [create_model(name, data.num_classes, pool, "--peers", data.image_size) for name in others]
-    if config.compile:
-        for network in (student, *peers, *teachers):
-            compile_regions(network)
-    taught = describe_teachers(config, teachers)
-    if peers:
-        objective = Peers([student, *peers], methods[0], 1.0 if config.kd_weight is None else config.kd_weight)
-    else:
-        objective = distillation(config, methods, student, teachers, data)
-    loop = run.loop(objective, data, {f"the teacher {each['path']}": each["sha256"] for each in taught})
-    parameters = count_parameters(student)
-    what = f"student {config.student} ({parameters:,} parameters), {describe_source(config, teachers, others)},"
-    loss = f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in objective.term_weights.items())}"
-    lines = [loss, initial and f"initial weights: {initial}", cache_logits(config, objective, data)]
-    run.introduce(what, data, lines)
-    with run_with(methods):
-        loop.run()
-    spec = find_spec(config.student, pool, image_size=data.image_size)
-    info = ModelInfo(config.student, data.name, data.num_classes, data.image_size, data.mean, data.std, spec)
-    if run.is_main:
-        info = save_pretrained(objective.trained_model(), info, run.folder.path)
-    described = {"method": config.method, "model": config.student, "parameters": parameters, "sha256": info.sha256}
-    described |= {"loss": objective.term_weights, "teachers": taught}
-    following = run.folder.path / "model.json" if spec else config.student
-    run.finish(loop, described, [], next_command(config, following, data.image_size, alone=not (teachers or peers)))
+    shared = SharedOutputs() if len(runs) > 1 else None
+    students = [Student(*each, teachers, data, shared) for each in zip(runs, methods, strict=True)]
+    with run_with([method for joined in methods for method in joined]):
+        if len(students) == 1:
+            students[0].loop.run()
+            failed = {}
+        else:
+            failed = run_together({student.name: student.loop for student in students}, shared.next_batch)
+    for student in students:
+        if student.name not in failed:
+            student.finish()
+    if failed:
+        raise RunError(f"{', '.join(failed)} of {len(students)} students; the others are done")
+
+
+class Student:
+    """One student's run: what is made before training, and what is written after it.
+
+    Attributes:
+        name: of its folder.
+        loop: trains it.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        methods: list[type[Method]],
+        teachers: list[Network],
+        data: ImageSet,
+        shared: SharedOutputs | None,
+    ):
+        self.run, self.teachers, self.data, config = run, teachers, data, run.config
+        self.name = run.folder.path.name
+        pools = [Pool(**teacher.info.pool) for teacher in teachers if teacher.info.pool]
+        self.pool = config.pool or next(iter(pools), Pool())
+        torch.manual_seed(config.seed)
+        self.network = create_model(config.student, data.num_classes, self.pool, "--student", data.image_size)
+        initial = run.first(initial_weights, self.network, config.pretrained, config.weights)
+        others = (config.peers or [config.student]) if methods[0].peers else []
+        peers = [create_model(name, data.num_classes, self.pool, "--peers", data.image_size) for name in others]
+        if config.compile:
+            for network in (self.network, *peers, *teachers):
+                compile_regions(network)
+        self.taught = describe_teachers(config, teachers)
+        if peers:
+            weight = 1.0 if config.kd_weight is None else config.kd_weight
+            objective = Peers([self.network, *peers], methods[0], weight)
+        else:
+            objective = distillation(config, methods, self.network, teachers, data, shared)
+        self.loop = run.loop(objective, data, {f"the teacher {each['path']}": each["sha256"] for each in self.taught})
+        self.alone = not (teachers or peers)
+        parameters = count_parameters(self.network)
+        what = f"student {config.student} ({parameters:,} parameters), {describe_source(config, teachers, others)},"
+        loss = f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in objective.term_weights.items())}"
+        lines = [loss, initial and f"initial weights: {initial}", cache_logits(config, objective, data)]
+        run.introduce(what, data, lines)
+
+    def finish(self) -> None:
+        """Save the student and tell the user what came out."""
+        run, data, config, objective = self.run, self.data, self.run.config, self.loop.objective
+        spec = find_spec(config.student, self.pool, image_size=data.image_size)
+        info = ModelInfo(config.student, data.name, data.num_classes, data.image_size, data.mean, data.std, spec)
+        if run.is_main:
+            info = save_pretrained(objective.trained_model(), info, run.folder.path)
+        described = {"method": config.method, "model": config.student, "parameters": count_parameters(self.network)}
+        described |= {"sha256": info.sha256, "loss": objective.term_weights, "teachers": self.taught}
+        following = run.folder.path / "model.json" if spec else config.student
+        run.finish(self.loop, described, [], next_command(config, following, data.image_size, self.alone))
 
 
 def with_own_options(config_class: type[DistillConfig], names: str) -> type[DistillConfig]:
@@ -144,7 +218,12 @@ def check_methods(config: DistillConfig) -> list[type[Method]]:
 
 
 def distillation(
-    config: DistillConfig, methods: list[type[Method]], student: Network, teachers: list[Network], data: ImageSet
+    config: DistillConfig,
+    methods: list[type[Method]],
+    student: Network,
+    teachers: list[Network],
+    data: ImageSet,
+    shared: SharedOutputs | None = None,
 ) -> Distillation:
     """The objective of a run between a student and its teachers."""
     anchors = read_anchors(config.teacher, teachers[0]) if any(method.anchors for method in methods) else []
@@ -153,7 +232,14 @@ def distillation(
     names = (config.student, teachers[0].info.name if teachers else "")
     built, weights = build_methods(methods, student, teachers, data.image_size, data.num_classes, labels, config, names)
     return Distillation(
-        student, teachers, built, weights, warmup_epochs=config.warmup_epochs, anchors=anchors, options=config
+        student,
+        teachers,
+        built,
+        weights,
+        warmup_epochs=config.warmup_epochs,
+        anchors=anchors,
+        shared=shared,
+        options=config,
     )
 
 

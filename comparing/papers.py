@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 import recipes
 from comparing import cost
 from comparing.plan import Comparison
-from comparing.planned import CONFIGS, ROOT, PlannedRun, plain
+from comparing.planned import CONFIGS, ROOT, PlannedRun
 from engine.recipe import read_recipe
+from engine.run_folder import plain
 from recipes import Row, Table, Teacher
 from reports.comparison import ALONE, PEERS
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import yaml
 
 from common import UserError, check_name
-from comparing.planned import CONFIGS, PlannedRun, plain
+from comparing.planned import CONFIGS, PlannedRun
 from engine.recipe import read_recipe
+from engine.run_folder import plain
 from losses.registry import find_methods
 from objectives.registry import TEACHERS
 from reports.comparison import ALONE, PEERS

@@ -14,6 +14,7 @@ from common import UserError
 from distill import DistillConfig
 from engine.command_line import parse
 from engine.config import NOT_COMPUTED, RunConfig
+from engine.run_folder import plain
 from losses.registry import find_methods
 from train_teacher import TeacherConfig
 
@@ -128,12 +129,6 @@ def flags(options: Mapping[str, object], prefix: str = "--") -> list[str]:
         elif value is not None:
             words += [f"{flag}=false"] if value is False else [flag, str(value)]
     return words
-
-
-def plain(name: str) -> str:
-    """A name in names of folders and files."""
-    kept = Path(name).stem if name.endswith((".json", ".yaml")) else name
-    return "".join(each if each.isalnum() or each in "._+=" else "_" for each in kept.replace(":", ""))
 
 
 @cache

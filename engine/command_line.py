@@ -285,14 +285,24 @@ def _given(argv: list[str]) -> dict[str, str]:
 
 def _settle_unread(config: ScriptOptions, typed: dict[str, str], recipes: dict[str, dict]) -> None:
     """Options that the run's method does not read: a flag is refused, a recipe's keeps its default and is named."""
-    optional = {each.name for parts in config.rows().values() for part in parts for each in fields(part)}
-    unread = optional - {each.name for part in config.chosen() for each in fields(part)}
+    unread = unread_options(config)
     if refused := [name for name in typed if name in unread]:
         flags = ", ".join(f"{typed[name]} (for {_few(_readers(type(config), name))})" for name in refused)
         raise UserError(f"{flags}: not read by --method {config.method}; leave {'them' if refused[1:] else 'it'} out")
     config.unread = tuple(dict.fromkeys(key for recipe in recipes.values() for key in recipe if key in unread))
+    set_to_defaults(config, config.unread)
+
+
+def unread_options(config: ScriptOptions) -> set[str]:
+    """The names of the options that only other methods than the run's read."""
+    optional = {each.name for parts in config.rows().values() for part in parts for each in fields(part)}
+    return optional - {each.name for part in config.chosen() for each in fields(part)}
+
+
+def set_to_defaults(config: ScriptOptions, names: Iterable[str]) -> None:
+    """Give some of the options their defaults."""
     for each in fields(config):
-        if each.name in config.unread:
+        if each.name in names:
             setattr(config, each.name, _default(each))
 
 

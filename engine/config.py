@@ -186,6 +186,7 @@ class RunConfig(DataOptions, TrainingOptions, PlaceOptions, ScriptOptions):
 # Where and whether a run is written, not what is computed: free to differ when a run is resumed.
 NOT_COMPUTED = {"output_dir", "overwrite", "resume_from_checkpoint", "with_tracking", "report_to"}
 NOT_COMPUTED |= {"checkpointing_epochs", "tracker_project_name", "run_name", "process_timeout"}
+NOT_COMPUTED |= {"students", "methods"}  # of distill.py: each of their runs is as if it were alone
 
 
 def union(classes: Iterable[type]) -> tuple[type, ...]:

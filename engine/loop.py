@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common import UserError, derive_seed
 from data.batch import Batch
+from data.loader import Loader
 from data.pipeline import Pipeline
 from data.splits import AnySplit, ImageSet
 from engine import replicas
@@ -110,6 +111,14 @@ class Loop:
             RunError: a loss that is not finite, or processes that fell out of step.
             Interrupted: Ctrl-C or SIGTERM, after the step under way has finished and was saved.
         """
+        self.start()
+        with StopSignals() as signals:
+            for _ in self.batches(signals):
+                pass
+        return self.progress
+
+    def start(self) -> None:
+        """What comes before the first batch of a run, or of the rest of one: see `run`."""
         self._resume()
         if self.accelerator.is_main_process:  # whatever may be wrong with the command has been found by now
             self.folder.lock()
@@ -120,18 +129,28 @@ class Loop:
         start = time.perf_counter()
         self.objective.before_training(self.train, self.accelerator, self.console)
         self.progress.seconds += time.perf_counter() - start
-        with StopSignals() as signals:
-            while self.progress.epoch < self.warmup + self.config.last_epoch:
-                self._epoch(signals)
+
+    def batches(self, signals: StopSignals, train: Loader | None = None) -> Iterator[None]:
+        """Train to the last epoch, after `start`, on batches of `train` if there are shared ones.
+
+        It pauses after every batch's step: time for other loops.
+        """
+        self.train = train or self.train
+        while self.progress.epoch < self.warmup + self.config.last_epoch:
+            yield from self._epoch(signals)
         self.objective.eval()
-        return self.progress
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """The epoch and the batch of it that come next."""
+        return self.progress.epoch, self.progress.batch
 
     def _resume(self) -> None:
         wanted = self.config.resume_from_checkpoint
         if wanted is None:
             return
         path = self.folder.last if wanted == "latest" else Path(wanted)
-        self._check_all_see(path)
+        replicas.check_all_see(path, self.accelerator)
         if wanted == "latest" and not path.is_file():
             self.console.print(f"no checkpoint in {self.folder.path} yet: starting from the beginning")
             return
@@ -149,24 +168,12 @@ class Loop:
         ended = self.progress.epoch == self.warmup + self.config.last_epoch
         self.console.print(f"resuming from {path} {'after its last epoch' if ended else where}")
 
-    def _check_all_see(self, path: Path) -> None:
-        """Raise UserError where only some processes find a checkpoint: machines that share no folder."""
-        if self.world == 1:
-            return
-        found = self.accelerator.gather(torch.tensor([path.is_file()], device=self.accelerator.device))
-        if found.any() and not found.all():
-            missing = ", ".join(map(str, (~found).nonzero().flatten().tolist()))
-            raise UserError(
-                f"--resume_from_checkpoint: process {missing} does not find '{path}', which others do; put "
-                "--output_dir where all machines see it"
-            )
-
     def _name(self, epoch: int) -> str:
         if epoch < self.warmup:
             return f"warm-up {epoch + 1}/{self.warmup}"
         return f"epoch {epoch - self.warmup + 1}/{self.config.last_epoch}"
 
-    def _epoch(self, signals: StopSignals) -> None:
+    def _epoch(self, signals: StopSignals) -> Iterator[None]:
         progress = self.progress
         epoch = progress.epoch - self.warmup
         self.objective.begin_epoch(epoch)
@@ -191,6 +198,9 @@ class Loop:
                     bar.set_postfix(self._read(totals))
                 if stop := self._asked_to_stop(signals):
                     break
+                totals.seconds += time.perf_counter() - start
+                yield
+                start = time.perf_counter()
         self._read(totals)
         totals.seconds += time.perf_counter() - start
         if stop and progress.batch < len(self.train):

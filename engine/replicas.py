@@ -1,9 +1,12 @@
 """The copies of an objective that the processes of a run hold: equal weights, statistics of their own."""
 
+from pathlib import Path
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from common import UserError
 from engine.checkpoint import state_tensors
 from engine.objective import Objective
 
@@ -58,6 +61,19 @@ def scatter_statistics(objective: Objective, accelerator: Accelerator, gathered:
     parts = gathered[accelerator.process_index].split([buffer.numel() for buffer in buffers])
     for buffer, part in zip(buffers, parts, strict=True):
         buffer.copy_(part.view_as(buffer))
+
+
+def check_all_see(checkpoint: Path, accelerator: Accelerator) -> None:
+    """Raise UserError where only some processes find a checkpoint: machines that share no folder."""
+    if accelerator.num_processes == 1:
+        return
+    found = accelerator.gather(torch.tensor([checkpoint.is_file()], device=accelerator.device))
+    if found.any() and not found.all():
+        missing = ", ".join(map(str, (~found).nonzero().flatten().tolist()))
+        raise UserError(
+            f"--resume_from_checkpoint: process {missing} does not find '{checkpoint}', which others do; put "
+            "--output_dir where all machines see it"
+        )
 
 
 def _floating(objective: Objective) -> list[Tensor]:

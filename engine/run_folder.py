@@ -163,6 +163,12 @@ def default_folder(method: str, model: str, dataset: str) -> str:
     return "runs/" + "-".join(name.replace(":", "") for name in names)
 
 
+def plain(name: str) -> str:
+    """A name in names of folders and files."""
+    kept = Path(name).stem if name.endswith((".json", ".yaml")) else name
+    return "".join(each if each.isalnum() or each in "._+=" else "_" for each in kept.replace(":", ""))
+
+
 def machine() -> dict:
     """Versions, device and git commit, for summaries and benchmark results."""
     cuda = torch.cuda.is_available()

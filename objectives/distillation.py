@@ -13,6 +13,7 @@ from losses.logits import KD, with_labels
 from losses.method import Method, MethodContext, Outputs
 from losses.self_supervised import rotate
 from objectives.own_methods import as_theirs, check_terms, check_weights
+from objectives.shared import SharedOutputs
 
 CACHE_BATCH = 500
 
@@ -32,6 +33,7 @@ class Distillation(Objective):
         warmup_epochs: of all methods that have a warm-up; None: those of each.
         anchors: state dicts that the first teacher takes one after the other, each for an equal share of the epochs.
         cache_logits: compute the teachers' logits once, before training, for every view of every image.
+        shared: where other students of these teachers find their outputs, and leave them.
         options: epochs, and lr, momentum and weight_decay of the warm-up.
     """
 
@@ -45,6 +47,7 @@ class Distillation(Objective):
         warmup_epochs: int | None = None,
         anchors: Sequence[dict[str, Tensor]] = (),
         cache_logits: bool = False,
+        shared: SharedOutputs | None = None,
         options: object = None,
     ):
         super().__init__()
@@ -69,16 +72,25 @@ class Distillation(Objective):
         self.epoch, self.anchors = 0, list(anchors)
         self.cache_logits = cache_logits
         self.cached_logits: Tensor | None = None  # [images, views, C]
+        self.shared = shared
         self.phases = self._warmup_phase()
         for method in methods:  # before DDP looks at which parameters train with the student
             for module in method.warmup_only():
                 module.requires_grad_(False)
 
     def before_training(self, loader, accelerator, console) -> None:
-        if self.cache_logits:
-            self.cached_logits = cache_teacher_logits(
-                lambda images: self._teacher_outputs(images).logits, loader, accelerator, console, self.options.compile
+        if not self.cache_logits:
+            return
+        shared = self.shared or SharedOutputs()
+        if shared.cached_logits is None:
+            shared.cached_logits = cache_teacher_logits(
+                lambda images: self._evaluate_teachers(images).logits,
+                loader,
+                accelerator,
+                console,
+                self.options.compile,
             )
+        self.cached_logits = shared.cached_logits
 
     def cannot_cache(self, views: int | None) -> str | None:
         """Why the teachers' logits cannot be computed once for each of the `views` that there are of an image."""
@@ -123,7 +135,7 @@ class Distillation(Objective):
             return self._warm_up(images, batch)
         student = outputs_of(self.student, images, self.student_features)
         if self.cached_logits is None:
-            teacher = self._teacher_outputs(images)
+            teacher = self._teacher_outputs(images, batch)
         else:
             teacher = Outputs(self.cached_logits[batch.indices, batch.views])
         batch, terms = batch._replace(epoch=self.epoch), {}
@@ -134,7 +146,7 @@ class Distillation(Objective):
         return terms
 
     def _warm_up(self, images: Tensor, batch: Batch) -> dict[str, Tensor]:
-        teacher, student, terms = self._teacher_outputs(images), None, {}
+        teacher, student, terms = self._teacher_outputs(images, batch), None, {}
         for method, length in zip(self.methods, self.lengths, strict=True):
             if self.epoch < -length or not length:
                 continue
@@ -197,11 +209,18 @@ class Distillation(Objective):
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
-    # no_grad and not inference_mode: inference tensors cannot be saved for the loss's backward pass.
-    @torch.no_grad()
-    def _teacher_outputs(self, images: Tensor) -> Outputs | None:
+    def _teacher_outputs(self, images: Tensor, batch: Batch) -> Outputs | None:
+        """The teachers' outputs for a batch's images, or for their rotations."""
         if not self.frozen:
             return None
+        if self.shared is None:
+            return self._evaluate_teachers(images)
+        kind = (self.teacher_features, self.rotations)
+        return self.shared.get(batch.images, kind, lambda: self._evaluate_teachers(images))
+
+    # no_grad and not inference_mode: inference tensors cannot be saved for the loss's backward pass.
+    @torch.no_grad()
+    def _evaluate_teachers(self, images: Tensor) -> Outputs:
         outputs = [outputs_of(teacher, images, self.teacher_features) for teacher in self.frozen]
         if len(outputs) > 1:
             outputs[0].logits = torch.stack([each.logits.float() for each in outputs]).mean(0)

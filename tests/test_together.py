@@ -1,0 +1,184 @@
+"""Several students in one run: each as if it were alone, from one evaluation of the teacher a batch."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from data.datasets import load_images
+from distill import DistillConfig
+from engine.console import Console
+from engine.distributed import Interrupted
+from engine.loop import Loop
+from engine.run_folder import RunFolder
+from engine.together import run_together
+from losses.method import Outputs
+from losses.registry import find_methods
+from models import create_model
+from objectives.distillation import Distillation, build_methods
+from objectives.shared import SharedOutputs
+from tests.runs import TINY_GTN, forked, forked_two, succeeded
+
+SMALL = ["--image_size", "8", "--batch_size", "128", "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("together") / "t"
+    succeeded(forked("train_teacher.py", *TINY_GTN, "--output_dir", folder))
+    return folder
+
+
+def outcome(folder):
+    """Weights and the record of every epoch, but for times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+    return (folder / "model.safetensors").read_bytes(), kept, (folder / "model.json").read_text()
+
+
+def test_each_student_is_as_if_it_were_alone(teacher, tmp_path):
+    """Methods on logits, on features and with a warm-up, which differ in what they need of the teacher."""
+    options = ["--teacher", teacher, *SMALL, "--warmup_epochs", "1"]
+    students, methods = ["resnet8", "pool:1"], ["at+kd", "ft"]
+    succeeded(
+        forked("distill.py", *options, "--students", *students, "--methods", *methods, "--output_dir", tmp_path / "all")
+    )
+    assert sorted(os.listdir(tmp_path / "all")) == ["pool1-at+kd", "pool1-ft", "resnet8-at+kd", "resnet8-ft"]
+    for student, method in zip(students, methods, strict=True):
+        one = ["--student", student, "--method", method, "--output_dir", tmp_path / "one"]
+        extra = [] if method == "ft" else ["--overwrite"]
+        given = [option for option in options if method == "ft" or option not in ("--warmup_epochs", "1")]
+        succeeded(forked("distill.py", *given, *one, *extra))
+        together = tmp_path / "all" / f"{student.replace(':', '')}-{method}"
+        assert outcome(tmp_path / "one") == outcome(together)
+        shutil.rmtree(tmp_path / "one")
+
+
+def test_two_processes_and_a_cached_teacher(teacher, tmp_path):
+    """One table of logits for all students; the processes take the same turns."""
+    options = ["--teacher", teacher, *SMALL, "--crop_padding", "0", "--cache_teacher"]
+    succeeded(forked_two("distill.py", *options, "--students", "resnet8", "pool:1", "--output_dir", tmp_path / "all"))
+    succeeded(forked_two("distill.py", *options, "--student", "pool:1", "--output_dir", tmp_path / "one"))
+    assert outcome(tmp_path / "one") == outcome(tmp_path / "all/pool1")
+
+
+def test_stopped_and_killed_students_go_on_as_one(teacher, tmp_path):
+    command = ["distill.py", "--teacher", teacher, *SMALL, "--students", "resnet8", "pool:1", "--output_dir"]
+    succeeded(forked(*command, tmp_path / "whole"))
+    stopped = forked("tests/signalled.py", int(signal.SIGTERM), 14, *command, tmp_path / "cut")
+    assert stopped.returncode == 128 + signal.SIGTERM and stopped.stderr.count("\n") == 1
+    shutil.rmtree(tmp_path / "cut/pool1")  # as if killed between the writing of the two: one begins again
+    succeeded(forked(*command, tmp_path / "cut", "--resume_from_checkpoint", "latest"))
+    for name in ("resnet8", "pool1"):
+        assert outcome(tmp_path / "cut" / name) == outcome(tmp_path / "whole" / name)
+
+
+class Counting(nn.Module):
+    """Counts the images that its network sees."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.images = network, 0
+
+    def forward(self, images, **options):
+        self.images += len(images)
+        return self.network(images, **options)
+
+    @property
+    def fc(self):
+        return self.network.fc
+
+
+class Failing(Distillation):
+    """Diverges in the ninth iteration."""
+
+    def forward(self, batch, iteration):
+        return {name: term * (torch.nan if iteration == 8 else 1.0) for name, term in super().forward(batch, 0).items()}
+
+
+def loops(folder, kinds, **options):
+    data = load_images("digits", 8)
+    config = DistillConfig(method="at+kd", image_size=8, batch_size=128, epochs=2, dataset="digits", **options)
+    teacher, shared, made = Counting(create_model("resnet8", 10)), SharedOutputs(), {}
+    for name, kind in kinds.items():
+        torch.manual_seed(0)
+        student = create_model("resnet8", 10)
+        built, weights = build_methods(find_methods("at+kd"), student, [teacher], 8, 10, None, config)
+        objective = kind(student, [teacher], built, weights, shared=shared, options=config)
+        made[name] = Loop(objective, data, config, Accelerator(), RunFolder(folder / name), Console(False))
+    teacher.images = 0
+    return made, teacher, shared
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_teacher_sees_a_batch_once(tmp_path, parts):
+    made, teacher, shared = loops(
+        tmp_path, {"a": Distillation, "b": Distillation, "c": Distillation}, gradient_accumulation_steps=parts
+    )
+    assert run_together(made, shared.next_batch) == {}
+    assert teacher.images == 2 * len(made["a"].train.loader.split)
+    weights = [[*loop.objective.student.state_dict().values()] for loop in made.values()]
+    assert all(torch.equal(one, other) for one, other in zip(weights[0], weights[2], strict=True))
+
+
+def test_a_student_that_diverges_stops_alone(tmp_path):
+    made, _, shared = loops(tmp_path, {"a": Failing, "b": Distillation})
+    failed = run_together(made, shared.next_batch)
+    assert list(failed) == ["a"] and "became nan in iteration 8" in str(failed["a"])
+    assert made["b"].progress.epoch == 2 and made["b"].folder.last.is_file()
+
+
+def test_all_are_saved_when_one_signal_stops_them(tmp_path):
+    made, _, shared = loops(tmp_path, {"a": Distillation, "b": Distillation})
+    step = made["b"].step
+
+    def signalled(batch, totals):
+        if made["b"].progress.iteration == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(batch, totals)
+
+    made["b"].step = signalled
+    with pytest.raises(Interrupted, match="all are saved"):
+        run_together(made, shared.next_batch)
+    assert abs(made["a"].progress.batch - made["b"].progress.batch) <= 1
+    assert all(loop.folder.last.is_file() for loop in made.values())
+
+
+def test_outputs_are_shared_within_a_batch_alone():
+    shared, images, made = SharedOutputs(), torch.zeros(4, 3, 2, 2), []
+
+    def compute():
+        made.append(Outputs(torch.zeros(4, 2)))
+        return made[-1]
+
+    assert shared.get(images, "a", compute) is shared.get(images.view_as(images), "a", compute)
+    shared.get(images[:2], "a", compute)  # a part, of the same place in memory
+    shared.get(images, "b", compute)
+    assert len(made) == 3
+    shared.next_batch()
+    shared.get(images, "a", compute)
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--students", "resnet8", "resnet8"], "--students resnet8: there are two for the folder"),
+        (["--students", "resnet8", "--student", "pool:1"], "--student pool:1: cannot be combined with --students"),
+        (["--methods", "kd", "--method", "at"], "--method at: cannot be combined with --methods"),
+        (["--methods", "kd", "rco"], "--methods rco: goes with no other"),
+        (["--methods", "kd", "--dkd_beta", "2"], "not read by --method kd"),
+        (["--students", "a.json", "--resume_from_checkpoint", "x"], "it can only be 'latest'"),
+    ],
+)
+def test_what_cannot_be_trained_together(teacher, arguments, line, tmp_path):
+    from tests.runs import here
+
+    ended = here("distill.py", "--teacher", teacher, *arguments, "--output_dir", tmp_path / "x")
+    assert ended.returncode == 2 and line in ended.stderr and ended.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
