@@ -87,6 +87,13 @@ STUDENT_MISTAKES = {
 }
 
 
+def test_a_wrong_spec_is_named_with_its_flag(tmp_path):
+    (tmp_path / "s.json").write_text('{"layers": [1]}')
+    for script, flags in (("distill.py", ["none", "--student"]), ("train_teacher.py", ["sftn", "--student"])):
+        words = (f"--student {tmp_path}/s.json: spec: ",)
+        refused(script, "--method", *flags, tmp_path / "s.json", "--output_dir", tmp_path / "r", words=words)
+
+
 @pytest.mark.parametrize("case", STUDENT_MISTAKES)
 def test_mistakes_in_distilling(case, run, tmp_path):
     arguments, words = STUDENT_MISTAKES[case]

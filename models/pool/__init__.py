@@ -393,5 +393,8 @@ def read_spec(path: Path, argument: str = "model") -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{argument} {path}: cannot read the spec file ({error})") from None
     spec = spec.get("spec", spec) if isinstance(spec, dict) else spec
-    check_spec(spec)
+    try:
+        check_spec(spec)
+    except UserError as error:
+        raise UserError(f"{argument} {path}: {error}") from None
     return spec
