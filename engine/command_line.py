@@ -329,8 +329,8 @@ def _in_words(error: Exception) -> str:
     simple = re.search(rf'Parser key "([^"]+)": Expected an? (.+?)\. {value}', message)
     union = re.search(rf'Parser key "([^"]+)": Does not validate .*?Subtypes: \[(.+?)\] .*{value}', message)
     match = simple or union
-    if not match:
-        return message
+    if not match:  # what Python says of a number of 5000 digits ends with advice to programmers
+        return re.sub(r'^Parser key "([^"]+)":', r"--\1:", message).partition("; use sys.")[0]
     name, wanted, got = match.groups()
     if simple and union:  # a field of an optional nested dataclass
         name = f"{union[1]}.{name}"

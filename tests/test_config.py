@@ -70,6 +70,7 @@ def test_a_students_pool_is_optional_and_can_be_given_in_parts():
         (["--pool.widht", "1"], "did you mean --pool.widths?"),
         (["--lr", "fast"], "--lr fast: expected float"),
         (["--lr", ""], "--lr '': expected float"),
+        (["--epochs", "9" * 5000], "--epochs: Exceeds the limit (4300 digits)"),
         (["--method", "gtn", "--pool", "8"], "--pool: takes no value itself; give its parts: --pool.candidates, "),
         (["--epochs", "1.5"], "--epochs 1.5: expected int"),
         (["--lr_schedule", "linear"], "--lr_schedule linear: expected one of"),
@@ -92,6 +93,7 @@ def test_mistakes_are_one_line_that_names_them(argv, message):
     with pytest.raises(UserError) as error:
         teacher(*argv)
     assert message in str(error.value) and "\n" not in str(error.value)
+    assert "Parser key" not in str(error.value) and "sys." not in str(error.value)
 
 
 @pytest.mark.parametrize(
