@@ -80,12 +80,11 @@ class Pool:
                 f"pool.widths and pool.strides must have the same length, at least 3; "
                 f"got {self.widths} and {self.strides}"
             )
-        if not set(self.strides) <= {1, 2} or not all(
-            1 <= n <= LIMITS["out"] for n in (self.stem, self.head, *self.widths)
-        ):
-            raise UserError(
-                f"pool.stem, pool.head and pool.widths must be from 1 to {LIMITS['out']}, and pool.strides 1 or 2"
-            )
+        for name, sizes in (("stem", [self.stem]), ("head", [self.head]), ("widths", self.widths)):
+            if not 1 <= min(sizes) <= max(sizes) <= LIMITS["out"]:
+                raise UserError(f"pool.{name} {sizes}: must be from 1 to {LIMITS['out']}")
+        if not set(self.strides) <= {1, 2}:
+            raise UserError(f"pool.strides {self.strides}: must be 1 or 2")
         if self.partition and (sum(self.partition) != layers or len(self.partition) < 2 or min(self.partition) < 0):
             raise UserError(f"pool.partition {self.partition} must have 2 or more parts that sum to {layers}")
         if self.stem_stride is not None and not power_of_2(self.stem_stride):
