@@ -298,12 +298,14 @@ def _load_hub(name: str, data_dir: str | None, cache_dir: str | None, offline: b
 
 
 def _datasets():
-    """The library, which shows its bars on a terminal only, and warns of nothing that is not an error here."""
+    """The library, which shows its bars and retries on a terminal only, and warns of nothing that is no error here."""
     import datasets
+    import huggingface_hub
 
     datasets.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+        huggingface_hub.logging.set_verbosity_error()
     return datasets
 
 

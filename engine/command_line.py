@@ -202,10 +202,25 @@ def _check_names(argv: list[str], recipes: dict[str, dict], known: set[str]) -> 
         flag = argument.split("=")[0]
         if flag.startswith("--") and flag not in known:
             raise UserError(f"unknown option {flag}{_nearest(flag, known)}")
+        if parts := _parts(flag, known):
+            raise UserError(f"{flag}: takes no value itself; give its parts: {', '.join(parts)}")
     for path, recipe in recipes.items():
-        for key in recipe:
+        for key, value in recipe.items():
             if f"--{key}" not in known or key.startswith(("help", "config", "list_")):
                 raise UserError(f"--config {path}: unknown key '{key}'{_nearest(f'--{key}', known)}")
+            if value is None or not (parts := _parts(f"--{key}", known)):
+                continue
+            if not isinstance(value, dict):
+                names = ", ".join(part.rpartition(".")[2] for part in parts)
+                raise UserError(f"--config {path}: '{key}' cannot be {value!r}; it is a mapping of any of {names}")
+            for part in value:
+                if (flag := f"--{key}.{part}") not in parts:
+                    raise UserError(f"--config {path}: unknown key '{key}.{part}'{_nearest(flag, known)}")
+
+
+def _parts(flag: str, known: set[str]) -> list[str]:
+    """The flags of the dataclass that an option is; none for any other option."""
+    return sorted(name for name in known if name.startswith(f"{flag}.") and not name.endswith("+"))
 
 
 def _nearest(flag: str, known: set[str]) -> str:
@@ -253,8 +268,8 @@ def _instance(
     namespace, kinds = Namespace(), dict(_field_types(config_class))
     try:
         for path, recipe in recipes.items():
-            for key, value in recipe.items():
-                if value is None and type(None) not in get_args(kinds[key]):
+            for key, value in _flat(recipe):
+                if value is None and key in kinds and type(None) not in get_args(kinds[key]):
                     raise UserError(f"--config {path}: '{key}' has no value; give it one, or leave the line out")
             recipe = {key: value for key, value in recipe.items() if value is not None}
             given = given | {key.partition(".")[0] for key in recipe}
@@ -269,6 +284,13 @@ def _instance(
         elif value == "" or (isinstance(value, list) and "" in value):
             raise UserError(f"--{each.name} '': is empty; give a value, or leave the option out")
     return config_class(**{each.name: values[each.name] for each in fields(config_class)})
+
+
+def _flat(recipe: dict) -> Iterable[tuple[str, object]]:
+    """The keys and values of a recipe; those of a mapping as `key.part`."""
+    for key, value in recipe.items():
+        yield key, value
+        yield from ((f"{key}.{part}", each) for part, each in value.items()) if isinstance(value, dict) else ()
 
 
 def _given(argv: list[str]) -> dict[str, str]:
@@ -313,14 +335,14 @@ def _few(names: list[str], most: int = 6) -> str:
 def _in_words(error: Exception) -> str:
     """jsonargparse's account of a wrong value as one line: --name value: expected type."""
     message = re.sub(r"\s+", " ", str(error)).strip()
-    value = r"(?:Got|Given) value: (.*?)(?: - Expected a .*)?$"
+    value = r"(?:Got|Given) value: ?(.*?)(?: - Expected a .*)?$"
     simple = re.search(rf'Parser key "([^"]+)": Expected an? (.+?)\. {value}', message)
     union = re.search(rf'Parser key "([^"]+)": Does not validate .*?Subtypes: \[(.+?)\] .*{value}', message)
     match = simple or union
-    if not match:
-        return message
+    if not match:  # what Python says of a number of 5000 digits ends with advice to programmers
+        return re.sub(r'^Parser key "([^"]+)":', r"--\1:", message).partition("; use sys.")[0]
     name, wanted, got = match.groups()
     if simple and union:  # a field of an optional nested dataclass
         name = f"{union[1]}.{name}"
     wanted = re.sub(r"<class '(\w+)'>", r"\1", wanted).replace("NoneType", "null").replace("typing.Literal", "one of ")
-    return f"--{name} {got}: expected {wanted}"
+    return f"--{name} {got or repr(got)}: expected {wanted}"

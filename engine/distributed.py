@@ -108,14 +108,20 @@ def lost_processes() -> str | None:
 
 
 def lost_connection(error: Exception) -> str | None:
-    """What to say where a collective operation failed and the run has other machines, whose processes are not seen."""
+    """What to say where a collective operation failed and no process is seen to be gone.
+
+    It may be on another machine, be stopped, or be ending still, with its connections down already.
+    """
     words = one_line(error)
     broken = re.search(r"connection (closed|reset|refused)|timed out|NCCL|broken pipe", words, re.IGNORECASE)
-    if not broken or all(each.machine == _machine() for each in _processes):
+    if not broken or len(_processes) < 2:
         return None
+    elsewhere = any(each.machine != _machine() for each in _processes)
+    where, again = (" on another machine", " on all machines") if elsewhere else ("", "")
+    patience = ", within --process_timeout" if broken[0].lower() == "timed out" else ""
     return (
-        f"a process on another machine has ended or cannot be reached ({broken[0]}); the last checkpoint is whole. "
-        "Start the same command again on all machines with --resume_from_checkpoint latest"
+        f"a process{where} has ended or cannot be reached ({broken[0]}{patience}); the last checkpoint is whole. "
+        f"Start the same command again{again} with --resume_from_checkpoint latest"
     )
 
 

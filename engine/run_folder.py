@@ -66,9 +66,13 @@ class RunFolder:
 
     def _check(self) -> None:
         path = self.path
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--output_dir {path}: is a file")
-        if not path.is_dir() or all(name == LOCK or _is_temporary(name) for name in os.listdir(path)):
+        try:
+            names = os.listdir(path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(f"--output_dir {path}: cannot be used as a folder ({error.strerror})") from None
+        if all(name == LOCK or _is_temporary(name) for name in names):
             return
         if not _is_run(path):
             raise UserError(f"--output_dir {path}: holds files that are no run's; choose another folder")

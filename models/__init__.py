@@ -18,7 +18,8 @@ from models.imagenet import CUTS, ImageNetFeatures, ImageNetResNet
 from models.imagenet import RESNETS as IMAGENET_RESNETS
 from models.mobilenet import MobileNetV2
 from models.network import Network, cost
-from models.pool import NAS_STUDENTS, Pool, PoolNet, read_spec
+from models.pool import NAS_STUDENTS, Pool, PoolNet
+from models.pool.specs import read_spec
 from models.resnet import ResNet
 from models.shufflenet import ShuffleNetV1, ShuffleNetV2
 from models.timm_models import TimmNetwork

@@ -69,6 +69,9 @@ def test_a_students_pool_is_optional_and_can_be_given_in_parts():
         (["--lrr", "1"], "unknown option --lrr; did you mean --lr?"),
         (["--pool.widht", "1"], "did you mean --pool.widths?"),
         (["--lr", "fast"], "--lr fast: expected float"),
+        (["--lr", ""], "--lr '': expected float"),
+        (["--epochs", "9" * 5000], "--epochs: Exceeds the limit (4300 digits)"),
+        (["--method", "gtn", "--pool", "8"], "--pool: takes no value itself; give its parts: --pool.candidates, "),
         (["--epochs", "1.5"], "--epochs 1.5: expected int"),
         (["--lr_schedule", "linear"], "--lr_schedule linear: expected one of"),
         (["--image_size", "big"], "--image_size big: expected int"),
@@ -90,6 +93,7 @@ def test_mistakes_are_one_line_that_names_them(argv, message):
     with pytest.raises(UserError) as error:
         teacher(*argv)
     assert message in str(error.value) and "\n" not in str(error.value)
+    assert "Parser key" not in str(error.value) and "sys." not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +118,11 @@ def test_recipes_with_mistakes_are_refused(tmp_path, content, message):
     [
         ("lr: fast", "--lr fast: expected float"),
         ("pool: {stem: big}", "--pool.stem big: expected int"),
-        ("pool: {widht: [1]}", "'widht'"),
+        ("pool: {widht: [1]}", "unknown key 'pool.widht'; did you mean --pool.widths?"),
+        ("pool: {stem: }", "'pool.stem' has no value"),
+        ("lr: {a: }", "--lr {'a': None}: expected float"),
+        ("pool: [1]", "recipe.yaml: 'pool' cannot be [1]; it is a mapping of any of candidates, head, "),
+        ("pool: runs/t", "'pool' cannot be 'runs/t'"),
     ],
 )
 def test_recipes_with_wrong_values_are_refused_by_option(tmp_path, content, message):

@@ -290,6 +290,16 @@ def test_a_broken_layer_is_named(place, change):
         check_spec(broken(lambda spec: spec["layers"][place].update(change)))
 
 
+@pytest.mark.parametrize("change", [{"out": 10**9}, {"kernel": 10**9 + 1}, {"depth": 10**9}])
+def test_sizes_that_nobody_means_are_refused_before_anything_is_made(change):
+    with pytest.raises(UserError, match=r"spec: layer 2 has .* from 1 to "):
+        check_spec(broken(lambda spec: spec["layers"][2].update(change)))
+    wide = {"candidates": ["res3x1000000000"]} if "depth" in change else {"candidates": ["res9999x2"]}
+    for pool in ({"widths": [10**9, 1, 1], "strides": [1, 1, 1]}, {"stem": 10**9}, {"stem_stride": 2**30}, wide):
+        with pytest.raises(UserError, match=f"pool.*{next(iter(pool))}"):
+            Pool(**pool).check()
+
+
 @pytest.mark.parametrize(("place", "change"), [(-2, {"in": 7}), (-1, {"in": 7}), (-2, {"out": 7})])
 def test_a_head_that_does_not_fit_is_refused(place, change):
     with pytest.raises(UserError, match="last conv and the linear"):

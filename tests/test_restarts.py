@@ -156,11 +156,15 @@ def test_a_process_that_does_not_see_the_checkpoint_is_named(whole, tmp_path):
     assert done.returncode == 2 and "process 1 does not find" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_connection_to_another_machine_that_breaks_is_said(monkeypatch):
+def test_a_connection_that_breaks_is_said_though_no_process_is_seen_to_be_gone(monkeypatch):
     error = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:9")
     own = distributed.Process(0, distributed._machine(), os.getpid())
     monkeypatch.setattr(distributed, "_processes", [own])
     assert distributed.lost_connection(error) is None
     monkeypatch.setattr(distributed, "_processes", [own, distributed.Process(1, 5, 1)])
     assert "on another machine has ended or cannot be reached (Connection closed)" in distributed.lost_connection(error)
+    monkeypatch.setattr(distributed, "_processes", [own, own])
+    assert "a process has ended or cannot be reached (Connection closed)" in distributed.lost_connection(error)
+    late = RuntimeError("[unbound_buffer.cc:84] Timed out waiting 8000ms for recv operation to complete")
+    assert "(Timed out, within --process_timeout)" in distributed.lost_connection(late)
     assert distributed.lost_connection(RuntimeError("shapes cannot be multiplied")) is None

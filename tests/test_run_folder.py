@@ -19,6 +19,14 @@ from tests.runs import TINY, here, read_rows, succeeded
 CONFIG = {"method": "kd", "dataset": "digits", "seed": 0, "epochs": 1, "output_dir": "r", "checkpointing_epochs": 1}
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a/" + "x" * 300, "file", "file/r", "loop"])
+def test_a_folder_that_cannot_be_is_refused_by_its_flag(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    done = here("train_teacher.py", *TINY, "--output_dir", tmp_path / name)
+    assert done.returncode == 2 and f"--output_dir {tmp_path / name}: cannot be " in done.stderr
+
+
 def finished(folder: Path) -> Path:
     """A folder as a finished run leaves it."""
     (folder / "checkpoints").mkdir(parents=True)

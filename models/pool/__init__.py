@@ -8,18 +8,16 @@ would hold all three: nas_s has no layer of 512 channels, nas_l has ten layers b
 students have 1.7 (nas_s) to 19 (nas_l) million parameters, more than the paper's ResNet-32 teacher (0.47).
 """
 
-import json
 import re
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from common import UserError, check_name, derive_seed, read_text
+from common import UserError, check_name, derive_seed
 from models.network import (
     Network,
     conv_bn,
@@ -29,9 +27,10 @@ from models.network import (
     split_last_relu,
 )
 from models.pool.sizes import draw_by_size
+from models.pool.specs import LIMITS, check_spec, power_of_2
 from models.resnet import chain
 
-RES = re.compile(r"res([1-9]\d*)x([1-9]\d*)")
+RES = re.compile(r"res([1-9]\d{0,3})x([1-9]\d{0,3})")
 LARGEST_MAP = 64  # side of the map that the first reconfigurable layer takes at most, where stem_stride is not given
 
 
@@ -81,12 +80,17 @@ class Pool:
                 f"pool.widths and pool.strides must have the same length, at least 3; "
                 f"got {self.widths} and {self.strides}"
             )
-        if min(self.stem, self.head, *self.widths) < 1 or not set(self.strides) <= {1, 2}:
-            raise UserError("pool.stem, pool.head and pool.widths must be at least 1, and pool.strides 1 or 2")
+        for name, sizes in (("stem", [self.stem]), ("head", [self.head]), ("widths", self.widths)):
+            if not 1 <= min(sizes) <= max(sizes) <= LIMITS["out"]:
+                raise UserError(f"pool.{name} {sizes}: must be from 1 to {LIMITS['out']}")
+        if not set(self.strides) <= {1, 2}:
+            raise UserError(f"pool.strides {self.strides}: must be 1 or 2")
         if self.partition and (sum(self.partition) != layers or len(self.partition) < 2 or min(self.partition) < 0):
             raise UserError(f"pool.partition {self.partition} must have 2 or more parts that sum to {layers}")
-        if self.stem_stride is not None and not _power_of_2(self.stem_stride):
-            raise UserError(f"pool.stem_stride {self.stem_stride!r}: must be a power of 2: 1, 2, 4, ...")
+        if self.stem_stride is not None and not power_of_2(self.stem_stride):
+            raise UserError(
+                f"pool.stem_stride {self.stem_stride!r}: must be a power of 2: 1, 2, 4, ..., {LIMITS['stride']}"
+            )
         check_name("pool.sampling", self.sampling, ["choices", "sizes"])
         check_name("pool.identity", self.identity, ["added", "plain"])
         self._check_candidates("candidates", self.candidates)
@@ -106,6 +110,9 @@ class Pool:
                 check_name(f"pool.{where}", name, ["res3x2", "res5x4", "identity", "zero"])
             elif int(match[1]) % 2 == 0 or int(match[2]) % 2:
                 raise UserError(f"pool.{where}: '{name}' needs an odd kernel and an even depth")
+            elif int(match[1]) > LIMITS["kernel"] or int(match[2]) > LIMITS["depth"]:
+                most = f"kernels go up to {LIMITS['kernel']}, depths up to {LIMITS['depth']}"
+                raise UserError(f"pool.{where}: '{name}' would fill any memory: {most}")
         if len(set(names)) < len(names):
             raise UserError(f"pool.{where}: must hold nothing twice")
 
@@ -330,68 +337,3 @@ class PoolNet(Network):
             here, pieces = pieces[:size], pieces[size:]
             stages.append(nn.Sequential(*([self.stem] if block == 0 else []), *here))
         self.set_stages(stages, self.head)
-
-
-def check_spec(spec: dict) -> None:
-    """Raise UserError, naming the layer, unless `spec` describes a network that can be built."""
-    try:
-        stem, *layers, head, linear = spec["layers"]
-        for index, layer in enumerate(spec["layers"]):
-            _check_numbers(index, layer)
-        if stem["type"] != "conv" or head["type"] != "conv" or linear["type"] != "linear" or not layers:
-            raise UserError("spec: layers must be a conv, the reconfigurable layers, a conv and a linear")
-        if (stem["in"], stem["kernel"]) != (3, 3) or not _power_of_2(stem["stride"]):
-            raise UserError("spec: the first conv takes 3 channels with kernel 3 and a stride of 1, 2, 4, ...")
-        if (head["kernel"], head["stride"]) != (1, 1):
-            raise UserError("spec: the last conv has kernel 1 and stride 1")
-        channels = stem["out"]
-        for index, layer in enumerate(layers, start=1):
-            where = f"spec: layer {index} ({layer['type']})"
-            check_name(f"{where}: type", layer["type"], ["res", "identity", "zero"])
-            if layer["in"] != channels or layer["stride"] not in (1, 2) or layer["out"] < 1:
-                raise UserError(f"{where} must take {channels} channels, with stride 1 or 2")
-            same = layer["stride"] == 1 and layer["in"] == layer["out"]
-            if (layer["shortcut"] and not same) or (layer["type"] == "zero" and not layer["shortcut"]):
-                raise UserError(f"{where}: a shortcut needs an unchanged shape, and zero needs a shortcut")
-            if layer["type"] == "res" and (layer["kernel"] % 2 == 0 or layer["depth"] % 2 or layer["depth"] < 2):
-                raise UserError(f"{where} needs an odd kernel and an even depth")
-            channels = layer["out"]
-        if head["in"] != channels or linear["in"] != head["out"]:
-            raise UserError("spec: the channels of the last conv and the linear layer do not fit")
-        if (
-            any(type(size) is not int for size in spec["blocks"])
-            or sum(spec["blocks"]) != len(layers)
-            or len(spec["blocks"]) < 2
-            or min(spec["blocks"]) < 0
-        ):
-            raise UserError(f"spec: blocks {spec['blocks']} must sum to {len(layers)} layers")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"spec: not a student's spec ({type(error).__name__}: {error})") from None
-
-
-def _power_of_2(number: object) -> bool:
-    return type(number) is int and number > 0 and number.bit_count() == 1
-
-
-def _check_numbers(index: int, layer: dict) -> None:
-    for key in ("in", "out", "kernel", "stride", "depth"):
-        if key in layer and (type(layer[key]) is not int or layer[key] < 1):
-            raise UserError(f"spec: layer {index} has {key} {layer[key]!r}; it must be a whole number of at least 1")
-    if type(layer.get("shortcut", False)) is not bool:
-        raise UserError(f"spec: layer {index} has shortcut {layer['shortcut']!r}; it must be true or false")
-
-
-def read_spec(path: Path, argument: str = "model") -> dict:
-    """A spec from a JSON file: a spec itself, or a trained student's model.json, which holds one.
-
-    Raises UserError when the file is missing or holds no spec.
-    """
-    try:
-        spec = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{argument} {path}: cannot read the spec file ({error})") from None
-    spec = spec.get("spec", spec) if isinstance(spec, dict) else spec
-    check_spec(spec)
-    return spec

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.torture.report import Failure
 CHILD = "tests/torture/child.py"
 PATIENCE = 300  # seconds of idleness, or of computing, until a run counts as hung
 SHARED = 4  # cases of the same run: it has to be measured once undisturbed
+RAW = re.compile(r"Parser key|functools|<class |<function | object at 0x|\[Errno ")  # words of Python or of a library
 FAREWELL = 90  # seconds of idleness for the others to end after a process has failed
 SIZE = ["--image_size", "8", "--train_fraction", "0.1", "--batch_size", "48"]  # 3 batches an epoch
 SHORT = [*SIZE, "--epochs", "2"]
@@ -64,7 +66,7 @@ class Result:
             if code == -6 or "Traceback (most recent call last)" in words:
                 raise Failure("tracebacks", words[-3000:])
             lines = words.strip().splitlines()
-            if code > 0 and any(not line.startswith(f"{Path(script).name}: ") for line in lines):
+            if code > 0 and any(not line.startswith(f"{Path(script).name}: ") or RAW.search(line) for line in lines):
                 raise Failure("untidy", f"exit code {code}\n{words[-3000:]}")
         if self.code in (1, 2) and not any(words.strip() for words in self.stderrs):
             raise Failure("untidy", f"exit codes {self.codes} without a word")
