@@ -81,7 +81,7 @@ class Distillation(Objective):
     def before_training(self, loader, accelerator, console) -> None:
         if not self.cache_logits:
             return
-        shared = self.shared or SharedOutputs()
+        shared = SharedOutputs() if self.shared is None else self.shared
         if shared.cached_logits is None:
             shared.cached_logits = cache_teacher_logits(
                 lambda images: self._evaluate_teachers(images).logits,

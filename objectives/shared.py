@@ -27,6 +27,10 @@ class SharedOutputs:
             self._of_batch[place] = images, compute()
         return self._of_batch[place][1]
 
+    def __len__(self) -> int:
+        """How many outputs are kept."""
+        return len(self._of_batch)
+
     def next_batch(self) -> None:
         """Forget the outputs of the batch before."""
         self._of_batch.clear()

@@ -315,6 +315,8 @@ ELSEWHERE = {  # option: the test that follows it, as here it would need more th
     "compile": "test_compiled.py: regions are compiled",
     "cuda_graph": "test_loop.py: needs a GPU, else is refused",
     "kernels": "test_kd.py: the choice of implementation says what it did",
+    "students": "test_together.py: each student is as if it were alone",
+    "methods": "test_together.py: the same",
     "pretrained": "test_weights.py: published weights come from torch's cache",
     "vanilla_run": "test_scripts.py: a teacher behind the vanilla one is reported",
     "with_tracking": "test_options.py: tensorboard gets the project and the options",

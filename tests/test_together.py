@@ -22,7 +22,7 @@ from losses.registry import find_methods
 from models import create_model
 from objectives.distillation import Distillation, build_methods
 from objectives.shared import SharedOutputs
-from tests.runs import TINY_GTN, forked, forked_two, succeeded
+from tests.runs import TINY_GTN, forked, forked_two, here, succeeded
 
 SMALL = ["--image_size", "8", "--batch_size", "128", "--epochs", "2"]
 
@@ -121,7 +121,7 @@ def test_the_teacher_sees_a_batch_once(tmp_path, parts):
         tmp_path, {"a": Distillation, "b": Distillation, "c": Distillation}, gradient_accumulation_steps=parts
     )
     assert run_together(made, shared.next_batch) == {}
-    assert teacher.images == 2 * len(made["a"].train.loader.split)
+    assert teacher.images == 2 * len(made["a"].train.loader.split) and len(shared) == parts  # the last batch's
     weights = [[*loop.objective.student.state_dict().values()] for loop in made.values()]
     assert all(torch.equal(one, other) for one, other in zip(weights[0], weights[2], strict=True))
 
@@ -177,8 +177,6 @@ def test_outputs_are_shared_within_a_batch_alone():
     ],
 )
 def test_what_cannot_be_trained_together(teacher, arguments, line, tmp_path):
-    from tests.runs import here
-
     ended = here("distill.py", "--teacher", teacher, *arguments, "--output_dir", tmp_path / "x")
     assert ended.returncode == 2 and line in ended.stderr and ended.stderr.count("\n") == 1
     assert not (tmp_path / "x").exists()
