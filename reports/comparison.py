@@ -187,7 +187,8 @@ def _verdict(found: dict[tuple[str, str], Difference], standard: str) -> str:
         low_high = each.bootstrap and each.interval
         interval = f", 95% interval {each.interval[0]:+.2f} to {each.interval[1]:+.2f}" if low_high else ""
         lines.append(
-            f"{whose} against those of {other}: {each.verdict()} ({each.mean:+.2f} points over {each.pairs} pairs of "
+            f"{whose} against those of {other}: {each.verdict()} ({each.mean:+.2f} points over "
+            f"{each.pairs} pair{'s' if each.pairs > 1 else ''} of "
             f"{each.groups} seed{'s' if each.groups > 1 else ''}{interval})."
         )
     return " ".join(lines) or f"Nothing to hold against {standard} yet."
