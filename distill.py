@@ -104,7 +104,9 @@ def main() -> None:
     loop = run.loop(objective, data, {f"the teacher {each['path']}": each["sha256"] for each in taught})
     parameters = count_parameters(student)
     what = f"student {config.student} ({parameters:,} parameters), {describe_source(config, teachers, others)},"
-    loss = f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in objective.term_weights.items())}"
+    weights = objective.term_weights
+    loss = f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in weights.items())}"
+    loss += f"; after epoch {config.stop_kd_epoch} the labels alone" if taught and config.stop_kd_epoch else ""
     lines = [loss, initial and f"initial weights: {initial}", cache_logits(config, objective, data)]
     run.introduce(what, data, lines)
     with run_with(methods):
@@ -114,7 +116,7 @@ def main() -> None:
     if run.is_main:
         info = save_pretrained(objective.trained_model(), info, run.folder.path)
     described = {"method": config.method, "model": config.student, "parameters": parameters, "sha256": info.sha256}
-    described |= {"loss": objective.term_weights, "teachers": taught}
+    described |= {"loss": weights, "teachers": taught}
     following = run.folder.path / "model.json" if spec else config.student
     run.finish(loop, described, [], next_command(config, following, data.image_size, alone=not (teachers or peers)))
 
@@ -152,9 +154,8 @@ def distillation(
     labels = None if isinstance(data.train, StreamSplit) else data.train.labels
     names = (config.student, teachers[0].info.name if teachers else "")
     built, weights = build_methods(methods, student, teachers, data.image_size, data.num_classes, labels, config, names)
-    return Distillation(
-        student, teachers, built, weights, warmup_epochs=config.warmup_epochs, anchors=anchors, options=config
-    )
+    phases = {"warmup_epochs": config.warmup_epochs, "anchors": anchors, "stop_kd_epoch": config.stop_kd_epoch}
+    return Distillation(student, teachers, built, weights, **phases, options=config)
 
 
 def cache_logits(config: DistillConfig, objective: Objective, data: ImageSet) -> str | None:
