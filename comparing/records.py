@@ -3,19 +3,22 @@
 import json
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import yaml
+from accelerate import Accelerator
 
 from common import UserError
 from comparing.planned import PlannedRun
 from data.datasets import load_images
 from data.pipeline import Pipeline
 from engine.config import RunConfig
+from evaluate import EvaluateConfig, transfer
 from models import load_pretrained
 from reports import metrics
+from reports.subject import load_subject
 
 KEPT = ("method", "model", "parameters", "seed", "top1", "top5", "best", "epochs", "seconds", "images_per_second")
 KEPT += ("peak_memory_bytes", "warnings", "device", "versions", "git_commit")
@@ -28,7 +31,7 @@ def recorded(run: PlannedRun, records: Path) -> dict | None:
         return None
     try:
         record = json.loads(path.read_text())
-        known = record.get("key", run.key) == run.key
+        known = record.get("key", run.key) == run.key and run.transfer.keys() <= record.get("transfer", {}).keys()
     except (ValueError, AttributeError):
         raise UserError(f"--records {path}: is no record of a run") from None
     return record | {"variant": record.get("variant", run.method)} if known else None
@@ -39,8 +42,8 @@ def describe(run: PlannedRun, runs: Path) -> dict:
 
     `run` is its name, `source` the kind of teacher that it is or has ("alone": none), `variant` how it was distilled,
     `options` what the plan asks, `curve` the test accuracy by epoch, `branches` that of each branch, `gates` their
-    probabilities at the end, `test` measures on the test images (KL, entropy and likelihood in nats). The rest is of
-    the run's own summary.json.
+    probabilities at the end, `transfer` top-1 of linear classifiers by data set, `test` measures on the test images
+    (KL, entropy and likelihood in nats). The rest is of the run's own summary.json.
     """
     folder = runs / run.folder
     summary = json.loads((folder / "summary.json").read_text())
@@ -60,7 +63,20 @@ def describe(run: PlannedRun, runs: Path) -> dict:
         record["gate_entropy"] = {"mean": statistics.mean(entropies), "min": min(entropies)}
         record["gates"] = last["gates"]
     taught_by = [runs / run.teacher.folder] if run.teacher else [Path(each) for each in run.options.get("teacher", [])]
+    if run.transfer:
+        record["transfer"] = transferred(folder, run.transfer)
     return record | {"test": on_test_images(folder, [each for each in taught_by if each.is_dir()][:1])}
+
+
+def transferred(folder: Path, sets: Mapping[str, int]) -> dict[str, float]:
+    """Top-1 in percent of a linear classifier on a run's frozen embeddings, by data set, trained for so many epochs."""
+    accelerator, found = Accelerator(), {}
+    subject = load_subject(str(folder))
+    subject.network.to(accelerator.device).eval()
+    for name, epochs in sets.items():
+        config = EvaluateConfig(transfer=name, transfer_epochs=epochs)
+        found[name] = transfer(config, subject, accelerator)["top1"]
+    return found
 
 
 @torch.no_grad()
