@@ -118,10 +118,11 @@ def search(
             study.tell(trial["number"], None if outcome.failed else held_out(comparison.runs, own))
     trials = study.trials()
     write_atomically(study.file.with_suffix(".json"), json.dumps(trials, indent=1) + "\n")
-    done = sorted((each for each in trials if each["score"] is not None), key=lambda each: each["score"])
-    for each in done:
+    done = [each for each in trials if each["score"] is not None]
+    best_first = sorted(done, key=lambda each: -each["score"])  # of equals the first to be tried
+    for each in best_first:
         print(f"{each['score']:.2f}% held out: trial {each['number']}: {_words(each)}")
-    chosen = done[-1] if done else trial or study.propose()
+    chosen = best_first[0] if done else trial or study.propose()
     return comparison_of(chosen["values"]), _places_of(chosen, places), outcome
 
 

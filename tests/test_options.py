@@ -344,6 +344,11 @@ def test_trackers_call_a_run_as_they_are_told_or_as_its_folder(given, called):
     ((project, _, names),) = told
     assert project == "student-friendly-teachers" and names["wandb"] == {"name": called}
     assert names["mlflow"] == {"run_name": called} and names["swanlab"] == {"experiment_name": called}
+    known = {"tensorboard": called, "wandb": "a1", "mlflow": "b2"}
+    start_trackers(accelerator, config, Progress(epoch=3, trackers=known))
+    assert told[1][2]["wandb"] == {"name": called, "id": "a1", "resume": "allow"}
+    assert told[1][2]["mlflow"] == {"run_name": called, "run_id": "b2"}
+    assert told[1][2]["tensorboard"] == {"purge_step": 4}  # what was said of the fourth epoch is said again
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "mlflow", "trackio"])
