@@ -81,7 +81,10 @@ def transferred(folder: Path, sets: Mapping[str, int]) -> dict[str, float]:
 
 @torch.no_grad()
 def on_test_images(folder: Path, teachers: Sequence[Path]) -> dict[str, float]:
-    """Confidence, entropy and likelihood of a model on the test split and, with its teacher, how alike they are."""
+    """Confidence, entropy and likelihood of a model on the test split and, with its teacher, how alike they are.
+
+    Of a run with --exclude_classes also top-1 in percent on the classes that it trained on, and on those it left out.
+    """
     config = yaml.safe_load((folder / "config.yaml").read_text())
     options = RunConfig(**{name: config[name] for name in RunConfig.__dataclass_fields__ if name in config})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,17 +93,22 @@ def on_test_images(folder: Path, teachers: Sequence[Path]) -> dict[str, float]:
     images.mean, images.std = models[0].info.mean, models[0].info.std
     seen: list[list[tuple]] = [[] for _ in models]
     labels = []
-    for batch, answers in Pipeline(images, options, device).evaluation(images.test, 500):
-        labels.append(answers.cpu())
+    for batch, classes in Pipeline(images, options, device).evaluation(images.test, 500):
+        labels.append(classes.cpu())
         for model, outputs in zip(models, seen, strict=True):
             logits, _, embedding = model(batch, features=True)
             outputs.append((logits.cpu(), embedding.cpu()))
     (logits, embedding), *others = [[torch.cat(each) for each in zip(*outputs, strict=True)] for outputs in seen]
+    answers = torch.cat(labels)
     found = {
         "confidence": metrics.confidence(logits),
         "entropy": metrics.entropy(logits),
-        "nll": metrics.cross_entropy(logits, torch.cat(labels)),
+        "nll": metrics.cross_entropy(logits, answers),
     }
+    if options.exclude_classes and not options.binary:
+        right = 100 * (logits.argmax(1) == answers).double()
+        unseen = torch.isin(answers, torch.tensor(options.exclude_classes))
+        found |= {"seen": right[~unseen].mean().item(), "unseen": right[unseen].mean().item()}
     for teacher_logits, teacher_embedding in others:
         found["kl"] = metrics.kl_divergence(teacher_logits, logits)
         found["kl_reverse"] = metrics.kl_divergence(logits, teacher_logits)

@@ -14,6 +14,7 @@ MOST_COMMANDS = 400
 TITLES = {
     "students' top-1, %": "Students' accuracy",
     "top-1, paired over students and seeds": "Differences between teachers",
+    "students' top-1, %, by class": "Classes left out of distillation",
     "beside the paper": "Beside the paper",
     "teacher": "Teachers, and what they cost",
     "student to its teacher": "How alike students are to their teacher",

@@ -7,7 +7,7 @@ import pytest
 from common import UserError
 from comparing.papers import beside, list_tables, paper_comparison, shortened
 from comparing.planned import CONFIGS
-from comparing.records import recorded, transferred
+from comparing.records import on_test_images, recorded, transferred
 from models import ModelInfo, create_model, save_pretrained
 from recipes import table, tables
 from tests.runs import here, read_json, succeeded
@@ -76,7 +76,7 @@ def test_the_papers_figures_stand_beside_the_means():
     assert beside([top5], [record(top5["run"], 0, 70.0)])[0]["ours"] == 75.0
 
 
-def test_transfer_is_of_a_linear_classifier_as_evaluate_trains_it(tmp_path):
+def test_transfer_and_unseen_classes_are_as_evaluate_has_them(tmp_path):
     found = paper_comparison("sftn/7", "short", [0])
     alone, *_, last = found.rows
     assert (alone["figure"], alone["paper"], last["figure"], last["paper"]) == ("stl10", 70.18, "tiny_imagenet", 39.95)
@@ -93,9 +93,13 @@ def test_transfer_is_of_a_linear_classifier_as_evaluate_trains_it(tmp_path):
     assert recorded(run, tmp_path) is None  # made for another table
     network = create_model("resnet8", 10, image_size=8)
     save_pretrained(network, ModelInfo("resnet8", "digits", 10, 8, [0.5] * 3, [0.25] * 3), tmp_path)
+    (tmp_path / "config.yaml").write_text("{dataset: digits, exclude_classes: [0, 1, 2, 3, 4]}")
     succeeded(here("evaluate.py", tmp_path, "--transfer", "digits", "--transfer_epochs", 2, "--latency", "false"))
-    evaluated = read_json(tmp_path / "evaluation.json")["transfer"]["top1"]
-    assert transferred(tmp_path, {"digits": 2}) == {"digits": evaluated}
+    evaluated = read_json(tmp_path / "evaluation.json")
+    assert transferred(tmp_path, {"digits": 2}) == {"digits": evaluated["transfer"]["top1"]}
+    measured = on_test_images(tmp_path, [])
+    assert (measured["seen"], measured["unseen"]) == (evaluated["top1_seen"], evaluated["top1_unseen"])
+    assert measured["seen"] != measured["unseen"]
 
 
 def test_the_list_costs_tables():
