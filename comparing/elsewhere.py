@@ -6,6 +6,7 @@ Jobs wait here, so this imports nothing large; `python -m comparing` does.
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,10 @@ class Task:
             output = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
             process = subprocess.Popen(words, cwd=self.folder, env=environment, **output)
         try:
-            process.communicate(self.run.encode())
+            with process.stdin as told:
+                told.write(self.run.encode())
+            while process.poll() is None:  # Ray's interruption does not wake a system call
+                time.sleep(0.2)
         finally:
             process.terminate()
             process.wait()

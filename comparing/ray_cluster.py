@@ -26,7 +26,7 @@ class RayCluster:
     def __init__(self, jobs: int, options: dict):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
-            ray.init(log_to_driver=False, logging_level="warning")
+            ray.init(log_to_driver=False, logging_level="error")
         except (ConnectionError, RuntimeError) as error:
             raise UserError(f"--executor ray: {str(error).splitlines()[0]}") from None
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]

@@ -86,6 +86,17 @@ def test_a_run_whose_node_is_lost_goes_on_elsewhere(tmp_path):
     assert alike[0]["curve"] == alike[1]["curve"], local.stdout
 
 
+def test_a_stopped_comparison_on_ray_saves_its_runs(tmp_path):
+    pytest.importorskip("ray", reason="pip install -r requirements-ray.txt")
+    words = [*arguments(tmp_path, 1000, "ray"), "--only", "seed0-vanilla", "--executor_options", "num_cpus=1"]
+    comparing = Fork(*words)
+    until(lambda: list((tmp_path / "runs").glob("*/checkpoints/*")), comparing)
+    comparing.send_signal(signal.SIGINT)
+    assert comparing.wait() == 130 and "the same command goes on" in comparing.communicate()[0]
+    (log,) = (tmp_path / "runs").glob("*.log")
+    assert "interrupted; saved" in log.read_text()
+
+
 def test_submitit_makes_runs_and_a_stopped_comparison_goes_on(tmp_path):
     pytest.importorskip("submitit", reason="pip install -r requirements-slurm.txt")
     words = [*arguments(tmp_path, 30, "slurm"), "--executor_options", "cluster=local"]
