@@ -3,11 +3,13 @@
 # make mutate   plants faults in a copy of the code, one at a time, and counts those that the tests notice
 # make compare   the same with ten seeds
 # make torture   kills, file-system faults and odd inputs for ten minutes; MINUTES=2 for the short form
+# make browser-check   report.html in a real Chromium
+# make executors-check   compare.py on Ray, by submitit, and with Optuna, which it installs
 # make gpu-check   on a machine with an NVIDIA GPU: the kernels' whole test grid and their benchmark, under 8 minutes
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare test mutate torture lint benchmark gpu-check gpu-evidence clean
+.PHONY: demo compare test mutate torture lint benchmark browser-check executors-check gpu-check gpu-evidence clean
 
 demo: .venv/installed
 	$(BIN)/python compare.py benchmarks/plans/digits.yaml --seeds 0 --verbose --output_dir runs/demo
@@ -41,6 +43,16 @@ benchmark: .venv/installed
 	$(BIN)/python -m benchmarks.processes
 	$(BIN)/python -m benchmarks.alike
 	$(BIN)/python -m benchmarks.evaluation
+
+browser-check: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
+	@$(BIN)/python -c "from tests.test_page_browser import *; raise SystemExit(None if chromium() else NO_CHROMIUM)"
+	$(BIN)/python -m pytest tests/test_page_browser.py
+
+executors-check: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-ray.txt \
+		-r requirements-slurm.txt -r requirements-search.txt
+	$(BIN)/python -m pytest tests/test_executors.py tests/test_search.py
 
 gpu-check: .venv/installed
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"

@@ -17,11 +17,17 @@ import time
 from pathlib import Path
 
 from common import UserError, check_name
-from comparing import cost, local
+from comparing import cost
+from comparing.executors import EXECUTORS, check_executor, check_package, create_executor
+from comparing.local import Forks, slots
+from comparing.order import Outcome, execute
 from comparing.papers import SCALES, list_tables, paper_comparison
+from comparing.places import Places, work_list
 from comparing.plan import Comparison, assignments, make_plan, read_plan, teacher_of
 from comparing.planned import PlannedRun
+from comparing.records import recorded
 from comparing.report import write_report
+from comparing.search import Study, search
 from engine.distributed import run_script
 from engine.forks import be_forked_from, result_of
 
@@ -32,20 +38,26 @@ def main() -> None:
     if options.list:
         result_of(lambda: [print(line, flush=True) for line in list_tables()])
         return
+    deadline = time.monotonic() + 60 * options.minutes if options.minutes else math.inf
+    places = Places(options.runs, options.records or options.output_dir / "records", options.verbose)
+    executor_options = assignments("--executor_options", options.executor_options)
+    check_executor(options.executor, executor_options, options.verbose)
+    if options.search:
+        finish_with(*searched(options, places, deadline), options)
+        return
     comparison = chosen(options)
-    places = local.Places(options.runs, options.records or options.output_dir / "records", options.verbose)
-    left = [] if options.report else local.work_list(comparison.runs, places)
-    slots = local.slots(options.jobs)
+    left = [] if options.report else work_list(comparison.runs, places)
     if left:
-        show_cost(comparison, left, len(slots))
+        show_cost(comparison, left, len(slots(options.jobs)) if options.executor == "local" else 1)
     if options.dry_run:
         for run in left:
             print(shlex.join(["python", *run.command(options.runs)]))
         return
-    deadline = time.monotonic() + 60 * options.minutes if options.minutes else math.inf
-    outcome = local.execute(left, places, slots, deadline, Progress(left, places).tell)
-    found = write_report(comparison, places, options.output_dir, shlex.join(["python", *sys.argv]), outcome)
-    finish(found, outcome, options.output_dir)
+    outcome = Outcome()
+    if left:
+        executor = create_executor(options.executor, options.jobs, executor_options, places)
+        outcome = execute(left, places, executor, deadline, Progress(left, places).tell)
+    finish_with(comparison, places, outcome, options)
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,12 +84,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--teacher_options", nargs="+", default=[], metavar="NAME=VALUE", help="options of every teacher")
     add("--student_options", nargs="+", default=[], metavar="NAME=VALUE", help="options of every student")
     add("--sweep", nargs="+", default=[], metavar="NAME=V1,V2", help="every combination of these options' values")
+    add("--search", type=int, metavar="TRIALS", help="instead of all combinations: search --sweep NAME=LOW..HIGH")
     add("--data", nargs="+", default=[], metavar="NAME=DATASET", help="what --dataset is where the plan says NAME")
     add("--only", nargs="+", default=[], help="runs whose names hold one of these words")
     add("--output_dir", type=Path, default=Path("runs/comparison"), help="folder of the results")
     add("--runs", type=Path, default=Path("runs/shared"), help="folder of run folders, shared by all comparisons")
     add("--records", type=Path, help="folder of a JSON file a run; default: records in --output_dir")
     add("--jobs", type=int, default=1, help="runs at a time on CPUs, which share the cores; on GPUs it is one a GPU")
+    add("--executor", choices=EXECUTORS, default="local", help="where runs go on: here, on a Ray cluster or by Slurm")
+    add("--executor_options", nargs="+", default=[], metavar="NAME=VALUE", help="of ray.remote, or of submitit")
     add("--minutes", type=float, help="stop after this long; the same command goes on")
     add("--verbose", action="store_true", help="show what every run prints")
     add("--dry_run", action="store_true", help="print the cost and the commands of what is left, and stop")
@@ -132,6 +147,25 @@ def from_flags(options: argparse.Namespace) -> dict:
     }
 
 
+def searched(options: argparse.Namespace, places: Places, deadline: float) -> tuple[Comparison, Places, Outcome]:
+    """What came of --search: its best trial as a comparison. Raises UserError for what cannot be searched."""
+    if options.plan or options.paper or not options.sweep or options.executor != "local" or options.dry_run:
+        raise UserError("--search: needs --teachers, --students and --sweep, and neither --executor nor --dry_run")
+    check_package("--search", "optuna", "search")
+    plan, executor = from_flags(options), Forks(slots(options.jobs))
+
+    def comparison_of(values: dict) -> Comparison:
+        sweep = {name: [value] for name, value in values.items()}
+        return select(make_plan(plan | {"sweep": sweep}, "compare.py").comparison("search"), options.only)
+
+    def make(comparison: Comparison, own: Places) -> Outcome:
+        left = work_list(comparison.runs, own)
+        return execute(left, own, executor, deadline, Progress(left, own).tell)
+
+    study = Study(options.output_dir / "search.db", plan, plan["sweep"], plan["seeds"][0])
+    return search(study, 0 if options.report else options.search, comparison_of, make, places)
+
+
 def show_cost(comparison: Comparison, left: list[PlannedRun], slots: int) -> None:
     """Print what the runs that are left will cost."""
     print(f"{comparison.name}: {len(comparison.runs)} runs, {len(left)} to be made", flush=True)
@@ -147,7 +181,7 @@ def show_cost(comparison: Comparison, left: list[PlannedRun], slots: int) -> Non
 class Progress:
     """Says what has come of each run, and how long the rest will take at the pace so far."""
 
-    def __init__(self, left: list[PlannedRun], places: local.Places):
+    def __init__(self, left: list[PlannedRun], places: Places):
         self.total, self.done, self.places, self.start = len(left), 0, places, time.monotonic()
 
     def tell(self, run: PlannedRun, failure: str | None) -> None:
@@ -157,9 +191,9 @@ class Progress:
         print(f"[{self.done}/{self.total}] {run.name}: {what}; about {duration(rest)} left", flush=True)
 
 
-def summary(run: PlannedRun, places: local.Places) -> str:
+def summary(run: PlannedRun, places: Places) -> str:
     """What came out of a run."""
-    record = local.recorded(run, places.records)
+    record = recorded(run, places.records)
     return f"{record['top1']:.2f}% in {record['seconds']:.0f} s"
 
 
@@ -170,7 +204,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def finish(found: dict | None, outcome: local.Outcome, folder: Path) -> None:
+def finish_with(comparison: Comparison, places: Places, outcome: Outcome, options: argparse.Namespace) -> None:
+    """Write the results, say where they are, and exit."""
+    found = write_report(comparison, places, options.output_dir, shlex.join(["python", *sys.argv]), outcome)
+    finish(found, outcome, options.output_dir)
+
+
+def finish(found: dict | None, outcome: Outcome, folder: Path) -> None:
     """Say what came out and where it is; exits with 1 if a run failed, 130 if the user stopped it."""
     if found is None:
         print("no run is done yet")

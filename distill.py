@@ -176,7 +176,9 @@ class Student:
         self.alone = not (teachers or peers)
         parameters = count_parameters(self.network)
         what = f"student {config.student} ({parameters:,} parameters), {describe_source(config, teachers, others)},"
-        loss = f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in objective.term_weights.items())}"
+        self.weights = objective.term_weights
+        loss = f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in self.weights.items())}"
+        loss += f"; after epoch {config.stop_kd_epoch} the labels alone" if self.taught and config.stop_kd_epoch else ""
         lines = [loss, initial and f"initial weights: {initial}", cache_logits(config, objective, data)]
         run.introduce(what, data, lines)
 
@@ -188,7 +190,7 @@ class Student:
         if run.is_main:
             info = save_pretrained(objective.trained_model(), info, run.folder.path)
         described = {"method": config.method, "model": config.student, "parameters": count_parameters(self.network)}
-        described |= {"sha256": info.sha256, "loss": objective.term_weights, "teachers": self.taught}
+        described |= {"sha256": info.sha256, "loss": self.weights, "teachers": self.taught}
         following = run.folder.path / "model.json" if spec else config.student
         run.finish(self.loop, described, [], next_command(config, following, data.image_size, self.alone))
 
@@ -231,16 +233,8 @@ def distillation(
     labels = None if isinstance(data.train, StreamSplit) else data.train.labels
     names = (config.student, teachers[0].info.name if teachers else "")
     built, weights = build_methods(methods, student, teachers, data.image_size, data.num_classes, labels, config, names)
-    return Distillation(
-        student,
-        teachers,
-        built,
-        weights,
-        warmup_epochs=config.warmup_epochs,
-        anchors=anchors,
-        shared=shared,
-        options=config,
-    )
+    phases = {"warmup_epochs": config.warmup_epochs, "anchors": anchors, "stop_kd_epoch": config.stop_kd_epoch}
+    return Distillation(student, teachers, built, weights, **phases, shared=shared, options=config)
 
 
 def cache_logits(config: DistillConfig, objective: Objective, data: ImageSet) -> str | None:

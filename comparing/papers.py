@@ -11,10 +11,12 @@ from engine.recipe import read_recipe
 from engine.run_folder import plain
 from recipes import Row, Table, Teacher
 from reports.comparison import ALONE, PEERS
+from reports.transfer import TransferOptions
 
 SHORT_EPOCHS, SHORT_IMAGES = 1 / 24, 1 / 10  # 10 of 240 epochs, a tenth of the training images
-EPOCHS = ("epochs", "stop_after", "freeze_teacher_epochs", "alpha_warmup_epochs", "warmup_epochs")
+EPOCHS = ("epochs", "stop_after", "freeze_teacher_epochs", "alpha_warmup_epochs", "warmup_epochs", "stop_kd_epoch")
 SCALES = ("full", "short")
+TRANSFER = ("stl10", "tiny_imagenet")  # figures that are those of linear classifiers on frozen embeddings
 LISTED_RATE = "resnet20"  # whose step is measured for --list
 
 
@@ -58,6 +60,8 @@ def _value(record: dict, row: dict) -> float | None:
     """A record's value of a figure, in the table's measure."""
     if row["figure"] in ("kl", "cka"):
         return record["test"].get(row["figure"])
+    if (name := row["figure"].removeprefix("teacher_")) in TRANSFER:
+        return record.get("transfer", {}).get(name)
     value = record["top5" if row["figure"].endswith("top5") else "top1"]
     return 100 - value if row["error"] else value
 
@@ -115,6 +119,8 @@ class _Runs:
         # Of tables that compare teachers' sizes and schedules the source is the teacher; else student and teacher are a
         # pair, whose teachers differ in how they were trained.
         self.by_model = name.startswith("eskd/")
+        epochs = TransferOptions.transfer_epochs * (SHORT_EPOCHS if scale == "short" else 1)
+        self.transfer = {name: round(epochs) for name in TRANSFER if any(name in row.figures for row in table.rows)}
         self.models = {row.teacher.model for row in table.rows if row.teacher}
         self.teachers: dict[str, PlannedRun] = {}  # by name: rows share them
 
@@ -137,17 +143,15 @@ class _Runs:
 
     def _new_teacher(self, name: str, teacher: Teacher, seed: int, weights: PlannedRun | None) -> PlannedRun:
         options = self._options(teacher.recipe, {"method": teacher.method, "model": teacher.model, **teacher.options})
-        return PlannedRun(
-            name, "train_teacher.py", options | {"seed": seed}, self.source(teacher), seed, weights=weights
-        )
+        more = {"weights": weights, "transfer": self.transfer}
+        return PlannedRun(name, "train_teacher.py", options | {"seed": seed}, self.source(teacher), seed, **more)
 
     def _student(self, row: Row, label: str, seed: int, teacher: PlannedRun | None) -> PlannedRun:
         options = self._options(row.recipe, {"method": row.method, "student": row.student, **row.options})
         source = self.source(row.teacher) if row.teacher else ALONE if row.method == "none" else PEERS
         name = self.name(row, label)
-        return PlannedRun(
-            f"seed{seed}-{name}", "distill.py", options | {"seed": seed}, source, seed, label, _method(row), teacher
-        )
+        told = f"seed{seed}-{name}", "distill.py", options | {"seed": seed}, source, seed, label, _method(row), teacher
+        return PlannedRun(*told, transfer=self.transfer)
 
     def name(self, row: Row, label: str) -> str:
         """Of a row's run, without its seed."""

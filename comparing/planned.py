@@ -4,7 +4,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class PlannedRun:
         method: how it is distilled, as the comparison calls it; None: a teacher.
         teacher: the run that it learns from.
         weights: the run that it starts from.
+        transfer: sets on whose frozen embeddings a linear classifier is trained when it is done, with the epochs.
         dataset: where the images are, where the plan's name for them is another; the key has the plan's.
     """
 
@@ -55,6 +56,7 @@ class PlannedRun:
     teacher: "PlannedRun | None" = None
     weights: "PlannedRun | None" = None
     dataset: str | None = None
+    transfer: dict[str, int] = field(default_factory=dict)
 
     @property
     def needs(self) -> list["PlannedRun"]:

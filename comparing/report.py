@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from common import write_atomically
-from comparing.local import Outcome, Places
+from comparing.order import Outcome
 from comparing.papers import beside
+from comparing.places import Places
 from comparing.plan import Comparison
 from comparing.records import recorded
 from reports.comparison import as_markdown, compare

@@ -29,7 +29,7 @@ class Progress:
 
     epoch, batch: the next batch to train on; iteration: batches trained on so far, gate batches included.
     best: top-1 in percent and epoch chosen so far. history: rows of metrics.jsonl. seconds: of training.
-    partial: sums of the epoch under way, where a run was stopped inside one.
+    partial: sums of the epoch under way, where a run was stopped inside one. trackers: by what each knows the run.
     """
 
     epoch: int = 0
@@ -39,6 +39,7 @@ class Progress:
     history: list[dict] = field(default_factory=list)
     seconds: float = 0.0
     partial: dict = field(default_factory=dict)
+    trackers: dict[str, str] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise ValueError for values that no run writes."""
@@ -56,6 +57,8 @@ class Progress:
             raise ValueError("it has no best epoch")
         if not _is_number(self.seconds) or not _is_partial(self.partial):
             raise ValueError("its times or sums are no numbers")
+        if not isinstance(self.trackers, dict) or any(type(each) is not str for each in self.trackers.values()):
+            raise ValueError("its trackers have no names")
 
 
 def _is_number(value: object) -> bool:

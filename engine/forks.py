@@ -64,7 +64,7 @@ class Fork:
         code = 1
         try:
             if dies_with is not None:
-                _die_with(parent, dies_with)
+                end_with(parent, dies_with)
             if output:
                 _redirect(output)
             if environment is not None:
@@ -143,8 +143,8 @@ def _exit_code(work: Callable[[], None]) -> int:
     return code
 
 
-def _die_with(parent: int, signum: int) -> None:
-    """On Linux; elsewhere a fork outlives what it was forked from."""
+def end_with(parent: int, signum: int) -> None:
+    """Have this process get a signal when its parent ends, however that ends; on Linux alone."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).prctl(DEATH_SIGNAL, signum)
     if os.getppid() != parent:  # it ended before it was asked

@@ -124,7 +124,7 @@ class Loop:
             self.folder.lock()
             self.folder.begin(self.config.as_dict())
             self._follow_up()
-        start_trackers(self.accelerator, self.config)
+        start_trackers(self.accelerator, self.config, self.progress)
         keep_freed_memory(self.accelerator.device)
         start = time.perf_counter()
         self.objective.before_training(self.train, self.accelerator, self.console)

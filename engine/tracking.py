@@ -6,20 +6,42 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from engine.checkpoint import Progress
 from engine.config import RunConfig
 
 # How each tracker's own library calls a run's name.
 RUN_NAME = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name"}
+# By which the library finds a run again; trackio does by its name, TensorBoard by its folder.
+RUN_ID = {"wandb": lambda run: run.id, "mlflow": lambda run: run.info.run_id}
 
 
-def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
-    """Open the run in every tracker, with its options, where --with_tracking asks for it."""
+def start_trackers(accelerator: Accelerator, config: RunConfig, progress: Progress) -> None:
+    """Open the run in every tracker, with its options, where --with_tracking asks for it.
+
+    A resumed run goes on with its curve: what the trackers know it by is in `progress`, and so in checkpoints.
+    """
     if not config.with_tracking:
         return
-    name = config.run_name or Path(config.output_dir).name
-    names = {tracker: {keyword: name} for tracker, keyword in RUN_NAME.items()}
+    name, known = config.run_name or Path(config.output_dir).name, progress.trackers
+    arguments = {tracker: {keyword: name} for tracker, keyword in RUN_NAME.items()}
+    for tracker in known:
+        arguments[tracker] = arguments.get(tracker, {}) | _resumed(tracker, known[tracker], progress.epoch)
     threading.excepthook = _except_writers
-    accelerator.init_trackers(config.tracker_project_name, flat(config.as_dict()), names)
+    accelerator.init_trackers(config.tracker_project_name, None, arguments)
+    for tracker in accelerator.trackers if accelerator.is_main_process else []:
+        if tracker.name not in known:
+            tracker.store_init_configuration(flat(config.as_dict()))
+            known[tracker.name] = RUN_ID[tracker.name](tracker.tracker) if tracker.name in RUN_ID else name
+
+
+def _resumed(tracker: str, run: str, epoch: int) -> dict:
+    """What a tracker's library is told so that it goes on with a run after `epoch` epochs."""
+    return {
+        "tensorboard": {"purge_step": epoch + 1},  # what a killed run has said since its checkpoint
+        "mlflow": {"run_id": run},
+        "wandb": {"id": run, "resume": "allow"},
+        "trackio": {"name": run, "resume": "allow"},
+    }.get(tracker, {})
 
 
 def _except_writers(failure: threading.ExceptHookArgs) -> None:

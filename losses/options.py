@@ -49,6 +49,7 @@ class TeacherOptions(LabelOptions, KLOptions):
         method_weights: weight of each method of --method; default: its paper's.
         cache_teacher: ask the teacher before training about every crop and mirror of every image, and never again, for
             methods on its logits; default: where that at least halves its work and takes at most 1 GiB.
+        stop_kd_epoch: after this many epochs the labels alone, with weight 1; default: the teacher to the end.
     """
 
     title = "teacher"
@@ -57,10 +58,13 @@ class TeacherOptions(LabelOptions, KLOptions):
     teacher_weights: str | None = None
     method_weights: list[float] = field(default_factory=list)
     cache_teacher: bool | None = None
+    stop_kd_epoch: int | None = None
 
     def check(self) -> None:
         if not all(0 <= weight < float("inf") for weight in self.method_weights):
             raise UserError(f"--method_weights {self.method_weights}: must be numbers of at least 0")
+        if self.stop_kd_epoch is not None and self.stop_kd_epoch < 1:
+            raise UserError(f"--stop_kd_epoch {self.stop_kd_epoch}: must be at least 1; --method none has no teacher")
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The objective of distill.py: a student, frozen teachers, and the methods between them."""
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -32,6 +33,8 @@ class Distillation(Objective):
         weights: one a method.
         warmup_epochs: of all methods that have a warm-up; None: those of each.
         anchors: state dicts that the first teacher takes one after the other, each for an equal share of the epochs.
+        stop_kd_epoch: the epoch, from 0, from which the student learns from the labels alone (early-stopped KD of Cho
+            and Hariharan, 2019); None: never. The other terms go on with weight 0, so that they can be followed.
         cache_logits: compute the teachers' logits once, before training, for every view of every image.
         shared: where other students of these teachers find their outputs, and leave them.
         options: epochs, and lr, momentum and weight_decay of the warm-up.
@@ -46,6 +49,7 @@ class Distillation(Objective):
         *,
         warmup_epochs: int | None = None,
         anchors: Sequence[dict[str, Tensor]] = (),
+        stop_kd_epoch: int | None = None,
         cache_logits: bool = False,
         shared: SharedOutputs | None = None,
         options: object = None,
@@ -64,6 +68,8 @@ class Distillation(Objective):
             scale = weight if method.warmup_student else 1.0
             self.warmup_weights |= {name: scale * part for name, part in method.warmup_terms.items()}
         self.term_weights = self.training_weights
+        self.label_weights = {name: float(name == "ce") for name in self.training_weights}
+        self.stop_kd_epoch = math.inf if stop_kd_epoch is None else stop_kd_epoch
         self.lengths = [(method.warmup_epochs and warmup_epochs) or method.warmup_epochs for method in methods]
         self.warmup_epochs = max(self.lengths, default=0)
         self.rotations = any(method.rotations for method in methods)
@@ -104,7 +110,8 @@ class Distillation(Objective):
 
     def begin_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-        self.term_weights = self.warmup_weights if epoch < 0 else self.training_weights
+        taught = self.training_weights if epoch < self.stop_kd_epoch else self.label_weights
+        self.term_weights = self.warmup_weights if epoch < 0 else taught
         if self.anchors:
             place = max(epoch, 0) * len(self.anchors) // self.options.epochs
             self.frozen[0].load_state_dict(self.anchors[place])

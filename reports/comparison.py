@@ -48,7 +48,8 @@ def compare(
 
     Returns `note`; `means`: a row each of student and method, and of AVERAGE (over methods, students or both) and BEST
     (method, for each student), cells by source; `differences` between sources, paired over students, methods and seeds;
-    `teachers`: of each; `alike`: how alike students and their teacher are; `verdict` in words; `doubts`.
+    `teachers`: of each; `alike`: how alike students and their teacher are; `left_out`: accuracy by whether students'
+    training had the class; `verdict` in words; `doubts`.
     """
     own = [each for each in records if each["script"] == "distill.py"]
     methods = list(methods or dict.fromkeys(map(variant_of, (each for each in own if each["source"] != ALONE))))
@@ -69,6 +70,7 @@ def compare(
         "differences": [{"one": one, "other": other, **each.as_dict()} for (one, other), each in found.items()],
         "teachers": [row for name in teachers if (row := _teacher(records, name))],
         "alike": [row for name in teachers if (row := _alike(own, name))],
+        "left_out": [row for name in sources if (row := _left_out(own, name))],
         "verdict": _verdict(found, standard),
         "doubts": _doubts(own, teachers, sources),
     }
@@ -179,6 +181,14 @@ def _alike(own: Sequence[dict], name: str) -> dict | None:
     return {"teacher": name} | {key: statistics.mean(each["test"][key] for each in from_it) for key in MEASURES}
 
 
+def _left_out(own: Sequence[dict], name: str) -> dict | None:
+    """Students' top-1 on the classes that their training images had, and on those left out (zero-shot distillation)."""
+    from_it = [each["test"] for each in own if each["source"] == name and "unseen" in each["test"]]
+    if not from_it:
+        return None
+    return {"source": name} | {key: statistics.mean(each[key] for each in from_it) for key in ("seen", "unseen")}
+
+
 def _verdict(found: dict[tuple[str, str], Difference], standard: str) -> str:
     """A sentence a source."""
     lines = []
@@ -187,7 +197,8 @@ def _verdict(found: dict[tuple[str, str], Difference], standard: str) -> str:
         low_high = each.bootstrap and each.interval
         interval = f", 95% interval {each.interval[0]:+.2f} to {each.interval[1]:+.2f}" if low_high else ""
         lines.append(
-            f"{whose} against those of {other}: {each.verdict()} ({each.mean:+.2f} points over {each.pairs} pairs of "
+            f"{whose} against those of {other}: {each.verdict()} ({each.mean:+.2f} points over "
+            f"{each.pairs} pair{'s' if each.pairs > 1 else ''} of "
             f"{each.groups} seed{'s' if each.groups > 1 else ''}{interval})."
         )
     return " ".join(lines) or f"Nothing to hold against {standard} yet."
@@ -224,7 +235,7 @@ def as_markdown(found: dict) -> str:
 
 def tables(found: dict) -> list[Table]:
     """The tables of `compare` that have rows."""
-    every = _accuracies(found), _differences(found), _paper(found), _teachers(found), _similarity(found)
+    every = _accuracies(found), _differences(found), _unseen(found), _paper(found), _teachers(found), _similarity(found)
     return [each for each in every if each.rows]
 
 
@@ -292,6 +303,11 @@ def _teachers(found: dict) -> Table:
 def _similarity(found: dict) -> Table:
     rows = [[each["teacher"], *(f"{each[key]:.3f}" for key in MEASURES)] for each in found["alike"]]
     return Table("student to its teacher", list(MEASURES.values()), rows)
+
+
+def _unseen(found: dict) -> Table:
+    rows = [[each["source"], f"{each['seen']:.2f}", f"{each['unseen']:.2f}"] for each in found.get("left_out", [])]
+    return Table("students' top-1, %, by class", ["seen in training", "left out"], rows)
 
 
 def spread(mean: float, deviation: float | None) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK = "#010203"  # becomes the page's text colour, light or dark
+LEAST = 0.75  # of its size, in which a figure of 10-point text can still be read
 COLOURS = ["#3b82c4", "#d9822b", "#2f9e6e", "#b5529a", "#8a8f3c", "#c4473b", "#6d6ad0", "#4aa3a3"]
 STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
 STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
@@ -32,7 +34,7 @@ def points(rows: Sequence[dict], sources: Sequence[str]) -> str:
                 if cell["interval"]:
                     axis.plot(cell["interval"], [y, y], color=colour, linewidth=1.5)
         axis.set_yticks(range(len(rows)), names)
-        axis.invert_yaxis()
+        axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.set_xlabel("students' top-1, %; lines: 95% intervals over seeds")
         axis.grid(axis="x", alpha=0.25)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1 + 0.5 / (len(rows) + 1)), ncols=min(len(sources), 5))
@@ -49,10 +51,11 @@ def curves(lines: Mapping[str, Sequence[float]], ylabel: str, name: str) -> str:
             style = {"color": COLOURS[number % len(COLOURS)], "marker": ".", "markersize": 4}
             axis.plot(range(1, len(values) + 1), values, label=label, **style)
         axis.set(xlabel="epoch", ylabel=ylabel)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
-        axis.legend()
+        figure.legend(loc="outside upper center", ncols=3)
 
-    return _svg(draw, (6, 3.4), name)
+    return _svg(draw, (4.8, 3.2 + 0.2 * ((len(lines) - 1) // 3)), name)
 
 
 def gates(branches: Mapping[str, Mapping[str, Mapping[str, float]]], name: str) -> str:
@@ -92,5 +95,6 @@ def _svg(draw, size: tuple[float, float], name: str) -> str:
     text = text.replace("xlink:href", "href").replace(INK, "currentColor")
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
     opening = re.search(r'viewBox="[^"]*"', text)[0]
-    style = f'style="max-width:{size[0] * 72:.0f}pt"'
+    # A phone scrolls a wide figure: shrunk to its width, it could not be read.
+    style = f'style="width:{size[0] * 72:.0f}pt;max-width:max(100%,{size[0] * LEAST * 72:.0f}pt)"'
     return re.sub(r"<svg[^>]*>", f'<svg role="img" {opening} {style}>', text, count=1, flags=re.DOTALL)

@@ -8,12 +8,13 @@ from jinja2 import Environment, FileSystemLoader
 
 from common import UserError
 from reports import figures
-from reports.comparison import tables
+from reports.comparison import ALONE, tables, variant_of
 
 MOST_COMMANDS = 400
 TITLES = {
     "students' top-1, %": "Students' accuracy",
     "top-1, paired over students and seeds": "Differences between teachers",
+    "students' top-1, %, by class": "Classes left out of distillation",
     "beside the paper": "Beside the paper",
     "teacher": "Teachers, and what they cost",
     "student to its teacher": "How alike students are to their teacher",
@@ -31,7 +32,7 @@ def comparison_page(found: dict) -> str:
             plot = figures.points(rows, found["sources"])
             section["figures"] = [{"svg": plot, "caption": "Means over seeds. The axis does not start at zero."}]
         sections.append(section)
-    sections += [each for each in (_teacher_curves(records), _cost(records)) if each]
+    sections += [each for each in (_student_curves(records), _teacher_curves(records), _cost(records)) if each]
     sections.append({"title": "What to doubt", "points": found["doubts"] or ["Nothing that is known here."]})
     if found["failed"]:
         failures = [f"{name}: {reason}" for name, reason in found["failed"].items()]
@@ -80,6 +81,23 @@ def run_page(folder: Path) -> str:
     )
     title = f"{summary['method']}: {summary['model']} on {summary['dataset']}, seed {summary['seed']}"
     return _render(title, "", verdict, sections)
+
+
+def _student_curves(records: list[dict]) -> dict | None:
+    """The first seed's students by epoch: in one plot those that differ in their teacher or method, if not too many."""
+    own = [each for each in records if each["script"] == "distill.py" and "curve" in each]
+    plots: dict[str, dict[str, list[float]]] = {}
+    several = len({variant_of(each) for each in own if each["source"] != ALONE}) > 1
+    for each in own:
+        if each["seed"] == own[0]["seed"]:
+            words = [each["source"], *([variant_of(each)] if several and each["source"] != ALONE else [])]
+            plots.setdefault(each["student"], {})[" ".join(words)] = each["curve"]
+    shown = [
+        {"svg": figures.curves(lines, "top-1 on the test split, %", f"student{number}"), "caption": student}
+        for number, (student, lines) in enumerate(plots.items())
+        if len(lines) <= len(figures.COLOURS)
+    ]
+    return {"title": "Students by epoch", "figures": shown} if shown else None
 
 
 def _teacher_curves(records: list[dict]) -> dict | None:

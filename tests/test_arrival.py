@@ -259,6 +259,7 @@ KD: Table = {
     "alpha": ("0.3", weights, pytest.approx({"ce": 0.7, "kl": 0.3 * 9})),
     "temperature": ("3", kl_at(3.0), True),
     "cache_teacher": ("true", lambda loop: loop.objective.cache_logits, True),
+    "stop_kd_epoch": ("3", lambda loop: loop.objective.stop_kd_epoch, 3),
 }
 SUM = pytest.approx({"ce": 0.6, "kl": 0.4 * 9, "at": 10.0, "dkd_target": 0.5 * 2 * 9, "dkd_others": 0.5 * 5 * 9})
 JOINED: Table = {

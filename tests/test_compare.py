@@ -12,7 +12,10 @@ import yaml
 from benchmarks.split import divide
 from common import UserError
 from comparing.cost import estimate, of_run
-from comparing.local import Places, check_folder, execute, slots, work_list
+from comparing.local import Forks, slots
+from comparing.making import check_folder
+from comparing.order import execute
+from comparing.places import Places, work_list
 from comparing.plan import Plan, assignments, make_plan, read_plan
 from comparing.planned import CONFIGS, flags
 from comparing.records import recorded
@@ -232,7 +235,7 @@ def test_runs_wait_for_what_they_read_and_a_deadline_leaves_them(tmp_path):
     (tmp_path / "records").mkdir()
     left = work_list(planned, places)
     assert [run.name for run in left] == [run.name for run in planned]
-    outcome = execute(left, places, slots(1), time.monotonic() - 1, lambda *_: None)
+    outcome = execute(left, places, Forks(slots(1)), time.monotonic() - 1, lambda *_: None)
     assert outcome.left == [run.name for run in planned] and not outcome.made
     # Of a student without a record, and a teacher that has one but no folder, both are made again.
     for run in planned:

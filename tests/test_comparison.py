@@ -112,6 +112,20 @@ def test_tables_show_intervals_only_over_several_seeds(seeds):
     assert (verdict == "too few runs to tell") == (seeds == 1)
 
 
+def test_classes_that_students_never_saw_have_a_table():
+    assert not any("by class" in table.title for table in tables(found()))
+    changed = [each | {"test": TEST | {"seen": each["top1"], "unseen": 2.0 * each["seed"]}} for each in records()]
+    (table,) = (each for each in tables(compare(changed, ["a", "b"], ["vanilla", "gtn"])) if "by class" in each.title)
+    assert table.columns == ["seen in training", "left out"]
+    averages = {
+        source: mean(v for key, pair in TOP1.items() if key[0] == source for v in pair) for source in ("alone", "gtn")
+    }
+    rows = {name: cells for name, *cells in table.rows}
+    assert rows.keys() == {"alone", "vanilla", "gtn"}
+    for source, average in averages.items():
+        assert rows[source] == [f"{average:.2f}", "1.00"]
+
+
 def test_doubts():
     said = " ".join(found(seeds=1)["doubts"])
     assert "1 seed:" in said and "2 students:" in said and "at most 5 epochs" in said

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from common import UserError
@@ -520,6 +521,19 @@ PAIRS = [("resnet8", "resnet14"), ("shufflenetv1", "resnet8x4"), ("shufflenetv2"
 
 # What is computed from logits alone knows nothing of the pair.
 CASES = [(name, *pair) for name in NAMES for pair in PAIRS if METHODS[name].teacher_features or pair == PAIRS[0]]
+
+
+def test_distillation_that_is_stopped_leaves_the_labels():
+    made, gradients = objective("at+kd", ce_weight=0.4), []
+    made.stop_kd_epoch = 2
+    for epoch in (1, 2):
+        terms = run_step(made, epoch, batch())
+        gradients.append(made.student.conv1.weight.grad.clone())
+    assert terms.keys() == {"ce", "kl", "at"}  # they can still be followed
+    made.zero_grad()
+    F.cross_entropy(made.student(batch().images), batch().labels).backward()
+    torch.testing.assert_close(gradients[1], made.student.conv1.weight.grad)
+    assert (gradients[0] - gradients[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("name", "student", "teacher"), CASES)

@@ -1,5 +1,6 @@
 """Options by method: what a method reads is a flag, what it does not is refused or named; --help; trackers."""
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from common import UserError
 from data.datasets import load_images
 from distill import LISTINGS as STUDENTS
 from distill import DistillConfig
+from engine.checkpoint import Progress
 from engine.command_line import parse
 from engine.config import union
 from engine.console import Console
@@ -23,7 +25,7 @@ from engine.tracking import start_trackers
 from losses.registry import METHODS
 from models import create_model
 from objectives.registry import TEACHERS
-from tests.runs import ROOT, TINY, here, python, read_json, succeeded
+from tests.runs import ROOT, TINY, forked, here, python, read_json, read_rows, succeeded
 from train_teacher import LISTINGS, TeacherConfig
 
 SMALL = ["--student", "resnet8", "--image_size", "8", "--batch_size", "512", "--epochs", "1"]
@@ -334,11 +336,61 @@ def test_a_tracker_is_told_the_options_and_every_epoch(tmp_path):
 def test_trackers_call_a_run_as_they_are_told_or_as_its_folder(given, called):
     """Each library has a keyword of its own for it."""
     told = []
-    accelerator = SimpleNamespace(init_trackers=lambda *arguments: told.append(arguments))
-    start_trackers(accelerator, teacher("--with_tracking", "--output_dir", "some/folder", *given))
+    accelerator = SimpleNamespace(
+        init_trackers=lambda *arguments: told.append(arguments), trackers=[], is_main_process=True
+    )
+    config = teacher("--with_tracking", "--output_dir", "some/folder", *given)
+    start_trackers(accelerator, config, Progress())
     ((project, _, names),) = told
     assert project == "student-friendly-teachers" and names["wandb"] == {"name": called}
     assert names["mlflow"] == {"run_name": called} and names["swanlab"] == {"experiment_name": called}
+    known = {"tensorboard": called, "wandb": "a1", "mlflow": "b2"}
+    start_trackers(accelerator, config, Progress(epoch=3, trackers=known))
+    assert told[1][2]["wandb"] == {"name": called, "id": "a1", "resume": "allow"}
+    assert told[1][2]["mlflow"] == {"run_name": called, "run_id": "b2"}
+    assert told[1][2]["tensorboard"] == {"purge_step": 4}  # what was said of the fourth epoch is said again
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "mlflow", "trackio"])
+def test_a_resumed_run_goes_on_with_its_curve(tmp_path, tracker):
+    """A run of three epochs that is stopped after two of them, and the same one again."""
+    pytest.importorskip(tracker, reason=f"pip install {tracker}")
+    places = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    places |= {"MLFLOW_ALLOW_FILE_STORE": "true"}
+    arguments = [*TINY[:-1], "3", "--with_tracking", "--report_to", tracker, "--output_dir", tmp_path / "run"]
+    batches = -(-1437 // 128)
+    stopped = forked("tests/signalled.py", 15, 2 * batches + 3, "train_teacher.py", *arguments, **places)
+    assert stopped.returncode == 143, stopped.stderr
+    succeeded(forked("train_teacher.py", *arguments, "--resume_from_checkpoint", "latest", **places))
+    expected = [row["losses"]["ce"] for row in read_rows(tmp_path / "run/metrics.jsonl")]
+    curves = json.loads(succeeded(forked("-c", CURVES[tracker], **places, FOLDER=str(tmp_path / "run"))).stdout)
+    assert curves == [[[number, pytest.approx(value, rel=1e-5)] for number, value in enumerate(expected, start=1)]]
+
+
+# Each prints every run that holds loss/ce, as pairs of epoch and value.
+CURVES = {
+    "tensorboard": """
+import json, os
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+found = EventMultiplexer().AddRunsFromDirectory(os.environ["FOLDER"] + "/tensorboard").Reload()
+runs = [run for run, content in found.Runs().items() if "loss/ce" in content["scalars"]]
+print(json.dumps([[(each.step, each.value) for each in found.Scalars(run, "loss/ce")] for run in runs]))
+""",
+    "mlflow": """
+import json, mlflow
+client = mlflow.MlflowClient()
+runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+found = [client.get_metric_history(run.info.run_id, "loss/ce") for run in runs]
+print(json.dumps([[(each.step, each.value) for each in history] for history in found]))
+""",
+    "trackio": """
+import json
+from trackio.sqlite_storage import SQLiteStorage
+project = "student-friendly-teachers"
+found = [SQLiteStorage.get_logs(project, run) for run in SQLiteStorage.get_runs(project)]
+print(json.dumps([[(row["step"], row["loss/ce"]) for row in rows if "loss/ce" in row] for rows in found]))
+""",
+}
 
 
 def test_tensorboard_gets_the_project_and_the_options(tmp_path):

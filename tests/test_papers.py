@@ -1,11 +1,16 @@
 """compare.py --paper: which runs a table has, at what scale, and that the paper's figures stand beside its own runs."""
 
+import json
+
 import pytest
 
 from common import UserError
 from comparing.papers import beside, list_tables, paper_comparison, shortened
 from comparing.planned import CONFIGS
+from comparing.records import on_test_images, recorded, transferred
+from models import ModelInfo, create_model, save_pretrained
 from recipes import table, tables
+from tests.runs import here, read_json, succeeded
 
 
 def test_a_tables_runs_are_pairs_by_teacher_and_method():
@@ -69,6 +74,32 @@ def test_the_papers_figures_stand_beside_the_means():
     assert (alike["figure"], beside([alike], [record(alike["run"], 0, 70.0)])[0]["ours"]) == ("kl", 0.4)
     top5 = next(row for row in paper_comparison("sftn/3", "full", [0]).rows if row["figure"] == "student_top5")
     assert beside([top5], [record(top5["run"], 0, 70.0)])[0]["ours"] == 75.0
+
+
+def test_transfer_and_unseen_classes_are_as_evaluate_has_them(tmp_path):
+    found = paper_comparison("sftn/7", "short", [0])
+    alone, *_, last = found.rows
+    assert (alone["figure"], alone["paper"], last["figure"], last["paper"]) == ("stl10", 70.18, "tiny_imagenet", 39.95)
+    records = [record(last["run"], 0, 1.0, transfer={"tiny_imagenet": 40.5})]
+    assert beside([last], records)[0]["ours"] == 40.5 and beside([alone], records)[0]["ours"] is None
+    averages = {"vanilla": (71.05, 33.80), "sftn": (75.77, 39.86)}
+    for method, printed in averages.items():
+        rows = [row for row in table("sftn/7").rows if row.teacher and row.teacher.method == method]
+        means = [sum(row.figures[name] for row in rows) / 5 for name in ("stl10", "tiny_imagenet")]
+        assert means == pytest.approx(printed, abs=0.012)
+    run = found.runs[0]
+    assert run.transfer == {"stl10": 10, "tiny_imagenet": 10}  # of 240
+    (tmp_path / f"{run.name}.json").write_text(json.dumps({"key": run.key}))
+    assert recorded(run, tmp_path) is None  # made for another table
+    network = create_model("resnet8", 10, image_size=8)
+    save_pretrained(network, ModelInfo("resnet8", "digits", 10, 8, [0.5] * 3, [0.25] * 3), tmp_path)
+    (tmp_path / "config.yaml").write_text("{dataset: digits, exclude_classes: [0, 1, 2, 3, 4]}")
+    succeeded(here("evaluate.py", tmp_path, "--transfer", "digits", "--transfer_epochs", 2, "--latency", "false"))
+    evaluated = read_json(tmp_path / "evaluation.json")
+    assert transferred(tmp_path, {"digits": 2}) == {"digits": evaluated["transfer"]["top1"]}
+    measured = on_test_images(tmp_path, [])
+    assert (measured["seen"], measured["unseen"]) == (evaluated["top1_seen"], evaluated["top1_unseen"])
+    assert measured["seen"] != measured["unseen"]
 
 
 def test_the_list_costs_tables():
