@@ -8,6 +8,8 @@ from typing import Literal
 from common import UserError
 from data.datasets import DataOptions
 
+LARGEST = 3e38  # of float32, in which the optimiser computes
+
 
 @dataclass
 class TrainingOptions:
@@ -141,10 +143,10 @@ class RunConfig(DataOptions, TrainingOptions, PlaceOptions, ScriptOptions):
             "epochs": (1 <= self.epochs <= 10**6, "from 1 to a million"),
             "batch_size": (2 <= self.batch_size <= 2**24, "from 2 to 2^24"),
             "gradient_accumulation_steps": (self.gradient_accumulation_steps >= 1, "at least 1"),
-            "lr": (self.lr > 0, "above 0"),
+            "lr": (0 < self.lr <= LARGEST, f"above 0 and at most {LARGEST:g}"),
             "lr_batch_size": (self.lr_batch_size is None or self.lr_batch_size >= 1, "at least 1"),
             "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
-            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "weight_decay": (0 <= self.weight_decay <= LARGEST, f"from 0 to {LARGEST:g}"),
             "nesterov": (not self.nesterov or self.momentum > 0, "off when --momentum is 0"),
             "lr_gamma": (0 < self.lr_gamma <= 1, "in (0, 1]"),
             "checkpointing_epochs": (self.checkpointing_epochs >= 1, "at least 1"),

@@ -110,9 +110,14 @@ def lost_processes() -> str | None:
 def lost_connection(error: Exception) -> str | None:
     """What to say where a collective operation failed and no process is seen to be gone.
 
-    It may be on another machine, be stopped, or be ending still, with its connections down already.
+    It may be on another machine, be stopped, or be ending still, with its connections down already; or it never came.
     """
     words = one_line(error)
+    if isinstance(error, torch.distributed.DistError) and not _processes:
+        return (
+            f"the run's processes have not come together ({words}); start all of them within --process_timeout, with "
+            "the same MASTER_ADDR and MASTER_PORT"
+        )
     broken = re.search(r"connection (closed|reset|refused)|timed out|NCCL|broken pipe", words, re.IGNORECASE)
     if not broken or len(_processes) < 2:
         return None

@@ -80,6 +80,8 @@ def test_a_students_pool_is_optional_and_can_be_given_in_parts():
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--config"], "--config"),
         (["--lr", "0"], "--lr 0.0: must be above 0"),
+        (["--lr", "1e39"], "--lr 1e+39: must be above 0 and at most 3e+38"),
+        (["--weight_decay", "1e39"], "--weight_decay 1e+39: must be from 0 to 3e+38"),
         (["--epochs", "0"], "--epochs 0: must be from 1 to a million"),
         (["--batch_size", "1"], "--batch_size 1"),
         (["--momentum", "1"], "--momentum 1.0"),

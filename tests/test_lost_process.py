@@ -49,3 +49,21 @@ def test_a_killed_process_is_named_by_the_other_and_the_run_goes_on(tmp_path):
     rows = [[(row["losses"], row["images"], row["accuracy"]) for row in read_rows(tmp_path / name / "metrics.jsonl")]
             for name in ("whole", "r", "s")]  # fmt: skip
     assert rows[0] == rows[1] == rows[2]  # sums over processes that are carried on are counted once
+
+
+def test_a_process_whose_peer_never_comes_says_so_in_one_line(tmp_path):
+    """One that waits for connections, and one that looks for the other; in a launcher either would be ended."""
+    for rank in ("0", "1"):
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+        }
+        place |= {"MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
+        words = ["train_teacher.py", *RUN, "--process_timeout", "1", "--output_dir", tmp_path / rank]
+        alone = Fork(*words, **place).completed()
+        lines = [line for line in alone.stderr.splitlines() if line.startswith("train_teacher.py:")]
+        assert alone.returncode == 1 and len(lines) == 1 and "Traceback" not in alone.stderr
+        assert "have not come together" in lines[0] and "--process_timeout" in lines[0]

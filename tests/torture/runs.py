@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ CHILD = "tests/torture/child.py"
 PATIENCE = 300  # seconds of idleness, or of computing, until a run counts as hung
 SHARED = 4  # cases of the same run: it has to be measured once undisturbed
 RAW = re.compile(r"Parser key|functools|<class |<function | object at 0x|\[Errno ")  # words of Python or of a library
-FAREWELL = 90  # seconds of idleness for the others to end after a process has failed
+FAREWELL = 30  # seconds of idleness for the others to end after a process has failed
 SIZE = ["--image_size", "8", "--train_fraction", "0.1", "--batch_size", "48"]  # 3 batches an epoch
 SHORT = [*SIZE, "--epochs", "2"]
 TEACHERS = {
@@ -113,20 +114,34 @@ def begin(script: str, arguments: list, processes: int = 1, plan: dict | None = 
 
 
 def finish(ranks: list) -> Result:
-    """Wait for a run's end. Raises Failure if it does not come."""
-    patience, idle, before = PATIENCE, 0.0, time.monotonic()
+    """Wait for a run's end. Raises Failure if it does not come.
+
+    Where one process has ended before all had come together, the others wait for it in PyTorch's rendezvous; they get
+    the SIGTERM that a launcher would have sent long before.
+    """
+    patience, idle, before, ended = PATIENCE, 0.0, time.monotonic(), False
     while any(rank.wait(0.02) is None for rank in ranks):
         now = time.monotonic()
         idle += 0 if any(is_at_work(rank.pid) for rank in ranks) else now - before
         before = now
         if any(rank.returncode for rank in ranks):
             patience = FAREWELL
+        if idle > patience and not ended and not any(map(has_written, ranks)):
+            ended, idle = True, 0.0
+            for rank in ranks:
+                if rank.returncode is None:
+                    rank.send_signal(signal.SIGTERM)
         if idle > patience or max(processor_seconds(rank.pid) for rank in ranks) > PATIENCE:
             for rank in ranks:
                 rank.kill()
             raise Failure("hung", f"still running; what it wrote: {[rank.communicate() for rank in ranks]}")
     outputs = [rank.communicate() for rank in ranks]
     return Result([rank.returncode for rank in ranks], outputs[0][0], [words for _, words in outputs])
+
+
+def has_written(rank: Fork | Real) -> bool:
+    """Whether a process has said anything yet, which the first does when training begins."""
+    return any((os.stat(each) if isinstance(each, Path) else os.fstat(each.fileno())).st_size for each in rank.output)
 
 
 def is_at_work(process: int) -> bool:
