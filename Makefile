@@ -43,6 +43,7 @@ benchmark: .venv/installed
 	$(BIN)/python -m benchmarks.processes
 	$(BIN)/python -m benchmarks.alike
 	$(BIN)/python -m benchmarks.evaluation
+	$(BIN)/python -m benchmarks.together
 
 browser-check: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
