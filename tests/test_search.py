@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from scipy.stats import spearmanr
 
+from benchmarks import ranking as ranking_benchmark
 from common import UserError
 from data.datasets import load_images
 from data.pipeline import Pipeline
@@ -404,3 +405,27 @@ def test_bad_input_is_one_line(words, message, vanilla):
     words = [word.replace("RUN", str(vanilla)) for word in words]
     done = here("search.py", *words, *(WORDS if "RUN" in str(words) else ()))
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_the_ranking_benchmark_trains_members_and_gives_tau(generic, tmp_path, monkeypatch, capsys):
+    start = subprocess.run
+
+    def run(command, **options):
+        return succeeded(forked(*command[1:])) if command[0] == sys.executable else start(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    words = ["--teacher", str(generic), "--members", "3", "--epochs", "1", "--batch_size", "128", "--paths", "12"]
+    words += ["--first_steps", "2", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "ranking.json")]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/ranking.py", *words])
+    ranking_benchmark.main()
+    found = read_json(tmp_path / "ranking.json")
+    for name in ("foretold", "path", "params", "macs"):
+        pairs = [(a, b) for a in range(3) for b in range(a)]
+        signs = [
+            np.sign(found[name][a] - found[name][b]) * np.sign(found["top1"][a] - found["top1"][b]) for a, b in pairs
+        ]
+        ties = len({*found[name]}) < 3 or len({*found["top1"]}) < 3
+        assert ties or found["tau"][name] == pytest.approx(sum(signs) / 3)
+    summaries = [read_json(path)["top1"] for path in tmp_path.glob("runs/*/summary.json")]
+    assert sorted(summaries) == sorted(found["top1"]) and len(summaries) == 3
+    assert ("search.py --rank macs" in capsys.readouterr().out) == (not found["tau"]["foretold"] > found["tau"]["macs"])
