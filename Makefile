@@ -53,7 +53,7 @@ browser-check: .venv/installed
 executors-check: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-ray.txt \
 		-r requirements-slurm.txt -r requirements-search.txt
-	$(BIN)/python -m pytest tests/test_executors.py tests/test_search.py
+	$(BIN)/python -m pytest tests/test_executors.py tests/test_optuna.py
 
 gpu-check: .venv/installed
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"

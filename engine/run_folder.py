@@ -20,7 +20,7 @@ from common import UserError, read_text, without_waiting, write_atomically
 
 OURS = ("summary.json", "model.safetensors", "model.json", "metrics.jsonl", "supernet.safetensors")
 OURS += ("evaluation.json", "evaluation.parquet", "report.html")
-OUR_FOLDERS = ("plots", "checkpoints", "tensorboard", "anchors", "students", "export")
+OUR_FOLDERS = ("plots", "checkpoints", "tensorboard", "anchors", "students", "export", "search")
 LOCK = ".lock"
 RUN_KEYS = {"method", "dataset", "seed", "epochs", "output_dir", "checkpointing_epochs"}  # of any run's config.yaml
 PACKAGES = ("torch", "torchvision", "triton", "accelerate", "safetensors")

@@ -15,7 +15,7 @@ import onnxruntime
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from torch import Tensor
+from torch import Tensor, nn
 from torch.onnx import symbolic_helper
 
 from exporters.deployed import Deployed
@@ -25,29 +25,34 @@ QUANTIZED = ["Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "Concat", "MaxPool
 
 
 def write_onnx(deployed: Deployed, path: Path, metadata: dict) -> None:
-    """Write `deployed` with a free batch size; `metadata` are strings, or what JSON can hold.
+    """Write `deployed` with a free batch size; `metadata` are strings, or what JSON can hold."""
+    model = trace(deployed, deployed.example(), deployed.output)
+    for name, value in metadata.items():
+        model.metadata_props.add(key=name, value=value if isinstance(value, str) else json.dumps(value))
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def trace(module: nn.Module, example: Tensor, output: str) -> onnx.ModelProto:
+    """A module that takes `images` and gives `output`, each with a free batch size, as ONNX.
 
     By the tracing exporter: our forward passes have no control flow that depends on data, and it takes seconds where
-    the one on torch.export takes a minute. What the file computes is proven afterwards.
+    the one on torch.export takes a minute. What a file computes is proven afterwards.
     """
     torch.onnx.register_custom_op_symbolic("aten::channel_shuffle", _channel_shuffle, OPSET)  # it knows none
     file = io.BytesIO()
     with quiet(), torch.no_grad():
         torch.onnx.export(
-            deployed,
-            (deployed.example(),),
+            module,
+            (example,),
             file,
             dynamo=False,
             opset_version=OPSET,
             input_names=["images"],
-            output_names=[deployed.output],
-            dynamic_axes={"images": {0: "batch"}, deployed.output: {0: "batch"}},
+            output_names=[output],
+            dynamic_axes={"images": {0: "batch"}, output: {0: "batch"}},
         )
-    model = onnx.load_from_string(file.getvalue())
-    for name, value in metadata.items():
-        model.metadata_props.add(key=name, value=value if isinstance(value, str) else json.dumps(value))
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
+    return onnx.load_from_string(file.getvalue())
 
 
 def write_int8(source: Path, path: Path, batches: Iterable[Tensor]) -> None:

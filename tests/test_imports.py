@@ -19,9 +19,10 @@ LAYERS = {
     "objectives": {"common", "data", "engine", "kernels", "losses", "models", "objectives"},
     "reports": {"common", "data", "models", "reports"},
     "exporters": {"exporters", "models", "reports"},
+    "searching": {"common", "data", "exporters", "kernels", "models", "reports", "searching"},
     "recipes": {"common", "recipes"},
 }
-SCRIPTS = {"train_teacher", "distill", "evaluate", "export"}
+SCRIPTS = {"train_teacher", "distill", "evaluate", "export", "search"}
 ABOVE = {"comparing": {*LAYERS, *SCRIPTS, "comparing"}, "compare": {*LAYERS, "comparing"}}  # they make runs of scripts
 MAY_IMPORT = LAYERS | {script: set(LAYERS) for script in SCRIPTS} | ABOVE | {"benchmarks": {*LAYERS, "benchmarks"}}
 OURS = set(MAY_IMPORT)

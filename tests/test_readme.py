@@ -16,6 +16,7 @@ from engine.command_line import parse
 from evaluate import EvaluateConfig
 from export import ExportConfig
 from losses.registry import describe_methods
+from search import SearchConfig
 from tests.runs import forked, forked_processes, succeeded
 from train_teacher import TeacherConfig
 
@@ -25,6 +26,7 @@ CONFIGS = {
     "distill.py": DistillConfig,
     "evaluate.py": EvaluateConfig,
     "export.py": ExportConfig,
+    "search.py": SearchConfig,
 }
 
 
@@ -91,6 +93,7 @@ def test_command_is_understood_by_launcher_and_script(command, monkeypatch):
         return
     config = parse(CONFIGS[script], "", {}, arguments)
     named = {"evaluate.py": lambda: config.runs or [config.output], "export.py": lambda: config.run}
+    named["search.py"] = lambda: [config.write_blocks or config.output_dir or config.teacher]
     places = named.get(script, lambda: [config.output_dir])()
     assert all(place.startswith("runs/") for place in places)
 
@@ -104,9 +107,13 @@ def test_commands_for_a_cpu_run(tmp_path):
     for command in script_commands():
         if any(each in command for each in ("compare.py", "cifar100", "imagenet", "stl10", "--resume_from_checkpoint")):
             continue  # needs a network, a GPU, a stopped run; compare.py has tests of its own
+        if "search.py" in command and re.search(r"\dms\b", command):
+            continue  # measures latencies for long; tests/test_search.py does for less
         variables, words = split(command)
         words = [word.replace("runs/", f"{tmp_path}/").replace("folder:", f"folder:{tmp_path}/") for word in words]
-        if not {"evaluate.py", "export.py"} & set(words):
+        if "search.py" in words:
+            words += ["--paths", "20", "--first_steps", "2"]
+        elif not {"evaluate.py", "export.py"} & set(words):
             words += ["--epochs", "1", "--stop_after", "1", "--batch_size", "128", "--image_size", "8"]
         assert variables in ({}, {"ACCELERATE_USE_CPU": "true"})
         processes = 1

@@ -1,59 +1,431 @@
-"""compare.py --search: what Optuna proposes, whatever interrupts it, and that images held out of training judge it."""
+"""search.py: sums are members' true costs, a profile foretells latencies it has not seen, scores need their statistics,
+and what is chosen keeps to its budget."""
 
+import json
+import subprocess
+import sys
+
+import numpy as np
 import pytest
+import safetensors.torch
+import torch
+from scipy.stats import spearmanr
 
+from benchmarks import ranking as ranking_benchmark
 from common import UserError
-from comparing.plan import make_plan
-from comparing.search import Study, check_held_out
-from tests.runs import forked, here, read_json, read_rows, succeeded
+from data.datasets import load_images
+from data.pipeline import Pipeline
+from exporters.onnx import OPSET, load_onnx
+from kernels import cross_entropy
+from models import ModelInfo, create_model, load_pretrained, save_pretrained
+from models.network import cost
+from models.pool import Pool, PoolNet, read_spec
+from models.supernet import Draw, Supernet
+from reports.subject import ImageOptions
+from searching import device
+from searching.blocks import write_folder, write_whole
+from searching.budget import check_possible, parse_budget, parse_budgets
+from searching.choice import Field, choose
+from searching.members import Members, block_name, blocks
+from searching.pareto import front
+from searching.paths import complete, estimate_statistics, judge, load_supernet
+from searching.profile import Profile, read_profile
+from searching.ranking import Ranking, draw_paths, foretell
+from searching.scoring import batches
+from tests.runs import ROOT, TINY_GTN, forked, here, read_json, succeeded
 
-SWEEP = {"temperature": ["1..8"], "alpha": ["0.5..0.99"], "method": ["kd", "dkd"]}
-FLAGS = ["--teachers", "vanilla", "--students", "resnet8", "--teacher_options", "model=resnet8"]
-OPTIONS = ["--options", "image_size=8", "batch_size=128", "epochs=1", "train_fraction=0.3"]
-
-
-def test_students_that_hold_nothing_out_are_refused():
-    plan = {"teachers": {"vanilla": {}}, "students": ["resnet8"], "seeds": [0]}
-    with pytest.raises(UserError, match="give --options val_fraction"):
-        check_held_out(make_plan(plan, "here").runs())
-    check_held_out(make_plan(plan | {"distill": {"val_fraction": 0.1}}, "here").runs())
-    done = here("compare.py", *FLAGS, "--search", "3")
-    assert done.returncode == 2 and "--search: needs --teachers, --students and --sweep" in done.stderr
-
-
-def test_trials_follow_from_their_numbers_and_a_stopped_one_goes_on(tmp_path):
-    pytest.importorskip("optuna", reason="pip install -r requirements-search.txt")
-    one, other = (Study(tmp_path / name / "search.db", {"seeds": [0]}, SWEEP, 0) for name in "ab")
-    seen = []
-    for number in range(3):
-        trial = one.propose()
-        assert trial["number"] == number
-        assert number or one.propose() == trial  # nobody has said what came of it
-        assert trial["values"]["temperature"] in range(1, 9) and 0.5 <= trial["values"]["alpha"] <= 0.99
-        assert trial == other.propose()
-        for study in (one, other):
-            study.tell(number, None if number == 1 else trial["values"]["alpha"])
-        seen.append(trial["values"]["alpha"])
-    assert [each["score"] for each in one.trials()] == [seen[0], None, *seen[2:]]
-    assert len(set(seen)) == 3 and Study(one.file, {"seeds": [1]}, SWEEP, 0).trials() == []
-    assert one.propose() != Study(tmp_path / "c/search.db", {"seeds": [0]}, SWEEP, 1).propose()
+NARROW = {"stem": 8, "widths": [16, 16, 16, 32, 64, 64], "head": 128}
+FOUR = ["res3x2", "res3x4", "identity", "zero"]
+POOL = Pool(**NARROW, candidates=FOUR, stem_stride=1)
+WORDS = ["--pool.stem", "8", "--pool.widths", *["16", "16", "16", "32", "64", "64"], "--pool.head", "128"]
+WORDS += ["--pool.candidates", *FOUR]
 
 
-def test_the_best_trial_is_the_best_on_held_out_images(tmp_path):
-    pytest.importorskip("optuna", reason="pip install -r requirements-search.txt")
-    words = ["compare.py", *FLAGS, *OPTIONS, "val_fraction=0.3", "--sweep", "temperature=1..8", "alpha=0.1..0.99"]
-    words += ["--output_dir", tmp_path / "out", "--runs", tmp_path / "runs"]
-    succeeded(forked(*words, "--search", 2))
-    done = succeeded(forked(*words, "--search", 3))
-    assert "trial 2:" in done.stdout and "trial 1: temperature" in done.stdout.partition("held out")[2]
-    trials = read_json(tmp_path / "out/search.json")
-    assert [each["number"] for each in trials] == [0, 1, 2]
-    best = max(trials, key=lambda each: each["score"])
-    for trial in trials:
-        record = read_json(tmp_path / f"out/records/trial{trial['number']}/seed0-resnet8-vanilla.json")
-        assert {name: record["options"][name] for name in trial["values"]} == trial["values"]
-        (last,) = read_rows(tmp_path / "runs" / record["folder"].rpartition("/")[2] / "metrics.jsonl")
-        assert trial["score"] == last["val_accuracy"]["student"] != last["accuracy"]["student"]
-    reported = read_json(tmp_path / "out/comparison.json")
-    assert {run["options"].get("alpha") for run in reported["runs"]} == {None, best["values"]["alpha"]}
-    assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 1 + 1 + 3  # teacher and student alone once
+def straight(items, total, name):
+    return iter(items)
+
+
+@pytest.fixture(scope="module")
+def members() -> Members:
+    return Members(POOL)
+
+
+@pytest.fixture(scope="module")
+def vanilla(tmp_path_factory):
+    """A teacher that is no GTN run; its accuracy does not matter."""
+    folder = tmp_path_factory.mktemp("search") / "vanilla"
+    torch.manual_seed(0)
+    info = ModelInfo("resnet8", "digits", 10, 16, [0.5] * 3, [0.25] * 3)
+    save_pretrained(create_model("resnet8", 10), info, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def generic(tmp_path_factory):
+    """A GTN teacher with its supernet, barely trained."""
+    folder = tmp_path_factory.mktemp("search") / "generic"
+    words = ["--save_supernet", "--share_branches", "--val_fraction", "0.2", "--output_dir", folder]
+    succeeded(forked("train_teacher.py", *TINY_GTN, *words))
+    return folder
+
+
+def digits(size: int):
+    """(pipeline, training split, test images, labels)."""
+    data = load_images("digits", size)
+    pipeline = Pipeline(data, ImageOptions(), torch.device("cpu"))
+    images, labels = zip(*pipeline.evaluation(data.test, 500), strict=True)
+    return pipeline, data.train, torch.cat(images), torch.cat(labels)
+
+
+def made_up(members: Members, overhead: tuple[float, float], noise: float = 0.0, size: int = 16) -> dict:
+    """A profile whose blocks take what their place in the list says, and members the sum, an overhead and noise."""
+    ms = {name: 0.1 + 0.01 * place for place, (name, *_) in enumerate(blocks(members.pool, 10, size))}
+    random, whole = np.random.default_rng(0), {}
+    for number, member in enumerate(random.choice(len(members), 40, replace=False).tolist()):
+        whole[f"member{number}"] = members.choice(member)
+        names = ["stem", "head", *(block_name(i, each) for i, each in enumerate(whole[f"member{number}"]))]
+        there = [ms[name] for name in names if name in ms]
+        exact = sum(there) + overhead[0] + overhead[1] * len(there)
+        ms[f"member{number}"] = exact * (1 + noise * random.standard_normal())
+    content = {"device": "a device", "onnxruntime": "1.0", "threads": 1, "opset": OPSET, "image_size": size}
+    content |= {"num_classes": 10, "pool": json.loads(json.dumps(members.pool.__dict__)), "members": whole, "ms": ms}
+    return content | {"passes": {name: [time, 1.02 * time] for name, time in ms.items()}}
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        POOL,
+        Pool(**NARROW, shortcut=False, stem_stride=4),
+        Pool(**NARROW, identity="plain", candidates=FOUR, stem_stride=2),
+    ],
+)
+def test_sums_are_what_the_built_members_have(pool):
+    members = Members(pool)
+    sizes = members.sizes(7, 17)
+    assert all(len(values) == len(members) for values in sizes.values())
+    for member in np.random.default_rng(1).choice(len(members), 12, replace=False).tolist():
+        choice = members.choice(member)
+        assert members.number(choice) == member
+        with torch.device("meta"):
+            parameters, flops, _ = cost(PoolNet(pool.spec(choice), 7).eval(), 17)
+        assert (sizes["params"][member], sizes["macs"][member]) == (parameters, flops / 2)
+
+
+def test_the_papers_pool_is_enumerated_and_a_vast_one_refused():
+    assert len(Members(Pool(stem_stride=1))) == 153_664
+    with pytest.raises(UserError, match=r"its pool has 6.9e\+10 members"):
+        Members(Pool(widths=[16] * 12, strides=[1] * 12, stem=16, stem_stride=1))
+
+
+def test_blocks_in_order_are_the_member_and_light_files_have_its_shapes(tmp_path, members):
+    choice = ["res3x4", "zero", "identity", "res3x2", "identity", "res3x4"]
+    torch.manual_seed(0)
+    network, parts = PoolNet(POOL.spec(choice), 10), {name: module for name, module, _ in blocks(POOL, 10, 16)}
+    parts["stem"].load_state_dict(network.stem.state_dict())
+    parts["head"][0].load_state_dict(network.head.state_dict())
+    parts["head"][1].load_state_dict(network.fc.state_dict())
+    x = images = torch.randn(3, 3, 16, 16)
+    for i, name in enumerate(choice):
+        if (block := parts.get(block_name(i, name))) is not None:
+            block.load_state_dict(network.layers[i].state_dict())
+    for name in ["stem", *(block_name(i, each) for i, each in enumerate(choice)), "head"]:
+        x = parts[name](x) if name in parts else x
+    assert torch.equal(x, network(images))
+    shape = write_whole(POOL.spec(choice), 10, 16, tmp_path / "x.onnx")
+    assert load_onnx(tmp_path / "x.onnx", 1)(torch.zeros(2, *shape)).isfinite().all()
+    assert (tmp_path / "x.onnx").stat().st_size < 20_000 < 4 * cost(network.eval(), 16)[0]
+
+
+def test_a_profile_recovers_the_overhead_and_foretells_members_that_it_was_not_fitted_on(members):
+    profile = Profile(made_up(members, (0.3, -0.04)), members)
+    np.testing.assert_allclose(profile.overhead, [0.3, -0.04], atol=1e-9)
+    assert profile.trusted and profile.worst_error < 1e-9 and profile.repeats == pytest.approx((0.02, 0.02))
+    noisy = Profile(made_up(members, (0.3, -0.04), noise=0.3), members)
+    assert not noisy.trusted and "not to be trusted here" in noisy.lines()[-1]
+    assert noisy.median_error > 0.05 and noisy.spearman < 0.95
+
+
+def test_this_device_is_profiled_without_our_code_and_the_sum_ranks_whole_members(tmp_path, members):
+    """The standalone script alone, in a folder of its own; the machine may be busy, so the bound is loose."""
+    write_folder(tmp_path / "blocks", members, 10, 16, 0, straight)
+    words = [sys.executable, "-I", tmp_path / "blocks/profile_device.py", "--seconds", "0.02"]
+    done = subprocess.run(
+        [*map(str, words), "--output", str(tmp_path / "p.json")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "written: " in done.stdout, done.stderr
+    profile = read_profile(tmp_path / "p.json", members, 10, 16)
+    assert (profile.content["device"], profile.content["onnxruntime"]) == device.here()
+    assert profile.spearman > 0.9 and profile.median_error < 0.15
+    imported = {
+        line.split()[1] for line in (ROOT / "searching/device.py").read_text().splitlines() if line[:7] == "import "
+    }
+    assert imported - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"opset": 17}, "is of opset 17, not 18"),
+        ({"image_size": 8}, "is of image_size 8, not 16"),
+        ({"pool": {}}, "is of another, not the teacher's"),
+        ({"ms": {"stem": 1.0}}, "its times are not those"),
+        ({"passes": {}}, "its times are not those"),
+        ({"members": []}, "its times are not those"),
+        ({"device": None}, None),
+    ],
+)
+def test_a_profile_of_something_else_is_one_line(tmp_path, members, change, message):
+    (tmp_path / "p.json").write_text(json.dumps(made_up(members, (0, 0)) | change))
+    if message is None:
+        assert read_profile(tmp_path / "p.json", members, 10, 16)
+        return
+    with pytest.raises(UserError, match=f"--profile .*p.json: {message}"):
+        read_profile(tmp_path / "p.json", members, 10, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "limits"),
+    [
+        ("0.5ms", "0.5ms", {"ms": 0.5}),
+        ("300kparams", "300kparams", {"params": 3e5}),
+        ("20 M macs", "20Mmacs", {"macs": 2e7}),
+        ("1ms, .5Mparams,2gMACS", "1ms-.5Mparams-2gMACS", {"ms": 1, "params": 5e5, "macs": 2e9}),
+        ("1500params", "1500params", {"params": 1500}),
+    ],
+)
+def test_budgets_are_read(text, name, limits):
+    budget = parse_budget(text)
+    assert (budget.name, budget.limits) == (name, limits)
+
+
+@pytest.mark.parametrize(
+    "text", ["5", "5kg", "1kms", "ms", "-1ms", "0ms", "1ms,2ms", "1ms,", "nanms", "1e3ms", "", "1;2ms"]
+)
+def test_what_is_no_budget_is_one_line(text):
+    with pytest.raises(UserError, match="--budgets "):
+        parse_budgets([text])
+
+
+def test_two_budgets_of_a_name_are_a_mistake():
+    with pytest.raises(UserError, match="stands twice"):
+        parse_budgets(["1ms", "1MS"])
+
+
+def test_an_impossible_budget_names_the_smallest_member(members):
+    costs = members.sizes(10, 16)
+    smallest = int(costs["params"].argmin())
+    with pytest.raises(UserError) as error:
+        check_possible(parse_budget("1kparams"), members, costs)
+    assert " ".join(members.choice(smallest)) in str(error.value)
+    assert f"takes {costs['params'][smallest]:,.0f} parameters" in str(error.value)
+    least = {unit: values.min() for unit, values in costs.items()}
+    check_possible(parse_budget(f"{least['params']:.0f}params"), members, costs)
+    few, fewer = least["params"] * 1.01, least["macs"] * 0.99
+    with pytest.raises(UserError, match="the member that comes nearest"):
+        check_possible(parse_budget(f"{few:.0f}params,{fewer:.0f}macs"), members, costs)
+
+
+def test_a_front_is_what_no_member_beats():
+    cost, scores = np.array([3.0, 1.0, 2.0, 2.0, 4.0, 1.0]), np.array([5.0, 1.0, 4.0, 3.0, 5.0, 0.0])
+    assert front(cost, scores).tolist() == [1, 2, 0]
+    random = np.random.default_rng(0)
+    cost, scores = random.integers(0, 9, 200).astype(float), random.integers(0, 9, 200).astype(float)
+    beaten = [
+        any(
+            (cost[j] <= cost[i]) & (scores[j] >= scores[i]) & ((cost[j] < cost[i]) | (scores[j] > scores[i]))
+            for j in range(200)
+        )
+        for i in range(200)
+    ]
+    found = front(cost, scores)
+    assert {(cost[i], scores[i]) for i in found} == {(cost[i], scores[i]) for i in range(200) if not beaten[i]}
+
+
+def test_paths_are_balanced_different_and_a_sum_over_layers_is_foretold(members):
+    drawn = draw_paths(members, 120, 0)
+    assert len(np.unique(drawn, axis=0)) == len(drawn) > 105
+    assert not np.array_equal(drawn, draw_paths(members, 120, 1)) and np.array_equal(drawn, draw_paths(members, 120, 0))
+    for layer, options in enumerate(members.shape):
+        counts = np.bincount(drawn[:, layer], minlength=options)
+        assert counts.max() - counts.min() <= 12
+    random = np.random.default_rng(0)
+    true = members.sums([random.standard_normal(count) for count in members.shape], 50.0)
+    measured = true[members.numbers(drawn)] + 0.3 * random.standard_normal(len(drawn))
+    foretold, spearman = foretell(members, drawn, measured)
+    assert spearmanr(foretold, true).statistic > 0.98 and 0.9 < spearman < 1
+    assert abs(foretold - true).mean() < 0.2
+    _, none = foretell(members, drawn, random.standard_normal(len(drawn)))
+    assert abs(none) < 0.35
+
+
+def test_the_choice_keeps_to_the_budget_as_it_is_measured(members):
+    costs = members.sizes(10, 16)
+    costs["ms"] = costs["macs"] / 1e8
+    ranking, looked = Ranking("r", "u", costs["macs"]), []
+
+    def slower(member: int) -> float:
+        looked.append(member)
+        return 1.1 * costs["ms"][member]
+
+    every = Field(members, costs, ranking, 8, lambda member: -costs["params"][member], slower)
+    found = choose(parse_budget("0.05ms"), every)
+    chosen = members.number(found["choice"])
+    assert 1.1 * costs["ms"][chosen] == found["measured_ms"] <= 0.05 < 1.1 * costs["ms"][looked[0]]
+    assert len(looked) > 8 and found["score"] == -costs["params"][chosen]
+    last = [member for member in list(looked) if slower(member) <= 0.05]
+    assert costs["params"][chosen] == costs["params"][last].min()  # scored for real, not by the ranking
+    assert costs["ms"][chosen] > 0.04 and found["within_budget"] == (costs["ms"] <= 0.05).sum()
+    with pytest.raises(UserError, match=r"no member keeps to it: the fastest, .* measures 1e"):
+        choose(parse_budget("0.05ms"), Field(members, costs, ranking, 8, None, lambda member: 1e3))
+    exact = choose(parse_budget("60kparams,4Mmacs"), Field(members, costs, ranking, 8))
+    best = costs["macs"][(costs["params"] <= 6e4) & (costs["macs"] <= 4e6)].max()
+    assert exact["score"] == best and "measured_ms" not in exact
+
+
+def test_scores_are_noise_without_the_statistics_of_the_path():
+    """Beside accuracies by batch statistics, which need none: those of the running ones that training left."""
+    pool = Pool(stem=4, widths=[4, 4, 8, 8], strides=[1, 2, 2, 1], head=16, candidates=["res3x2", "identity", "zero"])
+    pipeline, train, images, labels = digits(8)
+    torch.manual_seed(0)
+    supernet, generator = Supernet(pool, 10), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD(supernet.parameters(), lr=0.05, momentum=0.9)
+
+    def path() -> list[Draw]:
+        return [Draw(int(torch.randint(len(layer.names), (), generator=generator))) for layer in supernet.layers]
+
+    for _, batch in zip(range(150), batches(pipeline.training(train, 64)), strict=False):
+        cross_entropy(supernet(batch.images, path()), batch.labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    paths = [path() for _ in range(24)]
+    left = [judge(supernet, each, images, labels)[0] for each in paths]
+    seen = torch.cat([images for images, _ in pipeline.evaluation(train.take(torch.arange(500)), 500)])
+    found, true = [], []
+    for each in paths:
+        estimate_statistics(supernet, each, seen)
+        found.append(judge(supernet, each, images, labels)[0])
+        with torch.no_grad():
+            true.append(float((supernet.train()(images, each).argmax(1) == labels).double().mean()))
+    by_path, by_training = (spearmanr(scores, true).statistic for scores in (found, left))
+    assert by_path > 0.9 and by_training < 0.7 and np.mean(found) > np.mean(left) + 5, (by_path, by_training)
+
+
+def test_only_what_no_branch_has_is_trained_and_learns(generic):
+    teacher = load_pretrained(generic)
+    pool = Pool(**teacher.info.pool)
+    supernet, fresh = load_supernet(generic, pool, 10, 8, 0)
+    saved = safetensors.torch.load_file(generic / "supernet.safetensors")
+    assert fresh == 1 and torch.equal(supernet.fc.weight, saved["branches.0.supernet.fc.weight"])
+    name = "candidates.res3x2.0.conv1.weight"
+    assert torch.equal(supernet.layers[1].state_dict()[name], saved[f"branches.0.supernet.layers.0.{name}"])
+    pipeline, train, images, labels = digits(8)
+    before = {name: value.clone() for name, value in supernet.named_parameters()}
+    paths = [[Draw((seed + i) % len(layer.names)) for i, layer in enumerate(supernet.layers)] for seed in range(3)]
+
+    def losses() -> list[float]:
+        for each in paths:
+            estimate_statistics(supernet, each, images)
+            yield judge(supernet, each, images, labels)[1]
+
+    first = list(losses())
+    complete(supernet, fresh, teacher, batches(pipeline.training(train, 64)), 40, 0)
+    changed = {name for name, value in supernet.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith(("stem.", "layers.0."))}
+    assert np.mean(list(losses())) < np.mean(first)
+
+
+def test_a_supernet_of_another_pool_is_one_line(generic):
+    with pytest.raises(UserError, match=r"--teacher .*generic: its supernet.safetensors cannot be loaded"):
+        load_supernet(generic, POOL, 10, 8, 0)
+
+
+def test_a_gtn_teacher_is_searched_by_its_supernet(generic, tmp_path):
+    members = Members(Pool(**load_pretrained(generic).info.pool))
+    (tmp_path / "p.json").write_text(json.dumps(made_up(members, (0.1, -0.01), size=8)))
+    words = ["--teacher", generic, "--budgets", "0.9ms", "1ms,3kparams", "--profile", tmp_path / "p.json"]
+    words += ["--paths", "40", "--images", "100", "--first_steps", "4", "--finalists", "3"]
+    outputs = []
+    for name in "ab":
+        done = here("search.py", *words, "--output_dir", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        outputs.append(read_json(tmp_path / name / "search.json"))
+    assert "no branch has the stem and the first 1 layer(s)" in done.stdout and "held none out" not in done.stdout
+    first, second = outputs
+    assert first["fronts"] == second["fronts"] and first["ranked_by"] == "the supernet's top-1"
+    assert first["scored_paths"] > 30 and first["profile"]["device"] == "a device" and first["members"] == len(members)
+    for name, entry in first["students"].items():
+        assert read_spec(tmp_path / "a/students" / f"{name}.json") == members.pool.spec(entry["choice"])
+        assert all(entry["costs"][unit] <= limit for unit, limit in entry["limits"].items())
+        assert entry | {"spec": ""} == second["students"][name] | {"spec": ""} and "measured_ms" not in entry
+    student = tmp_path / "a/students/1ms-3kparams.json"
+    next_command = f"python distill.py --teacher {generic} --student {tmp_path}/b/students/0.9ms.json"
+    assert next_command in done.stdout and student.is_file()
+    again = here("search.py", *words, "--output_dir", tmp_path / "a")
+    assert again.returncode == 2 and "--overwrite replaces it" in again.stderr
+    succeeded(here("search.py", *words, "--rank", "macs", "--output_dir", tmp_path / "a", "--overwrite"))
+    assert read_json(tmp_path / "a/search.json")["ranked_by"] == "multiply-accumulates"
+
+
+def test_any_teacher_is_searched_by_macs_and_measured_here(vanilla, tmp_path, monkeypatch):
+    monkeypatch.setattr("searching.blocks.WHOLE", 5)
+    monkeypatch.setattr(device, "SECONDS", 0.01)
+    words = ["--teacher", vanilla, *WORDS, "--budgets", "10ms", "100kparams", "--finalists", "2"]
+    done = succeeded(here("search.py", *words, "--output_dir", tmp_path / "s"))
+    assert "scores: by multiply-accumulates, as" in done.stdout and "holds no supernet.safetensors" in done.stdout
+    found = read_json(tmp_path / "s/search.json")
+    largest = ["res3x4"] * 6
+    assert found["students"]["10ms"]["choice"] == largest and found["students"]["10ms"]["measured_ms"] < 10
+    assert (found["profile"]["device"], found["profile"]["onnxruntime"]) == device.here()
+    assert {"ms", "params", "macs"} == set(found["others"]["nas_m"]) and found["others"]["nas_m"]["params"] > 1e6
+    before = (tmp_path / "s/profile.json").read_bytes()
+    monkeypatch.setattr("search.write_folder", None)  # what was measured is used again
+    succeeded(here("search.py", *words, "--output_dir", tmp_path / "s", "--overwrite"))
+    assert (tmp_path / "s/profile.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "--teacher: name the run folder"),
+        (("--teacher", "/nowhere", "--budgets", "1ms"), "--teacher /nowhere: "),
+        (("--teacher", "RUN"), "--budgets: name at least one"),
+        (("--teacher", "RUN", "--budgets", "1lightyear"), "'1lightyear' is no budget"),
+        (("--teacher", "RUN", "--budgets", "3params"), "the smallest member, "),
+        (("--teacher", "RUN", "--budgets", "9Mparams", "--rank", "supernet"), "holds no supernet.safetensors"),
+        (("--teacher", "RUN", "--budgets", "1ms", "--profile", "RUN/model.json"), "is no file of profile_device.py"),
+        (("--teacher", "RUN", "--budgets", "1ms", "--profile", "/nowhere"), "--profile /nowhere: cannot be read"),
+        (("--teacher", "RUN", "--budgets", "1ms", "--output_dir", "RUN"), "holds files that are no search's"),
+        (("--teacher", "RUN", "--write_blocks", "RUN"), "--write_blocks"),
+        (("--teacher", "RUN", "--budgets", "1ms", "--finalists", "0"), "--finalists 0: "),
+        (("--teacher", "RUN", "--budgets", "1ms", "--paths", "1"), "--paths 1: "),
+    ],
+)
+def test_bad_input_is_one_line(words, message, vanilla):
+    words = [word.replace("RUN", str(vanilla)) for word in words]
+    done = here("search.py", *words, *(WORDS if "RUN" in str(words) else ()))
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_the_ranking_benchmark_trains_members_and_gives_tau(generic, tmp_path, monkeypatch, capsys):
+    start = subprocess.run
+
+    def run(command, **options):
+        return succeeded(forked(*command[1:])) if command[0] == sys.executable else start(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    words = ["--teacher", str(generic), "--members", "3", "--epochs", "1", "--batch_size", "128", "--paths", "12"]
+    words += ["--first_steps", "2", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "ranking.json")]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/ranking.py", *words])
+    ranking_benchmark.main()
+    found = read_json(tmp_path / "ranking.json")
+    for name in ("foretold", "path", "params", "macs"):
+        pairs = [(a, b) for a in range(3) for b in range(a)]
+        signs = [
+            np.sign(found[name][a] - found[name][b]) * np.sign(found["top1"][a] - found["top1"][b]) for a, b in pairs
+        ]
+        ties = len({*found[name]}) < 3 or len({*found["top1"]}) < 3
+        assert ties or found["tau"][name] == pytest.approx(sum(signs) / 3)
+    summaries = [read_json(path)["top1"] for path in tmp_path.glob("runs/*/summary.json")]
+    assert sorted(summaries) == sorted(found["top1"]) and len(summaries) == 3
+    assert ("search.py --rank macs" in capsys.readouterr().out) == (not found["tau"]["foretold"] > found["tau"]["macs"])

@@ -1,0 +1,103 @@
+"""Whether search.py ranks members of a pool better than multiply-accumulates do.
+
+python -m benchmarks.ranking --teacher runs/generic-s --members 16 --epochs 10
+
+Uniform members of the teacher's pool are distilled from it, each alike, for a short schedule. Kendall's tau between
+their top-1 on the test split and what was known of them before: the score that search.py foretells, that of their own
+path, multiply-accumulates and parameters; 0 where all are alike. The teacher's run needs --save_supernet. A run that is
+there is not repeated.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import kendalltau
+
+from common import UserError, derive_seed, write_atomically
+from engine.console import Console
+from engine.distributed import run_script
+from engine.run_folder import machine
+from models.pool import Pool
+from reports.subject import Subject, load_subject
+from searching.members import Members
+from searching.scoring import ScoringOptions, score_pool
+
+LEAST = 3  # members of which a rank correlation says anything
+
+
+def main() -> None:
+    options = arguments()
+    subject, console = load_subject(options.teacher, "--teacher"), Console(True)
+    if not subject.info.pool or options.members < LEAST:
+        raise UserError(f"--teacher {options.teacher}: needs a pool, and --members at least {LEAST}")
+    members = Members(Pool(**subject.info.pool))
+    generator = np.random.default_rng(derive_seed(options.seed, "ranking"))
+    drawn = generator.choice(len(members), options.members, replace=False).tolist()
+    known = foretold(members, drawn, subject, options, console)
+    trained = [train(members, each, options) for each in shown(drawn, len(drawn), "members")]
+    tau = {name: float(np.nan_to_num(kendalltau(values, trained).statistic)) for name, values in known.items()}
+    report = {"command": f"python -m benchmarks.ranking {' '.join(sys.argv[1:])}", **machine(), "tau": tau}
+    report |= {"choices": [members.choice(each) for each in drawn], "top1": trained, **known}
+    write_atomically(Path(options.output), json.dumps(report, indent=1) + "\n")
+    print(f"Kendall's tau with the top-1 of {len(drawn)} members after {options.epochs} epochs:")
+    for name, value in tau.items():
+        print(f"  {name}: {value:.2f}")
+    if not tau["foretold"] > tau["macs"]:
+        print("the supernet does not beat multiply-accumulates here: search.py --rank macs")
+    print(f"written: {options.output}")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="the run folder of a GTN teacher with its supernet")
+    parser.add_argument("--members", type=int, default=16, help="how many are trained")
+    parser.add_argument("--epochs", type=int, default=10, help="of each")
+    parser.add_argument("--batch_size", type=int, default=64, help="of each")
+    parser.add_argument("--paths", type=int, default=300, help="as for search.py")
+    parser.add_argument("--first_steps", type=int, default=300, help="as for search.py")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw, the scores and the students")
+    parser.add_argument("--runs", default="runs/ranking", help="folder of the students' runs")
+    parser.add_argument("--output", default="benchmarks/results/ranking.json")
+    return parser.parse_args()
+
+
+def foretold(
+    members: Members, drawn: list[int], subject: Subject, options: argparse.Namespace, console: Console
+) -> dict[str, list[float]]:
+    """What is known of the members before they are trained, by name."""
+    scoring = ScoringOptions(paths=options.paths, first_steps=options.first_steps, seed=options.seed)
+    scoring.check()
+    ranking, score = score_pool(members, subject, scoring, shown, console.print)
+    sizes = members.sizes(subject.info.num_classes, subject.info.image_size)
+    known = {"foretold": ranking.scores[drawn].tolist(), "path": [score(each) for each in drawn]}
+    return known | {name: values[drawn].tolist() for name, values in sizes.items()}
+
+
+def train(members: Members, member: int, options: argparse.Namespace) -> float:
+    """The top-1 of a member that is distilled from the teacher."""
+    folder = Path(options.runs) / f"seed{options.seed}-{member}"
+    if not (folder / "summary.json").is_file():
+        spec = folder.with_name(f"{folder.name}.json")
+        write_atomically(spec, json.dumps(members.pool.spec(members.choice(member))) + "\n")
+        words = ["--teacher", options.teacher, "--student", spec, "--epochs", options.epochs, "--output_dir", folder]
+        words += ["--batch_size", options.batch_size, "--seed", options.seed, "--overwrite"]
+        command = [sys.executable, "distill.py", *map(str, words)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((folder / "summary.json").read_text())["top1"]
+
+
+def shown(items, total: int, name: str):
+    """What goes through, with a progress bar."""
+    with Console(True).bar(total, 0, name) as bar:
+        for each in items:
+            yield each
+            bar.update()
+
+
+if __name__ == "__main__":
+    run_script(main)

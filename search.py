@@ -1,0 +1,263 @@
+"""Search a teacher's pool for the students that are best within budgets of latency, parameters and MACs.
+
+python search.py --teacher runs/generic --budgets 0.05ms 0.08ms 100kparams,2Mmacs
+python search.py --teacher runs/generic --write_blocks blocks   # then on the device: python profile_device.py
+python search.py --teacher runs/generic --budgets 0.5ms --profile profile.json --output_dir runs/searched
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from shlex import quote
+from typing import Literal
+
+import torch
+
+from common import UserError, check_writable, write_atomically
+from engine.command_line import parse
+from engine.config import ScriptOptions
+from engine.console import Console
+from engine.distributed import run_script
+from engine.run_folder import machine
+from models import ModelInfo
+from models.network import cost
+from models.pool import NAS_STUDENTS, Pool, PoolNet
+from reports.subject import Subject, load_subject
+from searching import device
+from searching.blocks import write_folder, write_whole
+from searching.budget import check_possible, parse_budgets
+from searching.choice import Field, choose
+from searching.members import Members
+from searching.pareto import front, plot
+from searching.paths import FILE as SUPERNET
+from searching.profile import Profile, read_profile
+from searching.ranking import Ranking
+from searching.scoring import ScoringOptions, score_pool
+
+RESULT, PROFILE, PLOT = "search.json", "profile.json", "pareto.png"
+
+
+@dataclass
+class SearchConfig(ScoringOptions, ScriptOptions):
+    """Options of search.py.
+
+    Args:
+        teacher: the run folder of a trained teacher; one of --method gtn brings its pool and, where it was trained with
+            --save_supernet, the supernet that members are scored by.
+        budgets: what a student may cost, each for a student of its own: 0.5ms (one image, one thread), 300kparams,
+            20Mmacs, or several that hold together, 1ms,300kparams.
+        pool: the pool of a teacher that brings none; default: the paper's.
+        rank: supernet (scores on held-out images), macs (the more the better), or auto: supernet where there is one.
+        finalists: the best members of each budget that are scored and measured themselves.
+        profile: latencies of another device, or of this one: what profile_device.py wrote there; default: this device
+            is measured.
+        write_blocks: a new folder for what is to be measured on another device; nothing is searched then.
+        output_dir: folder of what is found; default: search in the teacher's.
+        overwrite: replace what an earlier search left there.
+    """
+
+    title = "search"
+
+    teacher: str | None = None
+    budgets: list[str] = field(default_factory=list)
+    pool: Pool | None = None
+    rank: Literal["auto", "supernet", "macs"] = "auto"
+    finalists: int = 8
+    profile: str | None = None
+    write_blocks: str | None = None
+    output_dir: str | None = None
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Raise UserError for options that do not go together, or outside their range."""
+        if self.teacher is None:
+            raise UserError("--teacher: name the run folder of a trained teacher")
+        if self.write_blocks is None:
+            parse_budgets(self.budgets)
+        if self.finalists < 1:
+            raise UserError(f"--finalists {self.finalists}: must be at least 1")
+        if self.pool is not None:
+            self.pool.check()
+
+
+def main() -> None:
+    config, console = parse(SearchConfig, __doc__, {}), Console(True)
+    subject = load_subject(config.teacher, "--teacher")
+    info, members = subject.info, Members(pool_of(subject, config))
+    if config.write_blocks:
+        return write_blocks(Path(config.write_blocks), members, info, config)
+    budgets, target = parse_budgets(config.budgets), Path(config.output_dir or subject.folder / "search")
+    check_target(target, config.overwrite)
+    costs = members.sizes(info.num_classes, info.image_size)
+    console.print(f"{len(members):,} members for {info.num_classes} classes of {info.image_size}x{info.image_size}")
+    profile = None
+    if config.profile or any("ms" in budget.limits for budget in budgets):
+        profile = find_profile(target, members, info, config)
+        costs["ms"] = profile.latency()
+        console.print("\n".join(profile.lines()))
+    for budget in budgets:  # before what takes long
+        check_possible(budget, members, costs)
+    ranking, score = rank(members, costs, subject, config, console)
+    stopwatch = Stopwatch(members, info) if profile and measured_here(profile) else None
+    every = Field(members, costs, ranking, config.finalists, score, stopwatch)
+    chosen = {budget.name: choose(budget, every) for budget in bar(budgets, len(budgets), "budgets")}
+    others = other_students(info, stopwatch)
+    write(target, chosen, every, others, {"profile": profile and profile.summary()}, config)
+    show(chosen, target, config, console)
+
+
+def pool_of(subject: Subject, config: SearchConfig) -> Pool:
+    """The pool that the teacher was trained for, else that of --pool, else the paper's."""
+    info = subject.info
+    if info.pool and config.pool:
+        raise UserError(f"--pool: the teacher in {config.teacher} has a pool of its own; leave --pool out")
+    return (Pool(**info.pool) if info.pool else config.pool or Pool()).for_images(info.image_size)
+
+
+def write_blocks(folder: Path, members: Members, info: ModelInfo, config: SearchConfig) -> None:
+    """What another device is measured with."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--write_blocks {folder}: is there already; name a new folder")
+    check_writable("--write_blocks", folder)
+    write_folder(folder, members, info.num_classes, info.image_size, config.seed, bar)
+    Console(True).print(
+        f"written: {folder}\nnext: copy it to the device, there pip install onnxruntime, python profile_device.py, and "
+        "bring profile.json back for search.py --profile profile.json"
+    )
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise UserError for a folder that is not this script's to write."""
+    names = {each.name for each in target.iterdir()} if target.is_dir() else set()
+    if target.exists() and (not target.is_dir() or names - {RESULT, PROFILE, PLOT, "students"}):
+        raise UserError(f"--output_dir {target}: holds files that are no search's; choose another folder")
+    if RESULT in names and not overwrite:
+        raise UserError(f"--output_dir {target}: holds a search; --overwrite replaces it")
+    check_writable("--output_dir", target / RESULT)
+
+
+def find_profile(target: Path, members: Members, info: ModelInfo, config: SearchConfig) -> Profile:
+    """That of --profile, or the one that an earlier search on this device left in `target`, or a new one."""
+    if config.profile:
+        return read_profile(Path(config.profile), members, info.num_classes, info.image_size)
+    if (target / PROFILE).is_file():
+        try:
+            profile = read_profile(target / PROFILE, members, info.num_classes, info.image_size)
+        except UserError:  # of another teacher's pool
+            profile = None
+        if profile and measured_here(profile):
+            return profile
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), members, info.num_classes, info.image_size, config.seed, bar)
+        total = device.PASSES * len(list(Path(folder).glob("*.onnx")))
+        with Console(True).bar(total, 0, "latencies") as shown:
+            content = device.measure(Path(folder), device.SECONDS, lambda done, total: shown.update())
+    write_atomically(target / PROFILE, json.dumps(content, indent=1) + "\n")
+    return Profile(content, members)
+
+
+def measured_here(profile: Profile) -> bool:
+    """Whether a profile is of this device, as far as its name tells."""
+    return (profile.content["device"], profile.content["onnxruntime"]) == device.here()
+
+
+class Stopwatch:
+    """Milliseconds of whole members, or of other students by their spec, on this device; each is measured once."""
+
+    def __init__(self, members: Members, info: ModelInfo):
+        self.members, self.info, self.known = members, info, {}
+
+    def __call__(self, member: int) -> float:
+        if member not in self.known:
+            self.known[member] = self.of(self.members.pool.spec(self.members.choice(member)))
+        return self.known[member]
+
+    def of(self, spec: dict) -> float:
+        """Of the student of a spec."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "student.onnx"
+            shape = write_whole(spec, self.info.num_classes, self.info.image_size, path)
+            return min(device.milliseconds(path, shape, device.SECONDS) for _ in range(device.PASSES))
+
+
+def rank(
+    members: Members, costs: dict, subject: Subject, config: SearchConfig, console: Console
+) -> tuple[Ranking, Callable[[int], float] | None]:
+    """The ranking of all members and, where it is by the supernet, the score of one for real."""
+    kept = (subject.folder / SUPERNET).is_file()
+    if kept and config.rank != "macs":
+        return score_pool(members, subject, config, bar, console.print)
+    if config.rank == "supernet":
+        raise UserError(f"--rank supernet: {subject.folder} holds no {SUPERNET}; train_teacher.py --save_supernet")
+    why = "as --rank says" if config.rank == "macs" else f"as {subject.folder} holds no {SUPERNET}"
+    console.print(f"scores: by multiply-accumulates, {why}: the more the better")
+    return Ranking("multiply-accumulates", "million MACs", costs["macs"] / 1e6), None
+
+
+def other_students(info: ModelInfo, stopwatch: Stopwatch | None) -> dict[str, dict[str, float]]:
+    """What the paper's students cost: they are no members, and have no score."""
+    found = {}
+    for name, spec in bar(NAS_STUDENTS.items(), len(NAS_STUDENTS), "nas_s, nas_m, nas_l"):
+        with torch.device("meta"):
+            parameters, flops, _ = cost(PoolNet(spec, info.num_classes).eval(), info.image_size)
+        found[name] = {"params": parameters, "macs": flops / 2} | ({"ms": stopwatch.of(spec)} if stopwatch else {})
+    return found
+
+
+def write(target: Path, chosen: dict, every: Field, others: dict, found: dict, config: SearchConfig) -> None:
+    """students/, pareto.png and search.json."""
+    pool, costs, ranking = every.members.pool, every.costs, every.ranking
+    for name, entry in chosen.items():
+        path = target / "students" / f"{name}.json"
+        write_atomically(path, json.dumps(pool.spec(entry["choice"]), indent=1) + "\n")
+        entry["spec"] = str(path)
+    fronts = {
+        unit: [
+            {"choice": every.members.choice(each), "costs": every.cost(each), "score": float(ranking.scores[each])}
+            for each in front(values, ranking.scores).tolist()
+        ]
+        for unit, values in costs.items()
+    }
+    points = {name: (entry["costs"], entry["foretold_score"]) for name, entry in chosen.items()}
+    write_atomically(target / PLOT, plot(costs, ranking.scores, ranking.unit, points, others))
+    content = {"teacher": config.teacher, "seed": config.seed, "members": len(every.members), "ranked_by": ranking.by}
+    content |= {"scored_paths": ranking.measured, "spearman": ranking.spearman, **found, "students": chosen}
+    content |= {"others": others, "fronts": fronts, **machine()}
+    write_atomically(target / RESULT, json.dumps(content, indent=1) + "\n")
+
+
+def show(chosen: dict, target: Path, config: SearchConfig, console: Console) -> None:
+    """A row a budget, why each was chosen, and what to do with them."""
+    width = max(map(len, chosen))
+    for name, entry in chosen.items():
+        costs = entry["costs"]
+        cells = {
+            "budget": name.rjust(width),
+            "params": f"{costs['params']:,.0f}",
+            "MMACs": f"{costs['macs'] / 1e6:.2f}",
+        }
+        cells |= {"ms": f"{costs['ms']:.3f}"} if "ms" in costs else {}
+        cells |= {"measured": f"{entry['measured_ms']:.3f}"} if "measured_ms" in entry else {}
+        console.cells(cells | {"score": f"{entry['score']:.2f}", "layers": " ".join(entry["choice"])})
+    for name, entry in chosen.items():
+        console.print(f"{name}: {entry['why']}")
+    console.print(f"written: {target}/{RESULT}, {target}/{PLOT} and the specs in {target}/students")
+    first = next(iter(chosen.values()))["spec"]
+    console.print(
+        f"next: python distill.py --teacher {quote(config.teacher)} --student {quote(first)} --method kd "
+        f"--output_dir {quote(f'{target}-{next(iter(chosen))}')}"
+    )
+
+
+def bar(items: Iterable, total: int, name: str) -> Iterator:
+    """What goes through, with a progress bar."""
+    with Console(True).bar(total, 0, name) as shown:
+        for each in items:
+            yield each
+            shown.update()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,64 @@
+"""Which members are likely to be the best: some are scored, and a regression on their candidates foretells the rest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import spearmanr
+from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import KFold, cross_val_predict
+
+from common import derive_seed
+from searching.members import Members
+
+FOLDS = 5
+PENALTIES = np.logspace(-3, 3, 13)  # of the ridge regression; the best by leave-one-out
+
+
+@dataclass
+class Ranking:
+    """Scores of all members.
+
+    Attributes:
+        by: what they are ranked by, in words.
+        unit: of a score.
+        scores: float64 [members], the higher the better.
+        measured: how many members the scores were learnt from; 0 where they are known of all.
+        spearman: between measured scores and those that the regression foretells without having seen them.
+    """
+
+    by: str
+    unit: str
+    scores: np.ndarray
+    measured: int = 0
+    spearman: float | None = None
+
+    def best(self, fine: np.ndarray, count: int) -> list[int]:
+        """Numbers of the `count` best members among those that are `fine`, bool [members]; ties in their order."""
+        (members,) = np.nonzero(fine)
+        order = np.argsort(-self.scores[members], kind="stable")
+        return members[order[:count]].tolist()
+
+
+def draw_paths(members: Members, count: int, seed: int) -> np.ndarray:
+    """Different members as places [<= count, layers], in which a layer's candidates appear equally often."""
+    generator = np.random.default_rng(derive_seed(seed, "scored paths"))
+    columns = [generator.permutation(np.arange(count) % options) for options in members.shape]
+    return members.places(np.unique(members.numbers(np.stack(columns, axis=1))))
+
+
+def foretell(members: Members, places: np.ndarray, scores: Sequence[float]) -> tuple[np.ndarray, float | None]:
+    """(score of every member [members], Spearman) from those of some, at `places` [n, layers].
+
+    Ridge regression over one-hot choices: a member's score is a sum over its layers, a table like those of its costs.
+    Spearman's correlation is that of cross-validation; None of too few members, or of scores that are all alike.
+    """
+    columns = np.concatenate([np.eye(options)[places[:, layer]] for layer, options in enumerate(members.shape)], axis=1)
+    model = RidgeCV(PENALTIES).fit(columns, scores)
+    edges = np.cumsum(members.shape)[:-1]
+    foretold = members.sums(np.split(model.coef_, edges), model.intercept_)
+    if len(scores) < 2 * FOLDS or np.ptp(scores) == 0:
+        return foretold, None
+    parts = KFold(FOLDS, shuffle=True, random_state=0)  # the paths may be in order
+    unseen = cross_val_predict(RidgeCV(PENALTIES), columns, scores, cv=parts)
+    return foretold, float(spearmanr(unseen, scores).statistic)
