@@ -2,9 +2,9 @@
 
 python -m benchmarks.together --output benchmarks/results/together.json
 
-An epoch of noise under the real loop, with the evaluation of a fifth as many images, by the clock and in the processor's
-time, which other programs change little; rounds of both take turns. Memory is the peak of a process that trains one
-student, and of one that trains all.
+An epoch of noise under the real loop, with the evaluation of a fifth as many images, by the clock and in the
+processor's time, which other programs change little; rounds of both take turns. Memory is the peak of a process that
+trains one student, and of one that trains all.
 """
 
 import argparse
