@@ -120,7 +120,7 @@ def finish(ranks: list) -> Result:
     the SIGTERM that a launcher would have sent long before.
     """
     patience, idle, before, ended = PATIENCE, 0.0, time.monotonic(), False
-    while any(rank.wait(0.02) is None for rank in ranks):
+    while None in [rank.wait(0.02) for rank in ranks]:  # of each, to hear of the one that has ended
         now = time.monotonic()
         idle += 0 if any(is_at_work(rank.pid) for rank in ranks) else now - before
         before = now
