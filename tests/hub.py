@@ -79,7 +79,8 @@ class Hub:
     def look(self, path: str) -> tuple[int, object]:
         """What there is of a repository: itself, or its files."""
         name, _, rest = path.partition("/tree/")
-        repository = self.repositories[name]
+        if (repository := self.repositories.get(name)) is None:
+            return 404, {"error": "Not found"}
         if rest:
             files = repository["files"].items()
             return 200, [{"type": "file", "path": path, "size": len(data), "oid": "0"} for path, data in files]
