@@ -186,7 +186,8 @@ class Student:
         """Save the student and tell the user what came out."""
         run, data, config, objective = self.run, self.data, self.run.config, self.loop.objective
         spec = find_spec(config.student, self.pool, image_size=data.image_size)
-        info = ModelInfo(config.student, data.name, data.num_classes, data.image_size, data.mean, data.std, spec)
+        facts = data.num_classes, data.image_size, data.mean, data.std
+        info = ModelInfo(config.student, data.name, *facts, spec, class_names=data.class_names)
         if run.is_main:
             info = save_pretrained(objective.trained_model(), info, run.folder.path)
         described = {"method": config.method, "model": config.student, "parameters": count_parameters(self.network)}

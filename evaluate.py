@@ -239,6 +239,7 @@ def describe(config: EvaluateConfig, subject: Subject, data: ImageSet, images: i
         "split": config.split,
         "images": images,
         "image_size": data.image_size,
+        "class_names": data.class_names,
         "binary": config.binary,
         "teacher": config.teacher,
         **machine(),

@@ -2,6 +2,7 @@
 
 python export.py runs/pool7
 python export.py runs/pool7 --formats onnx pt2 --quantize int8 --with_preprocessing --output_dir shipped/pool7
+python export.py runs/pool7 --license apache-2.0 --push_to_hub me/pool7 --hub_private
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,7 @@ from engine.distributed import RunError, run_script
 from engine.run_folder import machine
 from exporters.card import write_card
 from exporters.deployed import Deployed
+from exporters.hub import HubError, check_repository, find_token, push
 from exporters.onnx import load_onnx, write_int8, write_onnx
 from exporters.proof import Function, Proof, latency, prove
 from exporters.pt2 import load_pt2, write_pt2
@@ -36,6 +38,7 @@ from models.network import count_parameters
 from reports.subject import Subject, load_subject
 
 CPU = torch.device("cpu")
+METADATA = ("name", "dataset", "num_classes", "class_names", "image_size", "mean", "std", "sha256")
 BATCH, CALIBRATION_BATCH = 250, 50  # images a forward pass
 
 
@@ -53,6 +56,9 @@ class ExportConfig(ScriptOptions):
         dataset: the data set that files are proven on; default: the run's.
         data_dir: a local copy of the named data set; default: the run's.
         license: for the model card, for example apache-2.0.
+        push_to_hub: upload the folder to this model repository of the hub, OWNER/NAME, once all is proven; the token is
+            that of HF_TOKEN or `hf auth login`.
+        hub_private: the repository is, or is made, private.
         output_dir: folder of the files; default: export in the run folder.
         overwrite: replace what an earlier export left there.
     """
@@ -69,6 +75,8 @@ class ExportConfig(ScriptOptions):
     dataset: str | None = None
     data_dir: str | None = None
     license: str | None = None
+    push_to_hub: str | None = None
+    hub_private: bool = False
     output_dir: str | None = None
     overwrite: bool = False
 
@@ -84,6 +92,13 @@ class ExportConfig(ScriptOptions):
             raise UserError(f"--calibration_images {self.calibration_images}: must be at least 1")
         if not 0 <= self.max_drop <= 100:
             raise UserError(f"--max_drop {self.max_drop}: must be from 0 to 100 points")
+        if self.hub_private and self.push_to_hub is None:
+            raise UserError("--hub_private: goes with --push_to_hub")
+        if self.push_to_hub is not None:
+            try:
+                check_repository(self.push_to_hub)
+            except ValueError as error:
+                raise UserError(f"--push_to_hub {self.push_to_hub}: {str(error).splitlines()[0]}") from None
 
 
 def main() -> None:
@@ -91,6 +106,7 @@ def main() -> None:
     subject = load_subject(config.run[0])
     target = Path(config.output_dir or subject.folder / "export")
     check_target(target, config.overwrite)
+    upload = pusher(config, target)
     deployed = Deployed(subject.network, config.with_preprocessing)
     pipeline, train, test = images_of(subject, config)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -105,8 +121,11 @@ def main() -> None:
         found = describe(deployed, files, proofs, folder, config)
         (folder / "export.json").write_text(json.dumps(found, indent=1) + "\n")
         write_card(folder / "README.md", subject.info, found, summary_of(subject.folder), config.license)
+        for name in ("model.safetensors", "model.json"):
+            shutil.copyfile(subject.folder / name, folder / name)
         replace_folder(folder, target)
     show(found, target)
+    upload()
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -121,10 +140,31 @@ def check_target(target: Path, overwrite: bool) -> None:
     check_writable("--output_dir", target)
 
 
+def pusher(config: ExportConfig, target: Path) -> Callable[[], None]:
+    """What uploads the folder `target` when it is there. Raises RunError at once where there is no token."""
+    if config.push_to_hub is None:
+        return lambda: None
+    what = f"--push_to_hub {config.push_to_hub}"
+    try:
+        token = find_token()
+    except HubError as error:
+        raise RunError(f"{what}: {error}") from None
+
+    def upload() -> None:
+        try:
+            url = push(target, config.push_to_hub, config.hub_private, token)
+        except HubError as error:
+            raise RunError(f"{what}: {error}; the proven files are in {target}") from None
+        Console(True).print(f"pushed: {url}")
+
+    return upload
+
+
 def images_of(subject: Subject, config: ExportConfig) -> tuple[Pipeline, AnySplit, AnySplit]:
     """The images, normalised as the network knows them: their pipeline, training and test split."""
     options, info = subject.options, subject.info
     options.data_dir = config.data_dir or options.data_dir
+    options.offline &= config.push_to_hub is None  # it would hold for the whole process
     data = subject.build(load_images(config.dataset or info.dataset, info.image_size, True, options, CPU))
     return Pipeline(data, options, CPU), data.train, data.test
 
@@ -141,7 +181,7 @@ def calibration(deployed: Deployed, pipeline: Pipeline, train: AnySplit, count: 
 def write(deployed: Deployed, folder: Path, config: ExportConfig, calibrate: Iterator[Tensor]) -> dict[str, Function]:
     """Write all files; each by its name, loaded in its own runtime."""
     info, threads = asdict(deployed.network.info), torch.get_num_threads()
-    metadata = {name: info[name] for name in ("name", "dataset", "num_classes", "image_size", "mean", "std", "sha256")}
+    metadata = {name: info[name] for name in METADATA if info[name] is not None}
     files = {}
     if "onnx" in config.formats:
         write_onnx(deployed, folder / "model.onnx", metadata)

@@ -93,7 +93,8 @@ def main() -> None:
     if config.compile:
         compile_regions(objective)
     pool = asdict(objective.pool.for_images(data.image_size)) if objective.pool else None
-    info = ModelInfo(config.model, data.name, data.num_classes, data.image_size, data.mean, data.std, pool=pool)
+    facts = data.num_classes, data.image_size, data.mean, data.std
+    info = ModelInfo(config.model, data.name, *facts, pool=pool, class_names=data.class_names)
 
     def after_epoch(epoch: int, row: dict) -> None:
         """Anchor i of K is the model after epoch i E / K; a teacher that falls behind the vanilla one is named."""

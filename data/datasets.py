@@ -113,12 +113,12 @@ def load_images(
     if options.streaming:
         return _stream(name, image_size, augment, options)
     if kind == "digits":
-        splits = [_digits(image_size or 16)]
-        described = "images: in memory"
+        splits, names, described = [_digits(image_size or 16)], list("0123456789"), "images: in memory"
         if options.pipeline == "workers" or augment == "resized_crop":
             raise UserError("--dataset digits: has no encoded images for workers or resized crops")
     else:
         sources = _sources(kind, place, options)
+        names = sources[0].class_names
         sources = [_first_readable(name, source) for source in sources]
         size = image_size or sources[0][1]
         held, described = _decide([len(source) for source, _ in sources], size, augment, options.pipeline, device)
@@ -136,11 +136,11 @@ def load_images(
         if train.pixels.shape[1:] != test.pixels.shape[1:]:
             raise UserError(f"--dataset {name}: training and test images differ in size; give --image_size")
         size = train.pixels.shape[-1]
-    num_classes = _count_classes(name, train, test)
-    train, test, num_classes = _subset(train, test, num_classes, options)
-    mean, std = _normalisation(train, size, known is not None and known.resized_crop)
-    flip = kind != "digits"
-    return ImageSet(name, num_classes, size, train, test, mean, std, flip, augment, described)
+    classes = _count_classes(name, train, test)
+    train, test, num_classes = _subset(train, test, classes, options)
+    names = _class_names(names, classes, options.binary)
+    moments, flip = _normalisation(train, size, known is not None and known.resized_crop), kind != "digits"
+    return ImageSet(name, num_classes, size, train, test, *moments, flip, augment, described, class_names=names)
 
 
 def _kind_and_place(name: str, options: DataOptions) -> tuple[str, str]:
@@ -318,8 +318,9 @@ def _stream(name: str, image_size: int | None, augment: str, options: DataOption
     if test.num_classes > classes:
         raise UserError(f"--dataset {name}: the test split has the label {test.num_classes - 1} of {classes} classes")
     described = "images: streamed, nothing is kept"
-    splits = StreamSplit(train), StreamSplit(test)
-    return ImageSet(name, classes, image_size, *splits, IMAGENET_MEAN, IMAGENET_STD, True, augment, described)
+    splits, names = (StreamSplit(train), StreamSplit(test)), _class_names(train.class_names, classes, [])
+    moments = IMAGENET_MEAN, IMAGENET_STD
+    return ImageSet(name, classes, image_size, *splits, *moments, True, augment, described, class_names=names)
 
 
 def _count_classes(name: str, train: AnySplit, test: AnySplit) -> int:
@@ -333,6 +334,17 @@ def _count_classes(name: str, train: AnySplit, test: AnySplit) -> int:
     if int(test.labels.max()) >= classes:
         raise UserError(f"--dataset {name}: the test split has the label {int(test.labels.max())} of {classes} classes")
     return classes
+
+
+def _class_names(names: list[str] | None, num_classes: int, positive: list[int]) -> list[str] | None:
+    """The names of the classes that are trained on; None where the labels of some have none."""
+    if names is None or len(names) < num_classes:
+        return None
+    names = [name.encode(errors="replace").decode() for name in names]  # a folder's may be no text
+    if not positive:
+        return names[:num_classes]  # a set may announce more than it has images of
+    chosen = " or ".join(names[label] for label in sorted(set(positive)))
+    return [f"not {chosen}", chosen]
 
 
 def _normalisation(train: AnySplit, size: int, photographs: bool) -> tuple[list[float], list[float]]:

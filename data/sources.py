@@ -1,6 +1,7 @@
 """Where images come from: Hugging Face data sets, parquet files, folder trees. One source is one split."""
 
 import glob
+import json
 import os
 import re
 import sys
@@ -89,6 +90,11 @@ class TableSource:
     def __len__(self) -> int:
         return len(self.table)
 
+    @property
+    def class_names(self) -> list[str] | None:
+        names = getattr((self.table.features or {}).get(self.label), "names", None)
+        return names if names is None or self.classes is None else [names[label] for label in self.classes]
+
     def labels(self) -> list:
         return [self._number(label) for label in self.table[self.label][:]]
 
@@ -109,6 +115,7 @@ class FolderSource:
     """Image files with their labels."""
 
     samples: list[tuple[str, int]]
+    class_names: list[str]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -152,6 +159,10 @@ class ParquetSource:
     def __len__(self) -> int:
         return sum(table.metadata.num_rows for table in self.tables)
 
+    @property
+    def class_names(self) -> list[str] | None:
+        return _noted_names(self.tables[0].schema_arrow.metadata)
+
     def labels(self) -> list:
         return [label for table in self.tables for label in table.read(columns=["label"])["label"].to_pylist()]
 
@@ -176,6 +187,15 @@ class ParquetSource:
         return TableSource(self.pattern, table, "image", "label")
 
 
+def _noted_names(metadata: dict[bytes, bytes] | None) -> list[str] | None:
+    """The names that Hugging Face datasets notes in a parquet file for `label`; None where it does not."""
+    try:
+        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
+    except (ValueError, KeyError, TypeError, RecursionError):  # another writer's file, or labels without names
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
 Source = TableSource | FolderSource | ParquetSource
 
 
@@ -189,6 +209,7 @@ class Stream:
     label: str
     count: int
     num_classes: int
+    class_names: list[str] | None = None
 
 
 def parquet_sources(pattern: str, cache_dir: str | None) -> list[ParquetSource]:
@@ -198,7 +219,11 @@ def parquet_sources(pattern: str, cache_dir: str | None) -> list[ParquetSource]:
         raise UserError(f"--dataset parquet:{pattern}: no file matches")
     tests = [file for file in files if TEST_FILE.search(Path(file).name)]
     groups = ([file for file in files if file not in tests], tests)
-    return [ParquetSource(pattern, group, cache_dir) for group in groups if group]
+    sources = [ParquetSource(pattern, group, cache_dir) for group in groups if group]
+    noted = [_noted_names(table.schema_arrow.metadata) for source in sources for table in source.tables]
+    if any(names != noted[0] for names in noted):
+        raise UserError(f"--dataset parquet:{pattern}: its files name their classes differently")
+    return sources
 
 
 def folder_sources(path: str) -> list[FolderSource]:
@@ -213,7 +238,7 @@ def folder_sources(path: str) -> list[FolderSource]:
         raise UserError(f"--dataset folder:{path}: {str(error).splitlines()[0]}") from None
     if len(folders) == 2 and folders[0].classes != folders[1].classes:
         raise UserError(f"--dataset folder:{path}: {names[0]} and {names[1]} have different classes")
-    return [FolderSource(folder.samples) for folder in folders]
+    return [FolderSource(folder.samples, folder.classes) for folder in folders]
 
 
 def hub_sources(name: str, data_dir: str | None, cache_dir: str | None, offline: bool) -> list[TableSource]:
@@ -243,7 +268,8 @@ def hub_streams(name: str, data_dir: str | None, cache_dir: str | None, offline:
         if known is None or not known.num_examples or not isinstance(kind, datasets.ClassLabel):
             raise UserError(f"--streaming: {name} does not say how many images and classes it has")
         rows = undecoded(rows, image)
-        streams.append(Stream(f"{name} {split}", rows, image, label, known.num_examples, kind.num_classes))
+        counts = known.num_examples, kind.num_classes
+        streams.append(Stream(f"{name} {split}", rows, image, label, *counts, kind.names))
     return streams
 
 
@@ -255,7 +281,8 @@ def parquet_streams(pattern: str, cache_dir: str | None) -> list[Stream]:
         if not labels or any(type(label) is not int for label in labels):
             raise UserError(f"--dataset parquet:{pattern}: labels must be whole numbers, in every row")
         rows = undecoded(_load("parquet", source, data_files=source.files, streaming=True), "image")
-        streams.append(Stream(pattern, rows, "image", "label", len(labels), max(labels) + 1))
+        counts = len(labels), max(labels) + 1
+        streams.append(Stream(pattern, rows, "image", "label", *counts, source.class_names))
     return streams
 
 

@@ -65,7 +65,8 @@ class ImageSet:
     """A data set ready for training: `val` is a part kept apart from `train`, or None.
 
     `mean` and `std` normalise RGB values in [0, 1]; `flip` says whether mirrored images keep their class;
-    `augment` is crop or resized_crop; `described` says where the images are and why.
+    `augment` is crop or resized_crop; `described` says where the images are and why; `class_names` in the order of
+    the labels, where the set has any.
     """
 
     name: str
@@ -79,6 +80,7 @@ class ImageSet:
     augment: str = "crop"
     described: str = ""
     val: AnySplit | None = None
+    class_names: list[str] | None = None
 
     def fingerprint(self) -> str:
         """Sizes and labels in words: two sets that differ in these are not the same set."""

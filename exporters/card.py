@@ -26,7 +26,7 @@ on all of these images before it was kept (export.json).
 
 {interface}
 
-## How it was trained
+{names}## How it was trained
 
 {trained}
 
@@ -74,9 +74,10 @@ def write_card(path: Path, info: ModelInfo, export: dict, run: dict, licence: st
         device=export["device"],
         threads=export["threads"],
         interface=_interface(info, export["with_preprocessing"]),
+        names=_names(info.class_names),
         trained=_trained(run, export),
     )
-    path.write_text(str(ModelCard(text)))
+    path.write_bytes(str(ModelCard(text)).encode(errors="replace"))
 
 
 def _interface(info: ModelInfo, preprocessing: bool) -> str:
@@ -88,6 +89,13 @@ def _interface(info: ModelInfo, preprocessing: bool) -> str:
         f"`images`: float32 {shape}, RGB in [0, 1] minus the mean {mean}, over the deviation {std}. "
         f"`logits`: float32 [N, {info.num_classes}]."
     )
+
+
+def _names(names: list[str] | None) -> str:
+    """As JSON in a fence, out of which no name can break."""
+    if names is None:
+        return ""
+    return f"The classes, in the order of the outputs:\n\n```json\n{json.dumps(names, ensure_ascii=False)}\n```\n\n"
 
 
 def _trained(run: dict, export: dict) -> str:

@@ -159,7 +159,8 @@ class ModelInfo:
 
     `dataset` is the name of the data set it was trained on, as --dataset takes it.
     `mean` and `std` normalise RGB in [0, 1]; `spec` is set for students of a pool, `pool` for a GTN teacher:
-    the students it was trained for; `sha256` is that of model.safetensors.
+    the students it was trained for; `sha256` is that of model.safetensors; `class_names` in the order of the outputs,
+    where the data set has any.
     """
 
     name: str
@@ -171,6 +172,7 @@ class ModelInfo:
     spec: dict | None = None
     pool: dict | None = None
     sha256: str = ""
+    class_names: list[str] | None = None
 
     def check(self) -> None:
         """Raise UserError, naming the field, for values that no run writes."""
@@ -187,12 +189,17 @@ class ModelInfo:
             "mean": numbers(self.mean),
             "std": numbers(self.std) and min(self.std) > 0,
             "pool": self.pool is None or isinstance(self.pool, dict),
+            "class_names": self.class_names is None or self._names_each_class(),
         }
         for field, good in fine.items():
             if not good:
                 raise UserError(f"model.json: '{field}' cannot be {getattr(self, field)!r}")
         if self.pool is not None:
             Pool(**self.pool).check()
+
+    def _names_each_class(self) -> bool:
+        names = self.class_names
+        return isinstance(names, list) and len(names) == self.num_classes and all(isinstance(n, str) for n in names)
 
 
 def save_pretrained(model: Network, info: ModelInfo, folder: Path) -> ModelInfo:

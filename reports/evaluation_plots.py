@@ -12,28 +12,35 @@ import numpy as np
 from common import write_atomically
 from reports.evaluation import Evaluation
 
-FEW_CLASSES = 20  # up to which a confusion matrix has room for numbers
+FEW_CLASSES = 20  # up to which a confusion matrix has room for numbers and names
+LONGEST_NAME = 16  # characters
 
 
 def plot_evaluation(evaluation: Evaluation, results: dict, folder: Path, stem: str) -> None:
     """STEM_confusion.png, STEM_reliability.png and, with a teacher, STEM_cka.png."""
     if (confusion := evaluation.classification.confusion()) is not None:
-        plot_confusion(confusion.cpu().numpy(), folder / f"{stem}_confusion.png")
+        names = results.get("evaluated", {}).get("class_names")
+        plot_confusion(confusion.cpu().numpy(), folder / f"{stem}_confusion.png", names)
     plot_reliability(evaluation.reliability(), results["ece"], folder / f"{stem}_reliability.png")
     if "cka_maps" in results:
         plot_cka(results["cka_maps"], folder / f"{stem}_cka.png")
 
 
-def plot_confusion(counts: np.ndarray, path: Path) -> Path:
-    """Images [C, C] by label (rows) and prediction, shown in percent of each label's."""
+def plot_confusion(counts: np.ndarray, path: Path, names: list[str] | None = None) -> Path:
+    """Images [C, C] by label (rows) and prediction, shown in percent of each label's; `names` of the classes."""
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(9.0, 4 + 0.25 * len(counts))
     figure, axis = plt.subplots(figsize=(side + 1, side))
     heat = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
     axis.set(xlabel="predicted class", ylabel="class", title="confusion, % of each class's images")
     if len(counts) <= FEW_CLASSES:
-        axis.set_xticks(range(len(counts)))
-        axis.set_yticks(range(len(counts)))
+        places = range(len(counts))
+        if names is None or len(names) != len(counts):  # two classes that many were summed to have none
+            names = [str(place) for place in places]
+        shown = [name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…" for name in names]
+        turned = {"rotation": 45, "ha": "right"} if max(map(len, shown)) > 2 else {}
+        axis.set_xticks(places, shown, parse_math=False, **turned)
+        axis.set_yticks(places, shown, parse_math=False)
         for (row, column), share in np.ndenumerate(shares):
             if share:
                 dark = "white" if share > 50 else "black"

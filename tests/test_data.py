@@ -9,11 +9,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from common import UserError
-from data.datasets import hold_out, load_images
+from data.datasets import DataOptions, hold_out, load_images
+from data.sources import TableSource
 from tests.runs import forked
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -92,6 +95,29 @@ def test_parquet_without_a_test_file_gives_a_fifth_away(tmp_path):
     assert torch.bincount(data.test.labels).tolist() == [2, 2]
 
 
+def test_classes_are_named_in_the_order_of_their_labels(tmp_path):
+    assert load_images("digits").class_names == list("0123456789")
+    images, labels = [encoded(i) for i in range(20)], [0, 1, 2, 1] * 5
+    write_parquet(tmp_path / "plain.parquet", images, labels)
+    assert load_images(f"parquet:{tmp_path}/plain.parquet").class_names is None
+    names = ["wolf", "ant", "bee", "yak"]  # of the last there is no image
+    kinds = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
+    cells = [{"bytes": image, "path": None} for image in images]
+    for part in ("train", "test"):
+        Dataset.from_dict({"image": cells, "label": labels}, kinds).to_parquet(tmp_path / f"of-{part}.parquet")
+    place = f"parquet:{tmp_path}/of-*.parquet"
+    assert load_images(place).class_names == names[:3]
+    assert load_images(place, options=DataOptions(binary=[2, 0])).class_names == ["not wolf or bee", "wolf or bee"]
+    streamed = load_images(place, options=DataOptions(streaming=True, cache_dir=str(tmp_path / "cache")))
+    assert streamed.class_names == names[:3]
+    table = TableSource("x", Dataset.from_dict({"image": cells, "label": labels}, kinds), "image", "label", (2, 0))
+    assert table.class_names == ["bee", "wolf"] and table.labels()[:3] == [1, 0, 1]
+    kinds = Features({"image": ImageFeature(), "label": ClassLabel(names=names[::-1])})
+    Dataset.from_dict({"image": cells, "label": labels}, kinds).to_parquet(tmp_path / "of-test.parquet")
+    with pytest.raises(UserError, match="its files name their classes differently"):
+        load_images(place)
+
+
 @pytest.mark.parametrize("layout", ["train and test", "train and val", "classes only"])
 def test_folder_trees(tmp_path, layout):
     parts = {"train and test": ["train", "test"], "train and val": ["train", "val"], "classes only": [""]}[layout]
@@ -102,6 +128,7 @@ def test_folder_trees(tmp_path, layout):
                 (tmp_path / part / name / f"{i}.png").write_bytes(encoded(100 * label + i))
     data = load_images(f"folder:{tmp_path}")
     assert (len(data.train), len(data.test)) == ((16, 4) if parts == [""] else (20, 20))
+    assert data.class_names == ["cat", "dog"]
     assert all(
         (image[0, 0, 0] >= 100) == label for image, label in zip(data.train.images, data.train.labels, strict=True)
     )

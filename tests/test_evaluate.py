@@ -145,6 +145,7 @@ def test_what_is_written_and_shown(pair):
     rows = pq.read_table(pair.student / "evaluation.parquet")
     assert rows["label"].to_pylist() == labels.tolist() and rows["prediction"].to_pylist() == logits.argmax(1).tolist()
     assert np.array(rows["logits"].to_pylist()) == pytest.approx(logits, abs=1e-3)
+    assert pair.results["evaluated"]["class_names"] == list("0123456789")
     header, row = pair.screen.splitlines()[:2]
     assert header.split()[:2] == ["run", "top-1"] and f"{pair.results['top1']:.2f}" in row and str(pair.student) in row
     assert f"{pair.results['transfer']['top1']:.2f}" in row and "evaluation.json" in pair.screen.splitlines()[-1]

@@ -9,7 +9,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from onnx import numpy_helper
+from PIL import Image
 
+from data.datasets import load_images
 from data.pipeline import Pipeline
 from data.splits import ImageSet, Split
 from export import calibration
@@ -20,7 +22,8 @@ from exporters.proof import Proof, prove
 from models import ModelInfo, create_model, load_pretrained, save_pretrained
 from models.pool import Pool
 from reports.subject import ImageOptions
-from tests.runs import TINY, forked, here, succeeded
+from tests.hub import Hub
+from tests.runs import TINY, forked, free_port, here, succeeded
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 NARROW = Pool(stem=4, widths=[4, 4, 4, 8, 8, 8], strides=[1, 1, 1, 2, 2, 1], head=8)
@@ -130,7 +133,9 @@ def test_a_run_becomes_proven_files(run, tmp_path):
     done = succeeded(forked(*words))
     assert "model.int8.onnx" in done.stdout
     names = {"model.onnx", "model.int8.onnx", "model.pt2"}
-    assert {each.name for each in target.iterdir()} == names | {"export.json", "README.md"}
+    model = {"model.safetensors", "model.json"}
+    assert {each.name for each in target.iterdir()} == names | model | {"export.json", "README.md"}
+    assert load_pretrained(target).info == load_pretrained(run).info
     found = json.loads((target / "export.json").read_text())
     top1 = json.loads((run / "summary.json").read_text())["top1"]
     for name in names:
@@ -154,6 +159,88 @@ def test_a_run_becomes_proven_files(run, tmp_path):
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
     program = torch.export.load(target / "model.pt2").module()
     torch.testing.assert_close(program(torch.from_numpy(images)), expected)
+
+
+def test_classes_are_named_in_the_file_as_the_folders_of_the_images_are(tmp_path):
+    names = ["wolf", "ant", "Käfer", "``` |\n# bee"]
+    for label, name in enumerate(names):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (8, 8), (60 * label + i, 9, 90)).save(tmp_path / "images" / name / f"{i}.png")
+    data, folder = f"folder:{tmp_path}/images", tmp_path / "run"
+    words = ["--method", "none", "--student", "resnet8", "--dataset", data, "--output_dir", folder]
+    succeeded(forked("distill.py", *words, "--batch_size", "16", "--epochs", "1"))
+    assert here("export.py", folder).returncode == 0
+    metadata = onnx.load(folder / "export/model.onnx").metadata_props
+    kept = json.loads(next(each.value for each in metadata if each.key == "class_names"))
+    assert kept == sorted(names) == load_images(data).class_names
+    card = (folder / "export/README.md").read_text()
+    fenced = card.split("```json\n")[1].splitlines()
+    assert json.loads(fenced[0]) == kept and fenced[1] == "```"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for the hub, used by this process."""
+    with Hub("hf_secret") as stand_in:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", stand_in.url)  # HF_ENDPOINT is read at the import
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # its server is another one
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no login"))
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        yield stand_in
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {each.name: each.read_bytes() for each in folder.iterdir()}
+
+
+def test_what_is_proven_is_pushed(run, hub, tmp_path):
+    target = tmp_path / "shipped"
+    words = ["export.py", run, "--output_dir", target, "--push_to_hub", "pool7"]
+    int8 = ["--quantize", "int8", "--calibration_images", "50", "--max_drop", "100"]
+    done = succeeded(here(*words, *int8, "--hub_private"))
+    assert f"pushed: {hub.url}/me/pool7" in done.stdout and "hf_secret" not in done.stdout + done.stderr
+    found = hub.repositories["me/pool7"]
+    assert found["private"] and found["files"] == contents(target)
+    assert found["files"].keys() > {"model.onnx", "model.int8.onnx", "model.safetensors", "model.json", "README.md"}
+
+    found["files"]["notes.md"] = b"the owner's"
+    succeeded(here(*words, "--overwrite"))  # without an int8 file
+    assert "model.int8.onnx" not in contents(target)
+    assert found["files"] == contents(target) | {"notes.md": b"the owner's"} and found["private"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("proof", "model.onnx is not shipped"),
+        ("token", "no token; set HF_TOKEN"),
+        ("other token", "answered 401 (Invalid username or password.); may this token"),
+        ("commit", "answered 403 (refused for ***); may this token"),
+        ("network", "cannot be used"),
+        ("public", "exists and is public"),
+    ],
+)
+def test_what_is_not_proven_or_not_allowed_is_not_pushed(broken, message, run, hub, tmp_path, monkeypatch):
+    hub.repositories["me/pool7"] = {"private": broken != "public", "files": {}}
+    if broken == "proof":
+        monkeypatch.setattr("export.load_onnx", lambda *_: lambda images: torch.eye(10)[[3]].expand(len(images), 10))
+    elif broken == "token":
+        monkeypatch.delenv("HF_TOKEN")
+    elif broken == "other token":
+        monkeypatch.setenv("HF_TOKEN", "hf_other")
+    elif broken == "commit":
+        hub.status = 403
+    elif broken == "network":
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    target = tmp_path / "shipped"
+    done = here("export.py", run, "--output_dir", target, "--push_to_hub", "me/pool7", "--hub_private")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and message in last and "hf_" not in last, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert hub.repositories["me/pool7"]["files"] == {}
+    assert not hub.requests if broken in ("proof", "token", "network") else hub.requests
+    assert target.exists() == (broken not in ("proof", "token"))
 
 
 def test_what_is_not_proven_is_not_shipped(run, tmp_path, monkeypatch):
@@ -184,6 +271,8 @@ def test_what_is_not_proven_is_not_shipped(run, tmp_path, monkeypatch):
         (("RUN", "--formats", "tflite"), "--formats"),
         (("RUN", "--calibration_images", "0"), "--calibration_images 0: "),
         (("RUN", "--max_drop", "-1"), "--max_drop -1.0: "),
+        (("RUN", "--hub_private"), "--hub_private: goes with --push_to_hub"),
+        (("RUN", "--push_to_hub", "a/b/c"), "--push_to_hub a/b/c: "),
         (("RUN", "--output_dir", "RUN"), "holds files that are no export's"),
         (("RUN", "--output_dir", "RUN/model.json"), "is a file"),
         (("RUN", "--output_dir", "SHIPPED"), "--overwrite replaces it"),

@@ -131,7 +131,28 @@ def test_weights_that_do_not_fit_are_refused_though_the_checksum_does(tmp_path, 
         load_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"num_classes": "ten"}, {"planted": 1}, {"spec": [1]}, {"name": "resnt8"}])
+def test_a_description_may_name_the_classes_or_not(tmp_path):
+    saved(tmp_path)
+    document = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(document | {"class_names": list("0123456789")}))
+    assert load_pretrained(tmp_path).info.class_names == list("0123456789")
+    del document["class_names"]  # as runs were before
+    (tmp_path / "model.json").write_text(json.dumps(document))
+    assert load_pretrained(tmp_path).info.class_names is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_classes": "ten"},
+        {"planted": 1},
+        {"spec": [1]},
+        {"name": "resnt8"},
+        {"class_names": ["cat", "dog"]},
+        {"class_names": [*range(10)]},
+        {"class_names": "0123456789"},
+    ],
+)
 def test_descriptions_that_make_no_sense_are_refused(tmp_path, change):
     saved(tmp_path)
     document = json.loads((tmp_path / "model.json").read_text())
