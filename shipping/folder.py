@@ -48,14 +48,21 @@ def begin(folder: Path, options: dict, overwrite: bool) -> IO:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
             raise
     if overwrite:
-        for name in (RESULT, PAGE):
-            (folder / name).unlink(missing_ok=True)
-        for name in (SEARCH, STUDENTS):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        _remove(folder)
     elif (folder / SEARCH / "search.json").is_file():
         _check_same(folder, options)
     write_atomically(folder / OPTIONS, yaml.safe_dump(options, sort_keys=False))
     return lock
+
+
+def _remove(folder: Path) -> None:
+    """Remove a fleet but for the latencies that were measured: killed in here it leaves no student without its search,
+    which another fleet would take for its own."""
+    for name in (STUDENTS, f"{SEARCH}/students"):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+    for name in (RESULT, PAGE, f"{SEARCH}/search.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _check_same(folder: Path, options: dict) -> None:

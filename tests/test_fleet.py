@@ -132,6 +132,7 @@ def test_what_is_slower_than_its_budget_is_said(whole, command, monkeypatch):
 def test_a_limit_is_one_of_every_file():
     student = {"params": 300, "macs": 2e6, "files": {"a": {"ms": 1.0}, "b": {"ms": 1.06}}}
     assert excess({"params": 300, "macs": 2e6, "ms": 1.06}, student) == []
+    assert excess({"ms": 1.02}, student) == []
     assert excess({"ms": 1.0}, student) == ["b takes 1.06 ms, more than 1 ms + 5%"]
     assert excess({"params": 299, "ms": 2.0}, student) == ["takes 300 parameters, more than 299 parameters"]
     assert excess({"macs": 1e6}, student) == ["takes 2.00 million MACs, more than 1.00 million MACs"]
@@ -180,4 +181,5 @@ def test_other_options_are_refused_unless_they_may_replace_it(whole, command, te
     words = ["fleet.py", "--teacher", teacher, "--budgets", "3params", "--output_dir", folder]
     assert "--overwrite replaces it" in here(*words).stderr and (folder / "students/100ms").is_dir()
     assert "the smallest member" in here(*words, "--overwrite").stderr  # which has left nothing of it
-    assert {each.name for each in folder.iterdir()} == {".lock", "fleet.yaml"}
+    assert {each.name for each in folder.iterdir()} == {".lock", "fleet.yaml", "search"}
+    assert [each.name for each in (folder / "search").iterdir()] == ["pareto.png"]
