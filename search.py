@@ -131,6 +131,7 @@ def write_blocks(folder: Path, members: Members, info: ModelInfo, config: Search
 def check_target(target: Path, overwrite: bool) -> None:
     """Raise UserError for a folder that is not this script's to write."""
     names = {each.name for each in target.iterdir()} if target.is_dir() else set()
+    names -= {name for name in names if name.startswith(".") and name.endswith(".tmp")}  # of a killed search
     if target.exists() and (not target.is_dir() or names - {RESULT, PROFILE, PLOT, "students"}):
         raise UserError(f"--output_dir {target}: holds files that are no search's; choose another folder")
     if RESULT in names and not overwrite:

@@ -39,10 +39,10 @@ def comparison_page(found: dict) -> str:
         sections.append({"title": "What failed", "points": failures})
     commands = "\n".join(each["command"] for each in records[:MOST_COMMANDS] if "command" in each)
     again = {"title": "Again", "code": f"{found['command']}\n\n# its runs\n{commands}", "summary": "the exact commands"}
-    sections += [again, _versions(records)]
+    sections += [again, versions(records)]
     done = f"{found['done']} of {found['planned']} runs are done."
     question = found["note"] or f"Which teacher is good for {', '.join(found['students'])}?"
-    return _render(found["name"], f"{question} {done}", found["verdict"], sections)
+    return render(found["name"], f"{question} {done}", found["verdict"], sections)
 
 
 def run_page(folder: Path) -> str:
@@ -73,14 +73,14 @@ def run_page(folder: Path) -> str:
     sections.append(
         {"title": "Settings", "code": settings, "summary": "config.yaml, all options as they were resolved"}
     )
-    sections.append(_versions([summary]))
+    sections.append(versions([summary]))
     best = summary["best"]
     verdict = (
         f"{summary['top1']:.2f}% top-1 on the test split at the last epoch (best: {best['top1']:.2f}% on the "
         f"{best['chosen_on']} split in epoch {best['epoch']})."
     )
     title = f"{summary['method']}: {summary['model']} on {summary['dataset']}, seed {summary['seed']}"
-    return _render(title, "", verdict, sections)
+    return render(title, "", verdict, sections)
 
 
 def _student_curves(records: list[dict]) -> dict | None:
@@ -137,12 +137,12 @@ def _cost(records: list[dict]) -> dict:
     }
 
 
-def _versions(records: list[dict]) -> dict:
+def versions(records: list[dict]) -> dict:
     """Devices, versions and commits of the runs, each once."""
     seen: dict[str, None] = {}
     for each in records:
-        versions = ", ".join(f"{name} {version}" for name, version in each.get("versions", {}).items())
-        seen[f"{each.get('device')}; {versions}; commit {each.get('git_commit')}"] = None
+        packages = ", ".join(f"{name} {version}" for name, version in each.get("versions", {}).items())
+        seen[f"{each.get('device')}; {packages}; commit {each.get('git_commit')}"] = None
     return {"title": "Where it ran", "points": list(seen)}
 
 
@@ -150,7 +150,8 @@ def _number(value: object) -> str:
     return f"{value:,.2f}" if isinstance(value, float) else str(value)
 
 
-def _render(title: str, question: str, verdict: str, sections: list[dict]) -> str:
+def render(title: str, question: str, verdict: str, sections: list[dict]) -> str:
+    """The page: a title, what was asked, the answer, and sections as page.html.j2 takes them."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     for each in sections:

@@ -17,6 +17,7 @@ from evaluate import EvaluateConfig
 from export import ExportConfig
 from losses.registry import describe_methods
 from search import SearchConfig
+from shipping.options import FleetConfig
 from tests.runs import forked, forked_processes, succeeded
 from train_teacher import TeacherConfig
 
@@ -27,6 +28,7 @@ CONFIGS = {
     "evaluate.py": EvaluateConfig,
     "export.py": ExportConfig,
     "search.py": SearchConfig,
+    "fleet.py": FleetConfig,
 }
 
 
@@ -110,6 +112,8 @@ def test_commands_for_a_cpu_run(tmp_path):
             continue  # needs a network, a GPU, a stopped run; compare.py has tests of its own
         if "search.py" in command and re.search(r"\dms\b", command):
             continue  # measures latencies for long; tests/test_search.py does for less
+        if "fleet.py" in command:
+            continue  # all of search.py, distill.py and export.py; tests/test_fleet.py does for less
         variables, words = split(command)
         words = [word.replace("runs/", f"{tmp_path}/").replace("folder:", f"folder:{tmp_path}/") for word in words]
         if "search.py" in words:

@@ -19,7 +19,8 @@ from exporters.onnx import OPSET, load_onnx
 from kernels import cross_entropy
 from models import ModelInfo, create_model, load_pretrained, save_pretrained
 from models.network import cost
-from models.pool import Pool, PoolNet, read_spec
+from models.pool import Pool, PoolNet
+from models.pool.specs import read_spec
 from models.supernet import Draw, Supernet
 from reports.subject import ImageOptions
 from searching import device

@@ -1,0 +1,124 @@
+"""What a fleet is made by: search.py, distill.py and export.py, each for what is still to be done."""
+
+import os
+import shlex
+import sys
+from functools import cached_property
+from pathlib import Path
+
+import distill
+import export
+import search
+from common import UserError, check_writable
+from engine.command_line import parse
+from engine.config import NOT_COMPUTED
+from engine.distributed import Interrupted
+from engine.run_folder import plain
+from models.pool import Pool
+from reports.subject import load_subject
+from searching.budget import parse_budgets
+from shipping.folder import SEARCH, STUDENTS, begin, check_folder, read_record
+from shipping.options import FleetConfig
+
+MAINS = {"search.py": search.main, "distill.py": distill.main, "export.py": export.main}
+
+
+class Fleet:
+    """A fleet that is being made.
+
+    Attributes:
+        config: its options.
+        folder: of all that is made.
+        teacher: the run folder of the teacher, `info` what is known of that.
+        budgets: by name.
+
+    Raises:
+        UserError: options that one of the scripts would refuse, a teacher that is none, a folder that is in use or
+            holds something else.
+    """
+
+    def __init__(self, config: FleetConfig):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("--num_processes: fleet.py is one process; launch distill.py --students on several")
+        self.config, self.folder, self.teacher = config, Path(config.output_dir), config.teacher[0]
+        subject = load_subject(self.teacher, "--teacher")
+        self.info, self.held_out = subject.info, subject.options.val_fraction > 0
+        distill.image_size(config, [self.info])
+        check_folder(self.folder, subject.folder)
+        check_writable("--output_dir", self.folder / SEARCH)
+        parse(search.SearchConfig, "", {}, self.search_command[1:])  # before what takes long
+        parse(export.ExportConfig, "", {}, self.export_command("STUDENT")[1:])
+        self.budgets = {budget.name: budget for budget in parse_budgets(config.budgets)}
+        options = {name: value for name, value in config.as_dict().items() if name not in NOT_COMPUTED}
+        self._lock = begin(self.folder, options | {"teacher's sha256": self.info.sha256}, config.overwrite)
+
+    @property
+    def search_command(self) -> list[str]:
+        """What follows `python`."""
+        places = {"teacher": self.teacher, "output_dir": str(self.folder / SEARCH), "overwrite": None}
+        return self.config.words("search.py", search.SearchConfig, **places, pool=self._pool())
+
+    def _pool(self) -> dict | None:
+        """That of --pool, unless it is the teacher's own."""
+        own, given = self.info.pool, self.config.pool
+        side = self.info.image_size
+        same = own and given and Pool(**own).for_images(side) == given.for_images(side)
+        return None if same or given is None else self.config.as_dict()["pool"]
+
+    def distill_command(self, names: list[str]) -> list[str]:
+        """What follows `python`, for some of the students."""
+        specs = [str(self.spec(name)) for name in names]
+        own = {"students": specs, "output_dir": str(self.folder / STUDENTS), "overwrite": None, "pool": None}
+        return self.config.words("distill.py", distill.DistillConfig, **own)
+
+    def export_command(self, name: str) -> list[str]:
+        """What follows `python`."""
+        folder, own = str(self.folder / STUDENTS / name), {"output_dir": None, "overwrite": None}
+        return self.config.words("export.py", export.ExportConfig, folder, **own)
+
+    def spec(self, student: str) -> Path:
+        """The file that says what a student is made of."""
+        budget = next(budget for budget, name in self.students.items() if name == student)
+        return self.folder / SEARCH / "students" / f"{budget}.json"
+
+    @cached_property
+    def searched(self) -> dict:
+        """What search.py has found."""
+        return read_record(self.folder / SEARCH / search.RESULT)
+
+    @cached_property
+    def students(self) -> dict[str, str]:
+        """The student of each budget, by the name of its folder: one for those whose best member is the same."""
+        first: dict[tuple, str] = {}
+        entries = self.searched["students"]
+        return {name: first.setdefault(tuple(entries[name]["choice"]), plain(f"{name}.json")) for name in self.budgets}
+
+    def search(self) -> None:
+        """Choose a member for each budget, unless that is done."""
+        if not (self.folder / SEARCH / search.RESULT).is_file():
+            run(self.search_command)
+
+    def distil(self) -> None:
+        """Train the students that are not done, in one pass of the teacher."""
+        names = dict.fromkeys(self.students.values())
+        if left := [name for name in names if not (self.folder / STUDENTS / name / "summary.json").is_file()]:
+            begun = any((self.folder / STUDENTS / name).exists() for name in left)
+            run(self.distill_command(left) + (["--resume_from_checkpoint", "latest"] if begun else []))
+
+    def export(self) -> None:
+        """Write and prove the files of the students that have none."""
+        for name in dict.fromkeys(self.students.values()):
+            if not (self.folder / STUDENTS / name / "export/export.json").is_file():
+                run(self.export_command(name))
+
+
+def run(words: list[str]) -> None:
+    """What `python words` does, here. Raises what the script's main does."""
+    print(f"\n$ python {shlex.join(words)}", flush=True)
+    before, sys.argv = sys.argv, words
+    try:
+        MAINS[words[0]]()
+    except Interrupted as interruption:
+        raise Interrupted(interruption.signum, "interrupted; all is saved, and the same command goes on") from None
+    finally:
+        sys.argv = before
