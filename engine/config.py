@@ -9,6 +9,7 @@ from common import UserError
 from data.datasets import DataOptions
 
 LARGEST = 3e38  # of float32, in which the optimiser computes
+MONTH = 30 * 24 * 3600  # seconds
 
 
 @dataclass
@@ -150,7 +151,10 @@ class RunConfig(DataOptions, TrainingOptions, PlaceOptions, ScriptOptions):
             "nesterov": (not self.nesterov or self.momentum > 0, "off when --momentum is 0"),
             "lr_gamma": (0 < self.lr_gamma <= 1, "in (0, 1]"),
             "checkpointing_epochs": (self.checkpointing_epochs >= 1, "at least 1"),
-            "process_timeout": (self.process_timeout is None or self.process_timeout > 0, "above 0 seconds"),
+            "process_timeout": (
+                self.process_timeout is None or 0 < self.process_timeout <= MONTH,
+                f"above 0 seconds and at most {MONTH} (30 days)",
+            ),
             "seed": (0 <= self.seed < 2**63, "at least 0 and below 2^63"),
         }
         for name, (fine, wanted) in limits.items():

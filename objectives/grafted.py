@@ -169,7 +169,7 @@ class Grafted(Objective):
         """
         row, options = history[-1], self.options
         pull = self.term_weights["branch_kl"] * options.teacher_kl_share
-        if self.frozen or not pull or "teacher_ce" not in row["losses"]:
+        if self.frozen or not pull or not {"teacher_ce", "branch_ce"} <= row["losses"].keys():
             return {}
         branches, teacher = math.exp(-row["losses"]["branch_ce"]), row["losses"]["teacher_ce"]
         balance = -math.log((options.teacher_weight + pull * branches) / (options.teacher_weight + pull))

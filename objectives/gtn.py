@@ -216,7 +216,7 @@ class GTN(Grafted):
                         f"(normalised entropy {entropy:.2f}): the teacher no longer meets the rest of the pool "
                         "there. Lower --gate_lr, or raise --gate_every."
                     )
-        kl = [row["losses"]["branch_kl"] for row in history]
+        kl = [row["losses"]["branch_kl"] for row in history if "branch_kl" in row["losses"]]
         if len(kl) >= 5 and kl[-1] > STILL_HIGH * max(kl):
             found["kl"] = (
                 f"the branches' KL to the teacher is not falling ({kl[-1]:.3f} nats, its peak was {max(kl):.3f}): "

@@ -88,6 +88,7 @@ def test_a_students_pool_is_optional_and_can_be_given_in_parts():
         (["--val_fraction", "1"], "--val_fraction 1.0"),
         (["--nesterov", "--momentum", "0"], "--nesterov"),
         (["--seed", "-1"], "--seed -1"),
+        (["--process_timeout", "1e55"], "--process_timeout 1e+55: must be above 0 seconds and at most 2592000"),
         (["--checkpointing_epochs", "0"], "--checkpointing_epochs 0"),
     ],
 )

@@ -181,6 +181,8 @@ def history(objective: GTN, kl: list[float]) -> list[dict]:
 def test_warnings_name_what_went_wrong_and_nothing_else():
     objective = make()
     assert objective.warnings(history(objective, [0.1, 0.5, 0.4, 0.3, 0.2])) == {}
+    bare = [row | {"losses": {"teacher_ce": 1.0}} for row in history(objective, [0.1, 0.2, 0.3, 0.4, 0.5])]
+    assert objective.warnings(bare) == {}  # of a checkpoint that somebody has made by hand
     (rising,) = objective.warnings(history(objective, [0.1, 0.2, 0.3, 0.4, 0.5])).values()
     assert "not falling" in rising
     with torch.no_grad():

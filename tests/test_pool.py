@@ -503,3 +503,10 @@ def test_the_listing_of_members(tmp_path):
 def test_mistakes_in_listing_members(arguments, message):
     done = list_members(*arguments)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_spec_that_leads_to_itself_is_named_in_words(tmp_path):
+    (tmp_path / "spec.json").symlink_to(tmp_path / "spec.json")
+    with pytest.raises(UserError) as caught:
+        create_model(str(tmp_path / "spec.json"), 10, argument="--student")
+    assert str(caught.value).endswith("spec.json: cannot read the spec file (Too many levels of symbolic links)")

@@ -69,7 +69,8 @@ def read_spec(path: Path, argument: str = "model") -> dict:
     try:
         spec = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{argument} {path}: cannot read the spec file ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{argument} {path}: cannot read the spec file ({reason})") from None
     spec = spec.get("spec", spec) if isinstance(spec, dict) else spec
     try:
         check_spec(spec)
