@@ -47,9 +47,9 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
         student: a zoo name (--list_models), pool:SEED, or the path of a student's spec (.json).
         method: a name of --list_methods, several joined by +, or FILE.py:CLASS, a method of your own.
         pool: the pool of pool:SEED; default: the one a GTN teacher was trained for, else the paper's.
-        students: several students, each trained as if it were alone, into output_dir/NAME; the teacher sees a batch
-            once for all of them.
-        methods: the same with several methods, for every student.
+        students: several in place of student, each trained as if it were alone, into output_dir/NAME; the teacher sees
+            a batch once for all of them.
+        methods: several in place of method, for every student.
     """
 
     title = "student"
@@ -76,16 +76,13 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
     def check(self) -> None:
         if self.pool is not None:
             self.pool.check()
-        for one, several in (("student", "students"), ("method", "methods")):
-            given, default = getattr(self, one), type(self).__dataclass_fields__[one].default
-            if getattr(self, several) and given != default:
-                raise UserError(f"--{one} {given}: cannot be combined with --{several}")
         if not (self.students or self.methods):
             return
         if self.resume_from_checkpoint not in (None, "latest"):
             raise UserError("--resume_from_checkpoint: of several students it can only be 'latest'")
-        if alone := next((name for name in self.methods if ".py:" in name or "rco" in name.split("+")), None):
-            raise UserError(f"--methods {alone}: goes with no other; give it as --method, to one student")
+        names = self.methods or [self.method]
+        if alone := next((name for name in names if ".py:" in name or "rco" in name.split("+")), None):
+            raise UserError(f"--method {alone}: goes with no other; give it to one --student")
 
     def each(self) -> list["DistillConfig"]:
         """The options of every student's run, as if it were the only one."""

@@ -169,9 +169,8 @@ def test_outputs_are_shared_within_a_batch_alone():
     ("arguments", "line"),
     [
         (["--students", "resnet8", "resnet8"], "--students resnet8: there are two for the folder"),
-        (["--students", "resnet8", "--student", "pool:1"], "--student pool:1: cannot be combined with --students"),
-        (["--methods", "kd", "--method", "at"], "--method at: cannot be combined with --methods"),
-        (["--methods", "kd", "rco"], "--methods rco: goes with no other"),
+        (["--methods", "kd", "rco"], "--method rco: goes with no other"),
+        (["--students", "resnet8", "--method", "rco"], "--method rco: goes with no other"),
         (["--methods", "kd", "--dkd_beta", "2"], "not read by --method kd"),
         (["--students", "a.json", "--resume_from_checkpoint", "x"], "it can only be 'latest'"),
     ],
