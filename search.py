@@ -179,7 +179,7 @@ class Stopwatch:
         """Of the student of a spec."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "student.onnx"
-            shape = write_whole(spec, self.info.num_classes, self.info.image_size, path)
+            shape = write_whole(spec, self.info.num_classes, self.info.image_size, path, light=False)
             return min(device.milliseconds(path, shape, device.SECONDS) for _ in range(device.PASSES))
 
 

@@ -26,14 +26,13 @@ Bar = Callable[[Iterable, int, str], Iterator]  # what goes through it, how many
 def write_folder(folder: Path, members: Members, num_classes: int, image_size: int, seed: int, bar: Bar) -> None:
     """Write blocks.json, its ONNX files and profile_device.py, which measures them and needs nothing of ours.
 
-    The files hold a few kilobytes each: all values of a tensor of weights are alike there. How long a convolution takes
-    does not depend on its values.
+    The files hold a few kilobytes each: all values of a tensor of weights are alike there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shapes, kept = {}, {f"member{i}": members.choice(each) for i, each in enumerate(drawn(members, seed))}
     with torch.device("meta"):
         for name, module, shape in bar(blocks(members.pool, num_classes, image_size), sum(members.shape) + 2, "blocks"):
-            write_light(module, shape, folder / f"{name}.onnx")
+            write(module, shape, folder / f"{name}.onnx")
             shapes[name] = shape
     for name, choice in bar(kept.items(), len(kept), "members"):
         shapes[name] = write_whole(members.pool.spec(choice), num_classes, image_size, folder / f"{name}.onnx")
@@ -48,25 +47,31 @@ def drawn(members: Members, seed: int) -> list[int]:
     return generator.choice(len(members), 2 * min(WHOLE, len(members) // 2), replace=False).tolist()
 
 
-def write_whole(spec: dict, num_classes: int, image_size: int, path: Path) -> tuple[int, int, int]:
-    """As `write_light`, the student of a spec; the shape of its images."""
+def write_whole(spec: dict, num_classes: int, image_size: int, path: Path, light: bool = True) -> tuple[int, int, int]:
+    """As `write`, the student of a spec; the shape of its images."""
     with torch.device("meta"):
         student = PoolNet(spec, num_classes)
-    write_light(nn.Sequential(*student.blocks), (3, image_size, image_size), path)
+    write(nn.Sequential(*student.blocks), (3, image_size, image_size), path, light)
     return 3, image_size, image_size
 
 
-def write_light(module: nn.Module, shape: tuple[int, int, int], path: Path) -> None:
-    """Write a module of the `meta` device that takes [N, *shape], in eval mode, with weights of 1 / fan-in.
+def write(module: nn.Module, shape: tuple[int, int, int], path: Path, light: bool = True) -> None:
+    """Write a module of the `meta` device that takes [N, *shape], in eval mode, with weights of some value.
 
-    They are one number and a shape in the file. ONNX Runtime folds that away when it loads the file; what runs is what
-    would run with other weights.
+    In a `light` file they are one number, 1 / fan-in, and a shape, which ONNX Runtime fills when it loads the file; large
+    members run up to a tenth faster so than from a file with all weights in it, as a student is shipped.
     """
-    module = module.eval().to_empty(device="cpu")
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.detach().fill_(1)
+    module, generator = module.eval().to_empty(device="cpu"), torch.Generator().manual_seed(0)
+    for tensor in (each.detach() for each in (*module.parameters(), *module.buffers())):
+        if tensor.dim() < 2:
+            tensor.fill_(1)
+        else:  # not alike: the exporter writes equal tensors once
+            tensor.normal_(0, (len(tensor) / tensor.numel()) ** 0.5, generator=generator)
     with torch.device("cpu"):
         graph = (model := trace(module, torch.zeros(1, *shape), "output")).graph
+    if not light:
+        onnx.save(model, path)
+        return
     kept, fillings = [], []
     for tensor in graph.initializer:
         if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2:

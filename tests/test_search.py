@@ -136,6 +136,9 @@ def test_blocks_in_order_are_the_member_and_light_files_have_its_shapes(tmp_path
     shape = write_whole(POOL.spec(choice), 10, 16, tmp_path / "x.onnx")
     assert load_onnx(tmp_path / "x.onnx", 1)(torch.zeros(2, *shape)).isfinite().all()
     assert (tmp_path / "x.onnx").stat().st_size < 20_000 < 4 * cost(network.eval(), 16)[0]
+    write_whole(POOL.spec(choice), 10, 16, tmp_path / "full.onnx", light=False)
+    assert (tmp_path / "full.onnx").stat().st_size > 4 * cost(network, 16)[0]
+    assert load_onnx(tmp_path / "full.onnx", 1)(images).isfinite().all()
 
 
 def test_a_profile_recovers_the_overhead_and_foretells_members_that_it_was_not_fitted_on(members):
