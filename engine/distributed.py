@@ -113,12 +113,12 @@ def lost_connection(error: Exception) -> str | None:
     It may be on another machine, be stopped, or be ending still, with its connections down already; or it never came.
     """
     words = one_line(error)
-    if isinstance(error, torch.distributed.DistError) and not _processes:
+    broken = re.search(r"connection (closed|reset|refused)|timed out|NCCL|broken pipe", words, re.IGNORECASE)
+    if not _processes and (isinstance(error, dist.DistError) or (broken and dist.is_initialized())):
         return (
             f"the run's processes have not come together ({words}); start all of them within --process_timeout, with "
             "the same MASTER_ADDR and MASTER_PORT"
         )
-    broken = re.search(r"connection (closed|reset|refused)|timed out|NCCL|broken pipe", words, re.IGNORECASE)
     if not broken or len(_processes) < 2:
         return None
     elsewhere = any(each.machine != _machine() for each in _processes)

@@ -168,3 +168,8 @@ def test_a_connection_that_breaks_is_said_though_no_process_is_seen_to_be_gone(m
     late = RuntimeError("[unbound_buffer.cc:84] Timed out waiting 8000ms for recv operation to complete")
     assert "(Timed out, within --process_timeout)" in distributed.lost_connection(late)
     assert distributed.lost_connection(RuntimeError("shapes cannot be multiplied")) is None
+    monkeypatch.setattr(distributed, "_processes", [])  # while they tell each other who they are
+    assert distributed.lost_connection(error) is None
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    assert "the run's processes have not come together (" in distributed.lost_connection(error)
+    assert distributed.lost_connection(RuntimeError("shapes cannot be multiplied")) is None
