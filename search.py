@@ -7,11 +7,10 @@ python search.py --teacher runs/generic --budgets 0.5ms --profile profile.json -
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Literal
 
 import torch
 
@@ -30,29 +29,24 @@ from searching.blocks import write_folder, write_whole
 from searching.budget import check_possible, parse_budgets
 from searching.choice import Field, choose
 from searching.members import Members
+from searching.options import SearchOptions
 from searching.pareto import front, plot
 from searching.paths import FILE as SUPERNET
 from searching.profile import Profile, read_profile
 from searching.ranking import Ranking
-from searching.scoring import ScoringOptions, score_pool
+from searching.scoring import score_pool
 
 RESULT, PROFILE, PLOT = "search.json", "profile.json", "pareto.png"
 
 
 @dataclass
-class SearchConfig(ScoringOptions, ScriptOptions):
+class SearchConfig(SearchOptions, ScriptOptions):
     """Options of search.py.
 
     Args:
         teacher: the run folder of a trained teacher; one of --method gtn brings its pool and, where it was trained with
             --save_supernet, the supernet that members are scored by.
-        budgets: what a student may cost, each for a student of its own: 0.5ms (one image, one thread), 300kparams,
-            20Mmacs, or several that hold together, 1ms,300kparams.
         pool: the pool of a teacher that brings none; default: the paper's.
-        rank: supernet (scores on held-out images), macs (the more the better), or auto: supernet where there is one.
-        finalists: the best members of each budget that are scored and measured themselves.
-        profile: latencies of another device, or of this one: what profile_device.py wrote there; default: this device
-            is measured.
         write_blocks: a new folder for what is to be measured on another device; nothing is searched then.
         output_dir: folder of what is found; default: search in the teacher's.
         overwrite: replace what an earlier search left there.
@@ -61,11 +55,7 @@ class SearchConfig(ScoringOptions, ScriptOptions):
     title = "search"
 
     teacher: str | None = None
-    budgets: list[str] = field(default_factory=list)
     pool: Pool | None = None
-    rank: Literal["auto", "supernet", "macs"] = "auto"
-    finalists: int = 8
-    profile: str | None = None
     write_blocks: str | None = None
     output_dir: str | None = None
     overwrite: bool = False
@@ -102,7 +92,7 @@ def main() -> None:
     ranking, score = rank(members, costs, subject, config, console)
     stopwatch = Stopwatch(members, info) if profile and measured_here(profile) else None
     every = Field(members, costs, ranking, config.finalists, score, stopwatch)
-    chosen = {budget.name: choose(budget, every) for budget in bar(budgets, len(budgets), "budgets")}
+    chosen = {budget.name: choose(budget, every) for budget in console.through(budgets, len(budgets), "budgets")}
     others = other_students(info, stopwatch)
     write(target, chosen, every, others, {"profile": profile and profile.summary()}, config)
     show(chosen, target, config, console)
@@ -121,7 +111,7 @@ def write_blocks(folder: Path, members: Members, info: ModelInfo, config: Search
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--write_blocks {folder}: is there already; name a new folder")
     check_writable("--write_blocks", folder)
-    write_folder(folder, members, info.num_classes, info.image_size, config.seed, bar)
+    write_folder(folder, members, info.num_classes, info.image_size, config.seed, Console(True).through)
     Console(True).print(
         f"written: {folder}\nnext: copy it to the device, there pip install onnxruntime, python profile_device.py, and "
         "bring profile.json back for search.py --profile profile.json"
@@ -151,7 +141,7 @@ def find_profile(target: Path, members: Members, info: ModelInfo, config: Search
         if profile and measured_here(profile):
             return profile
     with tempfile.TemporaryDirectory() as folder:
-        write_folder(Path(folder), members, info.num_classes, info.image_size, config.seed, bar)
+        write_folder(Path(folder), members, info.num_classes, info.image_size, config.seed, Console(True).through)
         total = device.PASSES * len(list(Path(folder).glob("*.onnx")))
         with Console(True).bar(total, 0, "latencies") as shown:
             content = device.measure(Path(folder), device.SECONDS, lambda done, total: shown.update())
@@ -189,7 +179,7 @@ def rank(
     """The ranking of all members and, where it is by the supernet, the score of one for real."""
     kept = (subject.folder / SUPERNET).is_file()
     if kept and config.rank != "macs":
-        return score_pool(members, subject, config, bar, console.print)
+        return score_pool(members, subject, config, console.through, console.print)
     if config.rank == "supernet":
         raise UserError(f"--rank supernet: {subject.folder} holds no {SUPERNET}; train_teacher.py --save_supernet")
     why = "as --rank says" if config.rank == "macs" else f"as {subject.folder} holds no {SUPERNET}"
@@ -200,7 +190,7 @@ def rank(
 def other_students(info: ModelInfo, stopwatch: Stopwatch | None) -> dict[str, dict[str, float]]:
     """What the paper's students cost: they are no members, and have no score."""
     found = {}
-    for name, spec in bar(NAS_STUDENTS.items(), len(NAS_STUDENTS), "nas_s, nas_m, nas_l"):
+    for name, spec in Console(True).through(NAS_STUDENTS.items(), len(NAS_STUDENTS), "nas_s, nas_m, nas_l"):
         with torch.device("meta"):
             parameters, flops, _ = cost(PoolNet(spec, info.num_classes).eval(), info.image_size)
         found[name] = {"params": parameters, "macs": flops / 2} | ({"ms": stopwatch.of(spec)} if stopwatch else {})
@@ -250,14 +240,6 @@ def show(chosen: dict, target: Path, config: SearchConfig, console: Console) -> 
         f"next: python distill.py --teacher {quote(config.teacher)} --student {quote(first)} --method kd "
         f"--output_dir {quote(f'{target}-{next(iter(chosen))}')}"
     )
-
-
-def bar(items: Iterable, total: int, name: str) -> Iterator:
-    """What goes through, with a progress bar."""
-    with Console(True).bar(total, 0, name) as shown:
-        for each in items:
-            yield each
-            shown.update()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def main() -> None:
     generator = np.random.default_rng(derive_seed(options.seed, "ranking"))
     drawn = generator.choice(len(members), options.members, replace=False).tolist()
     known = foretold(members, drawn, subject, options, console)
-    trained = [train(members, each, options) for each in shown(drawn, len(drawn), "members")]
+    trained = [train(members, each, options) for each in console.through(drawn, len(drawn), "members")]
     tau = {name: float(np.nan_to_num(kendalltau(values, trained).statistic)) for name, values in known.items()}
     report = {"command": f"python -m benchmarks.ranking {' '.join(sys.argv[1:])}", **machine(), "tau": tau}
     report |= {"choices": [members.choice(each) for each in drawn], "top1": trained, **known}
@@ -72,7 +72,7 @@ def foretold(
     """What is known of the members before they are trained, by name."""
     scoring = ScoringOptions(paths=options.paths, first_steps=options.first_steps, seed=options.seed)
     scoring.check()
-    ranking, score = score_pool(members, subject, scoring, shown, console.print)
+    ranking, score = score_pool(members, subject, scoring, console.through, console.print)
     sizes = members.sizes(subject.info.num_classes, subject.info.image_size)
     known = {"foretold": ranking.scores[drawn].tolist(), "path": [score(each) for each in drawn]}
     return known | {name: values[drawn].tolist() for name, values in sizes.items()}
@@ -89,14 +89,6 @@ def train(members: Members, member: int, options: argparse.Namespace) -> float:
         command = [sys.executable, "distill.py", *map(str, words)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads((folder / "summary.json").read_text())["top1"]
-
-
-def shown(items, total: int, name: str):
-    """What goes through, with a progress bar."""
-    with Console(True).bar(total, 0, name) as bar:
-        for each in items:
-            yield each
-            bar.update()
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def _parser(config_class: type[ScriptOptions], usage: str, listings: dict[str, L
             group.add_argument(f"--{each.name}", type=nested, default=nested(), help=title)
             next(action for action in parser._actions if action.dest == each.name).help = described.get(each.name)
         else:
-            group.add_argument(f"--{each.name}", type=kind, default=_default(each), help=described.get(each.name))
+            group.add_argument(f"--{each.name}", type=kind, default=default_of(each), help=described.get(each.name))
     group = parser.add_argument_group(HELP)
     if config_class.essential is None:
         group.add_argument("-h", "--help", action="store_true", help="show the options")
@@ -152,7 +152,8 @@ def _descriptions(part: type) -> dict[str, str]:
     }
 
 
-def _default(each: Field) -> object:
+def default_of(each: Field) -> object:
+    """An option's default."""
     return each.default if each.default_factory is MISSING else each.default_factory()
 
 
@@ -280,7 +281,7 @@ def _instance(
     for each in fields(config_class):
         value = values[each.name]
         if _nested(kinds[each.name]) and each.name not in given:
-            values[each.name] = _default(each)
+            values[each.name] = default_of(each)
         elif value == "" or (isinstance(value, list) and "" in value):
             raise UserError(f"--{each.name} '': is empty; give a value, or leave the option out")
     return config_class(**{each.name: values[each.name] for each in fields(config_class)})
@@ -325,7 +326,7 @@ def set_to_defaults(config: ScriptOptions, names: Iterable[str]) -> None:
     """Give some of the options their defaults."""
     for each in fields(config):
         if each.name in names:
-            setattr(config, each.name, _default(each))
+            setattr(config, each.name, default_of(each))
 
 
 def _few(names: list[str], most: int = 6) -> str:

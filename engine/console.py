@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
@@ -25,6 +26,13 @@ class Console:
         if self.main and not sys.stderr.isatty():
             return _Lines(total, done, name, self.print)
         return tqdm(total=total, initial=done, desc=name, unit="batch", disable=not self.main, leave=False)
+
+    def through(self, items: Iterable, total: int, name: str) -> Iterator:
+        """The items, `total` of them, with a bar that follows them."""
+        with self.bar(total, 0, name) as shown:
+            for each in items:
+                yield each
+                shown.update()
 
     def row(self, row: dict, name: str) -> None:
         """One line of the table; the header comes with the first, and where other columns begin."""

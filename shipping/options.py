@@ -1,14 +1,14 @@
 """The options of fleet.py: those of distill.py, which it is checked as, and some of search.py and export.py."""
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from common import UserError
 from comparing.planned import flags
 from distill import DistillConfig
+from engine.command_line import default_of
 from engine.config import ScriptOptions
-from searching.scoring import ScoringOptions
+from searching.options import SearchOptions
 
 
 @dataclass
@@ -29,19 +29,13 @@ class Found:
 
 
 @dataclass
-class FleetConfig(DistillConfig, ScoringOptions):
+class FleetConfig(DistillConfig, SearchOptions):
     """Options of fleet.py.
 
     Args:
         teacher: the run folder of a trained teacher; one of --method gtn brings its pool and, where it was trained with
             --save_supernet, the supernet that members are scored by.
-        budgets: what a student may cost, each for a student of its own: 0.5ms (one image, one thread), 300kparams,
-            20Mmacs, or several that hold together, 1ms,300kparams.
         pool: the pool of a teacher that brings none; default: the paper's.
-        rank: supernet (scores on held-out images), macs (the more the better), or auto: supernet where there is one.
-        finalists: the best members of each budget that are scored and measured themselves.
-        profile: latencies of another device, or of this one: what profile_device.py wrote there; default: this device
-            is measured.
         quantize: int8 adds model.int8.onnx, quantised after training; no.
         calibration_images: training images from whose activations its ranges are taken.
         max_drop: points of top-1 that the int8 file may lose on the test split.
@@ -55,10 +49,6 @@ class FleetConfig(DistillConfig, ScoringOptions):
     essential = ("teacher", "budgets", "method", "epochs", "batch_size", "lr", "quantize", "max_drop", "seed")
     essential += ("output_dir", "overwrite")
 
-    budgets: list[str] = field(default_factory=list)
-    rank: Literal["auto", "supernet", "macs"] = "auto"
-    finalists: int = 8
-    profile: str | None = None
     quantize: Literal["no", "int8"] = "no"
     calibration_images: int = 512
     max_drop: float = 1.0
@@ -79,14 +69,6 @@ class FleetConfig(DistillConfig, ScoringOptions):
     def words(self, script: str, config_class: type[ScriptOptions], run: str = "", **own) -> list[str]:
         """What follows `python`: the script, a run folder, its options that are not at their defaults, and its own."""
         given = {name: value for name, value in self.as_dict().items() if name not in own}
-        usual = defaults(config_class.with_method(self.method))
+        usual = {each.name: default_of(each) for each in fields(config_class.with_method(self.method))}
         given = {name: value for name, value in given.items() if name in usual and value != usual[name]}
         return [script, *([run] if run else []), *flags(given | own)]
-
-
-def defaults(config_class: type) -> Mapping[str, object]:
-    """The default of every option."""
-    return {
-        each.name: each.default if each.default_factory is MISSING else each.default_factory()
-        for each in fields(config_class)
-    }
