@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import gc
 import io
 import os
 import platform
@@ -43,23 +44,36 @@ def run_script(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
             stream.reconfigure(errors="backslashreplace")
+    message, code = _outcome(main)
+    if code:
+        # Every process meets a user's mistake alike; one of them says it. What only another meets, it says too.
+        if int(os.environ.get("RANK", 0)) == 0 or code == 1:
+            print(f"{os.path.basename(sys.argv[0])}: {one_line(message)}", file=sys.stderr, flush=True)
+    if code != 1:  # what fails in one process alone must not wait for the others
+        _give_group_back()
+    if code:
+        sys.exit(code)
+
+
+def _outcome(main: Callable[[], None]) -> tuple[str, int]:
+    """What there is to say of a script's end, and its exit code. When this returns, what `main` made is gone."""
     try:
         main()
-        _give_group_back()
     except UserError as error:
-        _leave(f"error: {error}", 2)
+        return f"error: {error}", 2
     except RunError as error:
-        _leave(f"stopped: {error}", 1)
+        return f"stopped: {error}", 1
     except OSError as error:
-        _leave(f"stopped: {describe(error)}", 1)
+        return f"stopped: {describe(error)}", 1
     except (RuntimeError, MemoryError) as error:  # a collective operation fails where a process has gone
         if not (reason := out_of_memory(error) or lost_processes() or lost_connection(error)):
             raise
-        _leave(f"stopped: {reason}", 1)
+        return f"stopped: {reason}", 1
     except Interrupted as interruption:
-        _leave(str(interruption), 128 + interruption.signum)
+        return str(interruption), 128 + interruption.signum
     except KeyboardInterrupt:
-        _leave("interrupted while not training; what was saved is whole", 130)
+        return "interrupted while not training; what was saved is whole", 130
+    return "", 0
 
 
 @dataclass(frozen=True)
@@ -161,18 +175,14 @@ def one_line(message: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message))
 
 
-def _leave(message: str, code: int) -> None:
-    # Every process meets a user's mistake alike; one of them says it. What only another meets, it says too.
-    if int(os.environ.get("RANK", 0)) == 0 or code == 1:
-        print(f"{os.path.basename(sys.argv[0])}: {one_line(message)}", file=sys.stderr, flush=True)
-    if code != 1:  # what fails in one process alone must not wait for the others
-        _give_group_back()
-    sys.exit(code)
-
-
 def _give_group_back() -> None:
-    """Left to the interpreter's end, the group's threads may abort a process that is done."""
+    """End the process group: left to the interpreter's end, its threads may abort a process that is done.
+
+    What holds on to it goes first. DistributedDataParallel does; were it the last to let go, it would wait for the
+    group's threads with Python's lock in its hands, and they for the lock (torch 2.11, gloo).
+    """
     if dist.is_initialized():
+        gc.collect()  # of exceptions and the frames that they passed through
         dist.destroy_process_group()
 
 

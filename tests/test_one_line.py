@@ -3,6 +3,7 @@
 import errno
 import io
 import struct
+import weakref
 import zlib
 
 import pyarrow
@@ -140,3 +141,26 @@ def test_an_own_method_that_exits_after_a_step_does_not_pass_for_a_finished_run(
     done = here("distill.py", *arguments, 32, "--epochs", 1, "--method", method, "--output_dir", tmp_path / "r")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "own.py:Own: fails, line 21: SystemExit: 0" in done.stderr and not (tmp_path / "r/summary.json").exists()
+
+
+def test_what_a_script_made_is_gone_before_its_processes_part(monkeypatch, capsys):
+    """DistributedDataParallel among it: the last to hold the group, it may wait for ever."""
+    made, gone = [], []
+
+    class Model:
+        pass
+
+    def main():
+        model = Model()
+        made.append(weakref.ref(model))
+        try:
+            raise UserError("no")
+        except UserError as error:
+            kept = error  # holds this frame, which holds it
+            raise kept from None
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: gone.append(made[0]() is None))
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert gone == [True] and capsys.readouterr().err.endswith("error: no\n")
