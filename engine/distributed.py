@@ -45,10 +45,9 @@ def run_script(main: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
             stream.reconfigure(errors="backslashreplace")
     message, code = _outcome(main)
-    if code:
-        # Every process meets a user's mistake alike; one of them says it. What only another meets, it says too.
-        if int(os.environ.get("RANK", 0)) == 0 or code == 1:
-            print(f"{os.path.basename(sys.argv[0])}: {one_line(message)}", file=sys.stderr, flush=True)
+    # Every process meets a user's mistake alike; one of them says it. What only another meets, it says too.
+    if code == 1 or (code and int(os.environ.get("RANK", 0)) == 0):
+        print(f"{os.path.basename(sys.argv[0])}: {one_line(message)}", file=sys.stderr, flush=True)
     if code != 1:  # what fails in one process alone must not wait for the others
         _give_group_back()
     if code:
