@@ -356,6 +356,18 @@ def test_cross_entropy_alone():
         assert error(*(torch.autograd.grad(z, w)[0] for z, w in ((found, x), (expected, wide)))) < 1e-5
 
 
+def test_losses_behind_classifiers_are_those_of_the_logits():
+    embedding, weight, labels = logits(7, 5), logits(30, 5, seed=1), labels_of(7, 30)
+    teacher = logits(7, 30, seed=2).detach()
+    identity = torch.eye(30, device=DEVICE)
+    options = {"temperature": 4.0, "direction": "reverse"}
+    ce, kl = kernels.linear_kd_loss(embedding, weight, None, teacher, identity, None, labels, rows=3, **options)
+    expected = kd_loss(embedding @ weight.T, teacher, labels, **options)
+    assert error(ce, expected[0][0]) < 1e-5 and error(kl, expected[1][0]) < 1e-5
+    grads = (torch.autograd.grad(a + b, (embedding, weight)) for a, b in ((ce, kl), (expected[0][0], expected[1][0])))
+    assert all(error(*pair) < 1e-5 for pair in zip(*grads, strict=True))
+
+
 def test_invariants():
     students, teacher, labels = logits(3, 6, 40), logits(6, 40, seed=1), labels_of(6, 40)
     (ce, kl), (first, second) = kd_loss(students, teacher, labels), kd_loss(students[:1], teacher, labels)
