@@ -48,6 +48,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
+    """One pass of the contestant `only`: bytes over what was there before, those of the gradients, seconds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     shapes = ((options.images, options.width), (options.classes, options.width))
@@ -68,6 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 
 def peak(device: torch.device) -> int:
+    """Bytes: the most that the device held so far, or on a CPU the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
