@@ -8,14 +8,16 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from reports import figures
 from reports.comparison import ALONE, variant_of
 
 TOP1 = "top-1, %"
-CAPTION = "Lines: means over seeds; shaded: from the lowest to the highest of them; crosses: the paper's numbers."
+CAPTION = "Means over seeds, from the lowest of them to the highest; crosses: the paper's numbers."
 
 
 def panels(drawing: str, records: Sequence[dict], paper: Sequence[dict]) -> list[dict]:
@@ -140,16 +142,14 @@ def _size(panels: Sequence[dict]) -> tuple[float, float]:
 
 
 def _draw(figure: Figure, panels: Sequence[dict]) -> None:
+    names = list(dict.fromkeys(name for panel in panels for name in panel["lines"]))
+    known = {}
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for number, (name, line) in enumerate(panel["lines"].items()):
-            colour = figures.COLOURS[number % len(figures.COLOURS)]
-            known = [(x, values) for x, values in enumerate(line, start=1) if values]
-            places = [x for x, _ in known]
-            axis.plot(places, [statistics.mean(v) for _, v in known], label=name, color=colour, marker=".")
-            lowest, highest = ([choose(values) for _, values in known] for choose in (min, max))
-            axis.fill_between(places, lowest, highest, color=colour, alpha=0.2, linewidth=0)
-            crosses = [(x, value) for x, value in enumerate(panel["paper"].get(name, []), start=1) if value is not None]
-            axis.plot([x for x, _ in crosses], [value for _, value in crosses], "x", color=colour)
+        for number, name in enumerate(names):
+            if name in panel["lines"]:
+                shift = 0.5 * ((number + 0.5) / len(names) - 0.5) if panel["places"] else None
+                colour = figures.COLOURS[number % len(figures.COLOURS)]
+                known[name] = _draw_line(axis, panel["lines"][name], panel["paper"].get(name, []), shift, colour)
         axis.set(title=panel["title"], ylabel=panel["ylabel"])
         axis.grid(alpha=0.25)
         if panel["places"]:
@@ -157,5 +157,17 @@ def _draw(figure: Figure, panels: Sequence[dict]) -> None:
         else:
             axis.set_xlabel("epoch")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    handles, names = axis.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=2)
+    figure.legend(known.values(), known.keys(), loc="outside upper center", ncols=2)
+
+
+def _draw_line(axis: Axes, line: Sequence, paper: Sequence, shift: float | None, colour: str) -> Line2D:
+    """What stands for it in a legend. With a shift: points beside those of other lines, else a line by epoch."""
+    values = {x + (shift or 0): seeds for x, seeds in enumerate(line, start=1) if seeds}
+    crosses = {x + (shift or 0): value for x, value in enumerate(paper, start=1) if value is not None}
+    means, lowest, highest = ([choose(seeds) for seeds in values.values()] for choose in (statistics.mean, min, max))
+    axis.plot(list(crosses), list(crosses.values()), "x", color=colour)
+    if shift is not None:
+        axis.vlines(list(values), lowest, highest, color=colour)
+        return axis.plot(list(values), means, "o", color=colour)[0]
+    axis.fill_between(list(values), lowest, highest, color=colour, alpha=0.2, linewidth=0)
+    return axis.plot(list(values), means, ".-", color=colour)[0]

@@ -106,7 +106,7 @@ def test_lines_and_crosses_lie_where_their_values_are():
     root = ElementTree.fromstring(text)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     uses = re.findall(r'<use xlink:href="#\w+" x="([\d.]+)" y="([\d.]+)" style="fill: #3b82c4; stroke: #3b82c4', text)
-    (x1, y1), (x3, y3), (x, y), *legend = [tuple(map(float, each)) for each in uses]
+    (x, y), (x1, y1), (x3, y3), *legend = [tuple(map(float, each)) for each in uses]  # the cross first
     assert len(legend) == 1
     assert x == x3 > x1  # what is missing has no mark
     assert (y1 - y) / (y1 - y3) == pytest.approx((10 - 1) / (4 - 1), rel=1e-3)  # the mean of 0 and 2 is 1

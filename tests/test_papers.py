@@ -43,6 +43,8 @@ def test_every_table_has_names_and_runs_for_its_figures():
         assert all(run.source in [*found.teachers, "alone", "peers"] for run in found.runs)
         places = [names.index(need.name) < names.index(run.name) for run in found.runs for need in run.needs]
         assert all(places)
+    moved = paper_comparison("sftn/figure5", "short", [0], {"cifar100": "digits"}).runs
+    assert [run.dataset for run in moved] == ["digits"] * 4 and moved[0].config.dataset == "cifar100"
     with pytest.raises(UserError, match="did you mean sftn/"):
         paper_comparison("sftn/12", "full", [0])
 
