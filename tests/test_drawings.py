@@ -1,14 +1,21 @@
 """The papers' figures: what is drawn of which runs, and where the papers' own numbers stand."""
 
+import json
 import re
 from statistics import mean
 from xml.etree import ElementTree
 
 import pytest
 
+from common import write_atomically
+from comparing.order import Outcome
 from comparing.papers import beside, paper_comparison
+from comparing.places import Places
+from comparing.report import write_report
 from recipes import table
 from reports.drawings import as_file, in_page, panels
+from tests.runs import read_json
+from tests.test_comparison import COST, TEST, stands_alone
 
 EPOCHS = 4
 
@@ -20,7 +27,15 @@ def records(name: str, seeds: tuple[int, ...] = (0, 1)) -> tuple[list[dict], lis
     for number, run in enumerate(found.runs):
         curve = [number / 10 + epoch + run.seed for epoch in range(EPOCHS)]
         own = {"run": run.name, "script": run.script, "source": run.source, "student": run.student, "seed": run.seed}
-        own |= {"variant": run.method, "model": getattr(run.config, "model", None), "top1": curve[-1], "top5": 99.0}
+        own |= COST | {
+            "key": run.key,
+            "test": TEST,
+            "losses": {},
+            "variant": run.method,
+            "model": getattr(run.config, "model", None),
+            "top1": curve[-1],
+            "top5": 99.0,
+        }
         own |= {"curve": curve}
         own |= {"kl_curve": [9 - each for each in curve]} if run.teacher else {}
         records.append(own | {"branches": {"branch1": [each / 2 for each in curve], "branch2": curve}})
@@ -96,6 +111,22 @@ def test_what_is_not_done_is_not_drawn():
     some = [*teachers, *of(runs, source="sftn", student="mobilenetv2 of resnet56")]
     (above, below) = panels(drawing, some, paper)
     assert above["places"] == ["resnet56"] and list(below["lines"]) == ["sftn"]
+
+
+def test_a_figure_comes_first_in_the_page_and_is_a_file(tmp_path):
+    made = paper_comparison("sftn/figure5", "full", [0, 1])
+    for each in records("sftn/figure5")[1]:
+        write_atomically(tmp_path / f"records/{each['run']}.json", json.dumps(each))
+    places = Places(tmp_path / "runs", tmp_path / "records")
+    write_report(made, places, tmp_path / "out", "python compare.py", Outcome())
+    page = stands_alone((tmp_path / "out/report.html").read_text())
+    assert page.titles[0] == "The figure" and "on the test split" in "".join(page.text)
+    found = read_json(tmp_path / "out/comparison.json")
+    assert (tmp_path / "out/figure.svg").read_text() == as_file(found["panels"]) and len(found["panels"]) == 2
+    assert [row["ours"] for row in found["paper"] if row["figure"] == "student"] == [
+        mean(each["top1"] for each in of(found["runs"], script="distill.py", source=name))
+        for name in ("vanilla", "sftn")
+    ]
 
 
 def test_lines_and_crosses_lie_where_their_values_are():
