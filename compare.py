@@ -108,12 +108,21 @@ def chosen(options: argparse.Namespace) -> Comparison:
     data = {name: str(value) for name, value in assignments("--data", options.data).items()}
     if options.paper:
         only_flags(options, "--paper says it")
-        return select(paper_comparison(options.paper, options.scale, options.seeds or [0], data), options.only)
+        comparison = paper_comparison(options.paper, options.scale, options.seeds or [0], data)
+    else:
+        comparison = from_plan(options, data)
+    for name in data:
+        check_name("--data", name, {run.options["dataset"] for run in comparison.runs if "dataset" in run.options})
+    return select(comparison, options.only)
+
+
+def from_plan(options: argparse.Namespace, data: dict[str, str]) -> Comparison:
+    """What a plan or flags ask for."""
     plan = read_plan(options.plan) if options.plan else make_plan(from_flags(options), "compare.py")
     if options.plan:
         only_flags(options, f"the plan {options.plan} says it")
         plan.seeds = options.seeds or plan.seeds
-    return select(plan.comparison(options.plan.stem if options.plan else options.output_dir.name, data), options.only)
+    return plan.comparison(options.plan.stem if options.plan else options.output_dir.name, data)
 
 
 def only_flags(options: argparse.Namespace, reason: str) -> None:

@@ -28,12 +28,15 @@ def paper_comparison(name: str, scale: str, seeds: Sequence[int], data: Mapping[
     table = recipes.table(name)
     found = _Runs(table, name, scale)
     every = {run.name: run for seed in seeds for run in found.of_seed(seed)}
+    named = {run.options["dataset"] for run in every.values() if "dataset" in run.options}
+    moved = {name: place for name, place in (data or {}).items() if name in named}
     for run in every.values():
-        run.dataset = (data or {}).get(run.options.get("dataset", ""))
+        run.dataset = moved.get(run.options.get("dataset", ""))
     students = [run for run in every.values() if run.script == "distill.py"]
     note = f"{table.paper}, {table.title}."
     if scale == "short":
         note += f" Shortened: 1/{1 / SHORT_EPOCHS:.0f} of the epochs, 1/{1 / SHORT_IMAGES:.0f} of the training images."
+    note += "".join(f" Images of {place} in place of {name}." for name, place in moved.items())
     taught = [run.source for run in students if run.source not in (ALONE, PEERS)]
     others = [run.source for run in every.values() if run.source not in (ALONE, PEERS)]
     standard = ["vanilla"] if "vanilla" in taught else []

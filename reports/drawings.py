@@ -72,7 +72,10 @@ def _curves(records: Sequence[dict], paper: Sequence[dict]) -> list[dict]:
             kl.setdefault(name, []).append(each["kl_curve"])
         printed[name] = [*[None] * (len(each["curve"]) - 1), _printed(paper, "student", source, method=method)]
     kl, accuracy = ({name: _by_epoch(seeds) for name, seeds in lines.items()} for lines in (kl, accuracy))
-    return [_panel("in training", "KL, nats", None, kl), _panel("on the test split", TOP1, None, accuracy, printed)]
+    return [
+        _panel("in training", "KL at the temperature of the loss, nats", None, kl),
+        _panel("on the test split", TOP1, None, accuracy, printed),
+    ]
 
 
 def _branches(records: Sequence[dict], paper: Sequence[dict]) -> list[dict]:

@@ -131,6 +131,7 @@ def test_words_and_errors():
         ("nothing.yaml", "nothing.yaml: cannot read the plan"),
         ("--teachers vanilla", "give a plan, or --teachers and --students"),
         ("--paper sftn/99", "--paper: unknown name 'sftn/99'"),
+        ("--paper sftn/8 --data cifar10=digits", "--data: unknown name 'cifar10'; did you mean cifar100?"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(words, said):
