@@ -4,7 +4,7 @@
 # make compare   the same with ten seeds
 # make torture   kills, file-system faults and odd inputs for ten minutes; MINUTES=2 for the short form
 # make browser-check   report.html in a real Chromium
-# make executors-check   compare.py on Ray, by submitit, and with Optuna, which it installs
+# make executors-check   compare.py on Ray, by submitit, and with Optuna, which it installs beside .venv
 # make gpu-check   on a machine with an NVIDIA GPU: the kernels' whole test grid and their benchmark, under 8 minutes
 PYTHON ?= python3
 BIN := .venv/bin
@@ -50,10 +50,8 @@ browser-check: .venv/installed
 	@$(BIN)/python -c "from tests.test_page_browser import *; raise SystemExit(None if chromium() else NO_CHROMIUM)"
 	$(BIN)/python -m pytest tests/test_page_browser.py
 
-executors-check: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-ray.txt \
-		-r requirements-slurm.txt -r requirements-search.txt
-	$(BIN)/python -m pytest tests/test_executors.py tests/test_optuna.py
+executors-check: .venv-executors/installed
+	.venv-executors/bin/python -m pytest tests/test_executors.py tests/test_optuna.py
 
 gpu-check: .venv/installed
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"
@@ -69,6 +67,15 @@ gpu-evidence: .venv/installed
 .venv/installed: requirements.txt requirements-timm.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-timm.txt
+	touch $@
+
+# Sees what .venv holds, and leaves that as it is.
+.venv-executors/installed: .venv/installed requirements-ray.txt requirements-slurm.txt requirements-search.txt
+	$(BIN)/python -m venv .venv-executors
+	$(BIN)/python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
+		> $$(.venv-executors/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beside.pth
+	.venv-executors/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-ray.txt \
+		-r requirements-slurm.txt -r requirements-search.txt
 	touch $@
 
 clean:

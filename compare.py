@@ -26,7 +26,7 @@ from comparing.places import Places, work_list
 from comparing.plan import Comparison, assignments, make_plan, read_plan, teacher_of
 from comparing.planned import PlannedRun
 from comparing.records import recorded
-from comparing.report import write_report
+from comparing.report import FIGURE, write_report
 from comparing.search import Study, search
 from engine.distributed import run_script
 from engine.forks import be_forked_from, result_of
@@ -108,12 +108,21 @@ def chosen(options: argparse.Namespace) -> Comparison:
     data = {name: str(value) for name, value in assignments("--data", options.data).items()}
     if options.paper:
         only_flags(options, "--paper says it")
-        return select(paper_comparison(options.paper, options.scale, options.seeds or [0]), options.only)
+        comparison = paper_comparison(options.paper, options.scale, options.seeds or [0], data)
+    else:
+        comparison = from_plan(options, data)
+    for name in data:
+        check_name("--data", name, {run.options["dataset"] for run in comparison.runs if "dataset" in run.options})
+    return select(comparison, options.only)
+
+
+def from_plan(options: argparse.Namespace, data: dict[str, str]) -> Comparison:
+    """What a plan or flags ask for."""
     plan = read_plan(options.plan) if options.plan else make_plan(from_flags(options), "compare.py")
     if options.plan:
         only_flags(options, f"the plan {options.plan} says it")
         plan.seeds = options.seeds or plan.seeds
-    return select(plan.comparison(options.plan.stem if options.plan else options.output_dir.name, data), options.only)
+    return plan.comparison(options.plan.stem if options.plan else options.output_dir.name, data)
 
 
 def only_flags(options: argparse.Namespace, reason: str) -> None:
@@ -217,6 +226,7 @@ def finish(found: dict | None, outcome: Outcome, folder: Path) -> None:
     else:
         print(f"\n{(folder / 'comparison.md').read_text()}")
         print(f"  page      {(folder / 'report.html').resolve()}")
+        print(f"  figure    {folder / FIGURE}\n" * bool(found["panels"]), end="")
         print(f"  tables    {folder / 'comparison.md'}\n  numbers   {folder / 'comparison.json'}")
     for name, reason in outcome.failed.items():
         print(f"  failed    {name}: {reason}", file=sys.stderr)

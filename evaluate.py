@@ -217,8 +217,13 @@ def transfer(config: EvaluateConfig, subject: Subject, accelerator: Accelerator)
     info = subject.network.info
     options = ImageOptions(data_dir=config.transfer_data_dir, cache_dir=subject.options.cache_dir)
     options = replace(options, offline=config.offline, data_workers=config.data_workers)
-    with accelerator.main_process_first():
-        data = load_images(config.transfer, info.image_size, accelerator.is_main_process, options, accelerator.device)
+    try:
+        with accelerator.main_process_first():
+            bar = accelerator.is_main_process
+            data = load_images(config.transfer, info.image_size, bar, options, accelerator.device)
+    except UserError as error:
+        said = str(error).replace("--dataset", "--transfer").replace("--data_dir", "--transfer_data_dir")
+        raise UserError(said) from None
     pipeline = pipeline_of(replace(data, mean=info.mean, std=info.std), replace(subject, options=options), accelerator)
     embeddings = []
     for split in (data.train, data.test):

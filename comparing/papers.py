@@ -1,7 +1,7 @@
 """A paper's table as a comparison: its rows' runs at full length or shortened, and the paper's figures beside them."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import recipes
 from comparing import cost
@@ -20,15 +20,23 @@ TRANSFER = ("stl10", "tiny_imagenet")  # figures that are those of linear classi
 LISTED_RATE = "resnet20"  # whose step is measured for --list
 
 
-def paper_comparison(name: str, scale: str, seeds: Sequence[int]) -> Comparison:
-    """The runs of a table (recipes.tables). Raises UserError for an unknown name."""
+def paper_comparison(name: str, scale: str, seeds: Sequence[int], data: Mapping[str, str] | None = None) -> Comparison:
+    """The runs of a table (recipes.tables); `data`: what --dataset is for the recipes' names.
+
+    Raises UserError for an unknown table.
+    """
     table = recipes.table(name)
     found = _Runs(table, name, scale)
     every = {run.name: run for seed in seeds for run in found.of_seed(seed)}
+    named = {run.options["dataset"] for run in every.values() if "dataset" in run.options}
+    moved = {name: place for name, place in (data or {}).items() if name in named}
+    for run in every.values():
+        run.dataset = moved.get(run.options.get("dataset", ""))
     students = [run for run in every.values() if run.script == "distill.py"]
     note = f"{table.paper}, {table.title}."
     if scale == "short":
         note += f" Shortened: 1/{1 / SHORT_EPOCHS:.0f} of the epochs, 1/{1 / SHORT_IMAGES:.0f} of the training images."
+    note += "".join(f" Images of {place} in place of {name}." for name, place in moved.items())
     taught = [run.source for run in students if run.source not in (ALONE, PEERS)]
     others = [run.source for run in every.values() if run.source not in (ALONE, PEERS)]
     standard = ["vanilla"] if "vanilla" in taught else []
@@ -40,6 +48,7 @@ def paper_comparison(name: str, scale: str, seeds: Sequence[int]) -> Comparison:
         methods=list(dict.fromkeys(run.method for run in students if run.source != ALONE)),
         note=note,
         rows=[each for row in table.rows for each in found.figures(row)],
+        drawing=table.drawing,
         config={"paper": name, "scale": scale, "seeds": list(seeds)},
     )
 
@@ -148,10 +157,9 @@ class _Runs:
 
     def _student(self, row: Row, label: str, seed: int, teacher: PlannedRun | None) -> PlannedRun:
         options = self._options(row.recipe, {"method": row.method, "student": row.student, **row.options})
-        source = self.source(row.teacher) if row.teacher else ALONE if row.method == "none" else PEERS
-        name = self.name(row, label)
-        told = f"seed{seed}-{name}", "distill.py", options | {"seed": seed}, source, seed, label, _method(row), teacher
-        return PlannedRun(*told, transfer=self.transfer)
+        named = f"seed{seed}-{self.name(row, label)}"
+        told = "distill.py", options | {"seed": seed}, self.source_of(row), seed, label, _method(row), teacher
+        return PlannedRun(named, *told, transfer=self.transfer)
 
     def name(self, row: Row, label: str) -> str:
         """Of a row's run, without its seed."""
@@ -172,6 +180,10 @@ class _Runs:
             return [row.student]
         return [f"{row.student} of {model}" for model in models]
 
+    def source_of(self, row: Row) -> str:
+        """What tables call a row's teacher, or its want of one."""
+        return self.source(row.teacher) if row.teacher else ALONE if row.method == "none" else PEERS
+
     def source(self, teacher: Teacher) -> str:
         """What tables call a teacher: how it was trained, or which it is."""
         options = {name: value for name, value in teacher.options.items() if name != "student"}
@@ -186,15 +198,16 @@ class _Runs:
         return " ".join([teacher.method, *words, *foreign])
 
     def figures(self, row: Row) -> Iterator[dict]:
-        """The paper's figures of a row, each with the name of the run that it is of."""
+        """The paper's figures of a row, each with the run that it is of, and what tables call that."""
         error = "error" in self.table.measure
+        called = {"source": self.source_of(row), "student": row.student and self.labels(row)[0], "method": _method(row)}
         for figure, value in row.figures.items():
             if figure.endswith("_std"):
                 continue
             own = row.teacher.folder("").rpartition("/")[2] if figure.startswith("teacher") else None
             run = own or self.name(row, self.labels(row)[0])
             described = row.describe().partition(" (paper:")[0]
-            yield {"row": described, "figure": figure, "paper": value, "run": run, "error": error}
+            yield {"row": described, "figure": figure, "paper": value, "run": run, "error": error} | called
 
     def _options(self, recipe: str, options: dict) -> dict:
         found = read_recipe(str(ROOT / "recipes" / f"{recipe}.yaml")) | dict(options)

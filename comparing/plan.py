@@ -24,6 +24,7 @@ class Comparison:
 
     Attributes:
         rows: of a paper's table: what the paper reports of runs, a row each (comparing/papers.py).
+        drawing: of a paper's figure: how its runs are drawn (reports/drawings.py).
         config: what the comparison was asked to be, for its report.
     """
 
@@ -34,6 +35,7 @@ class Comparison:
     methods: list[str]
     note: str = ""
     rows: list[dict] = field(default_factory=list)
+    drawing: str = ""
     config: dict = field(default_factory=dict)
 
 

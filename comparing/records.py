@@ -41,7 +41,8 @@ def describe(run: PlannedRun, runs: Path) -> dict:
     """The record of a run whose folder below `runs` is finished.
 
     `run` is its name, `source` the kind of teacher that it is or has ("alone": none), `variant` how it was distilled,
-    `options` what the plan asks, `curve` the test accuracy by epoch, `branches` that of each branch, `gates` their
+    `options` what the plan asks, `curve` the test accuracy by epoch, `kl_curve` the training loss's KL in nats, before
+    its weight, by epoch, where there is one, `branches` the accuracy of each branch by epoch, `gates` their
     probabilities at the end, `transfer` top-1 of linear classifiers by data set, `test` measures on the test images
     (KL, entropy and likelihood in nats). The rest is of the run's own summary.json.
     """
@@ -55,6 +56,8 @@ def describe(run: PlannedRun, runs: Path) -> dict:
     record |= {"losses": last["losses"], "accuracy": last["accuracy"]}
     name, *branches = last["accuracy"]
     record |= {"curve": [round(row["accuracy"][name], 2) for row in epochs]}
+    if "kl" in last["losses"]:
+        record["kl_curve"] = [round(row["losses"]["kl"], 4) for row in epochs]
     record |= {"branches": {each: [round(row["accuracy"][each], 2) for row in epochs] for each in branches}}
     if "val_accuracy" in last:
         record["val_accuracy"] = last["val_accuracy"]

@@ -3,6 +3,7 @@
 Teachers by STEP/TOTAL: the learning rate falls every STEP epochs and training stops at TOTAL; 60/200 is the full
 schedule, the students' too. By the parameter counts given there its DenseNets are DenseNet-BC (DN40-12 has 0.18M).
 AT+KD: 0.1 of cross-entropy, 0.9 of KD, and AT. Figures are errors in percent, of students with their deviations.
+Of Figure 1 the caption alone is at hand: ImageNet's students, whom distillation harms, and it or the teacher stopped.
 """
 
 from collections.abc import Iterator
@@ -214,8 +215,19 @@ def imagenet() -> Iterator[Row]:
         yield Row("imagenet", source, figures=figures(teacher=top1, teacher_top5=top5))
 
 
+def harming() -> list[Row]:
+    """Figure 1: ResNet-18 alone, and from either ResNet-34 of Table 4 to the end and for half of the epochs."""
+    table, student = grid(TABLE4), "resnet18"
+    rows = [Row("imagenet", None, student, "none", {}, figures(student=table[student][0]))]
+    for row in imagenet():
+        if row.teacher.model == "resnet34":
+            for label, options in (("kd", {}), ("kd for half of the epochs", {"stop_kd_epoch": 50})):
+                rows.append(Row("imagenet", row.teacher, student, "kd", options, row.figures, label))
+    return rows
+
+
 def tables() -> dict[str, Table]:
-    """Tables 1 to 10."""
+    """Tables 1 to 10, and Figure 1."""
     rows = {
         1: ("WRN16-1 from DenseNets", [alone("wrn16_1"), *students("wrn16_1", TABLE1)]),
         2: ("DN40-12 from DenseNets", [alone("densenetbc40_12"), *students("densenetbc40_12", TABLE2)]),
@@ -228,15 +240,14 @@ def tables() -> dict[str, Table]:
         9: ("KD and AT+KD from ever wider WRNs", _by_method(TABLE9)),
         10: ("WRN28-1 from WRN16s by KD and AT+KD", _by_method(TABLE10)),
     }
-    return {
+    measure, title = "top-1 error in percent", "ImageNet: ResNet-18 by epoch, by KD to the end or stopped (a guess)"
+    found = {
         f"eskd/{number}": Table(
-            PAPER,
-            f"Table {number}, {'ImageNet' if number == 4 else 'CIFAR-10'}: {title}",
-            found,
-            "top-1 error in percent",
+            PAPER, f"Table {number}, {'ImageNet' if number == 4 else 'CIFAR-10'}: {title}", found, measure
         )
         for number, (title, found) in rows.items()
     }
+    return found | {"eskd/figure1": Table(PAPER, f"Figure 1, {title}", harming(), measure, "curves")}
 
 
 def _by_method(parts: dict[tuple[str, str], str]) -> list[Row]:

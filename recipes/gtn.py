@@ -59,6 +59,9 @@ def tables() -> dict[str, Table]:
         ),
         "gtn/imagenet200": Table(PAPER, f"ImageNet-200: random students of the pool by KD; {mean} 1.99", large),
         "gtn/figure1": Table(
-            PAPER, "Supplement, Figure 1: the accuracy of ResNet-32 and of its branches by epoch", figure
+            PAPER,
+            "Supplement, Figure 1: the accuracy of ResNet-32 and of its branches by epoch",
+            figure,
+            drawing="branches",
         ),
     }

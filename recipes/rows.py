@@ -113,12 +113,14 @@ class Table:
         title: what it compares, where it stands, and what of it is a choice of this repository.
         rows: its rows.
         measure: what `Row.figures` of teachers and students are.
+        drawing: of a figure: how its runs are drawn (reports/drawings.py).
     """
 
     paper: str
     title: str
     rows: Sequence[Row]
     measure: str = "top-1 accuracy in percent"
+    drawing: str = ""
 
     def commands(self, output_dir: str = OUTPUT_DIR, extra: Sequence[str] = ()) -> list[str]:
         """The commands of all rows, each once, every teacher before its students."""

@@ -1,8 +1,8 @@
 """The tables of SFTN: Park et al., "Learning Student-Friendly Teacher Networks" (NeurIPS 2021, arXiv 2102.07650).
 
 FitNets, AT, SP, VID, RKD, PKT, AB, FT and OH are joined with KD (section 4.1): kd_weight is 1 beside them. Branches
-have alpha 3 and temperature 1, the defaults, unless a row says otherwise. Figure 4 (no numbers) is left out; Tables 10
-to 12 are architectures.
+have alpha 3 and temperature 1, the defaults, unless a row says otherwise. Tables 10 to 12 and the other figures show
+architectures.
 """
 
 from recipes.rows import Row, Table, Teacher, figures, grid, slow
@@ -111,6 +111,7 @@ TABLE7 = """
     sskd    74.43 77.45  38.35 42.41
     oh      72.09 76.76  33.52 39.95
 """
+RESNETS = ["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
 SIZES = ["wrn40_2 resnet8x4", "resnet32x4 resnet8x4", "resnet32x4 wrn16_2"]
 BRANCHES = [["resnet8x2", "resnet8x4", "resnet32x4"]] * 2 + [["wrn16_1", "wrn16_2", "wrn40_2"]]
 TABLE9 = """
@@ -253,8 +254,33 @@ def branch_sizes() -> list[Row]:
     return rows
 
 
+def resnets() -> list[Row]:
+    """Figure 4: MobileNetV2 by KD from ResNets of several sizes."""
+    student = "mobilenetv2"
+    teachers = [each for model in RESNETS for each in (standard(model), sftn(model, student))]
+    return [distilled(teacher, student, "kd") for teacher in teachers]
+
+
+def shuffled() -> list[Row]:
+    """Figure 5: rows of Table 2."""
+    wanted = "resnet32x4", "shufflenetv2", "kd"
+    return [row for row in pairs(2) if row.teacher and (row.teacher.model, row.student, row.method) == wanted]
+
+
+def figures_drawn() -> dict[str, Table]:
+    """Figures 3 to 5."""
+    return {
+        f"sftn/figure{number}": Table(PAPER, f"Figure {number}, CIFAR-100: {title}", found, drawing=drawing)
+        for number, drawing, title, found in (
+            (3, "best", "the best students of either teacher of Tables 1 and 2", [*pairs(1), *pairs(2)]),
+            (4, "teachers", "MobileNetV2 from ResNets of several sizes; which ones is a guess", resnets()),
+            (5, "curves", "KL in training, and accuracy, by epoch: resnet32x4 to ShuffleNetV2 by KD", shuffled()),
+        )
+    }
+
+
 def tables() -> dict[str, Table]:
-    """Tables 1 to 9."""
+    """Tables 1 to 9, and figures."""
     rows = {
         1: ("standard and SFTN teachers, 4 pairs of one family, 12 methods", pairs(1)),
         2: ("the same, 4 pairs of different families", pairs(2)),
@@ -273,4 +299,4 @@ def tables() -> dict[str, Table]:
             measures.get(number, "top-1 accuracy in percent"),
         )
         for number, (title, found) in rows.items()
-    }  # fmt: skip
+    } | figures_drawn()  # fmt: skip

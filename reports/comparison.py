@@ -70,7 +70,7 @@ def compare(
         "differences": [{"one": one, "other": other, **each.as_dict()} for (one, other), each in found.items()],
         "teachers": [row for name in teachers if (row := _teacher(records, name))],
         "alike": [row for name in teachers if (row := _alike(own, name))],
-        "left_out": [row for name in sources if (row := _left_out(own, name))],
+        "left_out": [row for method in methods for name in sources if (row := _left_out(own, name, method))],
         "verdict": _verdict(found, standard),
         "doubts": _doubts(own, teachers, sources),
     }
@@ -181,12 +181,15 @@ def _alike(own: Sequence[dict], name: str) -> dict | None:
     return {"teacher": name} | {key: statistics.mean(each["test"][key] for each in from_it) for key in MEASURES}
 
 
-def _left_out(own: Sequence[dict], name: str) -> dict | None:
+def _left_out(own: Sequence[dict], name: str, method: str) -> dict | None:
     """Students' top-1 on the classes that their training images had, and on those left out (zero-shot distillation)."""
-    from_it = [each["test"] for each in own if each["source"] == name and "unseen" in each["test"]]
+    from_it = [each for each in own if each["source"] == name and "unseen" in each["test"]]
+    from_it = [each["test"] for each in from_it if name == ALONE or variant_of(each) == method]
     if not from_it:
         return None
-    return {"source": name} | {key: statistics.mean(each[key] for each in from_it) for key in ("seen", "unseen")}
+    return {"source": name, "method": method} | {
+        key: statistics.mean(each[key] for each in from_it) for key in ("seen", "unseen")
+    }
 
 
 def _verdict(found: dict[tuple[str, str], Difference], standard: str) -> str:
@@ -306,8 +309,12 @@ def _similarity(found: dict) -> Table:
 
 
 def _unseen(found: dict) -> Table:
-    rows = [[each["source"], f"{each['seen']:.2f}", f"{each['unseen']:.2f}"] for each in found.get("left_out", [])]
-    return Table("students' top-1, %, by class", ["seen in training", "left out"], rows)
+    several, rows = len(found["methods"]) > 1, []
+    for each in found.get("left_out", []):
+        cells = [f"{each['seen']:.2f}", f"{each['unseen']:.2f}"]
+        rows.append([each["source"], *([each["method"]] if several else []), *cells])
+    columns = [*(["method"] if several else []), "seen in training", "left out"]
+    return Table("students' top-1, %, by class", columns, rows)
 
 
 def spread(mean: float, deviation: float | None) -> str:

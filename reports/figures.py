@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ def points(rows: Sequence[dict], sources: Sequence[str]) -> str:
         axis.grid(axis="x", alpha=0.25)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1 + 0.5 / (len(rows) + 1)), ncols=min(len(sources), 5))
 
-    return _svg(draw, (7.5, 1.2 + 0.2 * len(rows) * max(2, len(sources))), "points")
+    return svg(draw, (7.5, 1.2 + 0.2 * len(rows) * max(2, len(sources))), "points")
 
 
 def curves(lines: Mapping[str, Sequence[float]], ylabel: str, name: str) -> str:
@@ -55,7 +55,7 @@ def curves(lines: Mapping[str, Sequence[float]], ylabel: str, name: str) -> str:
         axis.grid(alpha=0.25)
         figure.legend(loc="outside upper center", ncols=3)
 
-    return _svg(draw, (4.8, 3.2 + 0.2 * ((len(lines) - 1) // 3)), name)
+    return svg(draw, (4.8, 3.2 + 0.2 * ((len(lines) - 1) // 3)), name)
 
 
 def gates(branches: Mapping[str, Mapping[str, Mapping[str, float]]], name: str) -> str:
@@ -80,17 +80,23 @@ def gates(branches: Mapping[str, Mapping[str, Mapping[str, float]]], name: str) 
             axis.set_title(branch)
         figure.colorbar(heat, ax=list(axes))
 
-    return _svg(draw, (3.2 * len(branches) + 1, 3.2), name)
+    return svg(draw, (3.2 * len(branches) + 1, 3.2), name)
 
 
-def _svg(draw, size: tuple[float, float], name: str) -> str:
-    """What `draw` draws on a figure of `size` inches; `name` keeps its ids apart from other figures'."""
+def svg_file(draw: Callable[[Figure], None], size: tuple[float, float], name: str, transparent: bool = False) -> str:
+    """What `draw` draws on a figure of `size` inches, as the content of a file; its ids are hashes with `name`."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()[file.getvalue().index("<svg") :]
+        figure.savefig(file, format="svg", transparent=transparent, metadata={"Date": None})
+    return file.getvalue()
+
+
+def svg(draw: Callable[[Figure], None], size: tuple[float, float], name: str) -> str:
+    """The same as part of a page; `name` keeps its ids apart from other figures'."""
+    text = svg_file(draw, size, name, transparent=True)
+    text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
     text = text.replace("xlink:href", "href").replace(INK, "currentColor")
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)

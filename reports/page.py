@@ -7,7 +7,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader
 
 from common import UserError
-from reports import figures
+from reports import drawings, figures
 from reports.comparison import ALONE, tables, variant_of
 
 MOST_COMMANDS = 400
@@ -24,7 +24,7 @@ TITLES = {
 def comparison_page(found: dict) -> str:
     """The page of comparison.json's content."""
     records = found["runs"]
-    sections = []
+    sections = [_paper_figure(found["panels"])] if found.get("panels") else []
     for table in tables(found):
         section = {"title": TITLES[table.title], "columns": [table.title, *table.columns], "rows": table.rows}
         if table.title == "students' top-1, %":
@@ -81,6 +81,11 @@ def run_page(folder: Path) -> str:
     )
     title = f"{summary['method']}: {summary['model']} on {summary['dataset']}, seed {summary['seed']}"
     return render(title, "", verdict, sections)
+
+
+def _paper_figure(panels: list[dict]) -> dict:
+    """The figure that a paper has of these runs."""
+    return {"title": "The figure", "figures": [{"svg": drawings.in_page(panels), "caption": drawings.CAPTION}]}
 
 
 def _student_curves(records: list[dict]) -> dict | None:

@@ -22,7 +22,7 @@ from comparing.records import recorded
 from engine.command_line import parse
 from engine.forks import result_of
 from reports.statistics import student_interval
-from tests.runs import ROOT, Fork, forked, here, read_json, succeeded
+from tests.runs import ROOT, Fork, forked, here, read_json, read_rows, succeeded
 
 POOL = {"stem": 4, "head": 8, "candidates": ["res3x2", "identity", "zero"], "widths": [4, 4, 4, 8, 8, 8]}
 POOL |= {"strides": [1, 1, 1, 2, 2, 1]}
@@ -131,6 +131,7 @@ def test_words_and_errors():
         ("nothing.yaml", "nothing.yaml: cannot read the plan"),
         ("--teachers vanilla", "give a plan, or --teachers and --students"),
         ("--paper sftn/99", "--paper: unknown name 'sftn/99'"),
+        ("--paper sftn/8 --data cifar10=digits", "--data: unknown name 'cifar10'; did you mean cifar100?"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(words, said):
@@ -191,6 +192,10 @@ def test_a_matrix_that_is_killed_goes_on_and_makes_nothing_twice(tmp_path):
     for row in reported["means"][:2]:
         for source, cell in row["cells"].items():
             assert cell["mean"] == pytest.approx(sum(top1[source, row["student"], seed] for seed in (0, 1)) / 2)
+    for record in reported["runs"]:
+        assert ("kl_curve" in record) == (record["variant"] == "kd")
+        rows = read_rows(tmp_path / "runs" / Path(record["folder"]).name / "metrics.jsonl")
+        assert record.get("kl_curve", []) == [round(row["losses"]["kl"], 4) for row in rows if "kl" in row["losses"]]
     paired = [top1["mse", s, n] - top1["vanilla", s, n] for s in MATRIX["students"] for n in (0, 1)]
     (difference,) = reported["differences"]
     assert (difference["one"], difference["other"]) == ("mse", "vanilla")

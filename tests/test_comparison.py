@@ -116,14 +116,13 @@ def test_classes_that_students_never_saw_have_a_table():
     assert not any("by class" in table.title for table in tables(found()))
     changed = [each | {"test": TEST | {"seen": each["top1"], "unseen": 2.0 * each["seed"]}} for each in records()]
     (table,) = (each for each in tables(compare(changed, ["a", "b"], ["vanilla", "gtn"])) if "by class" in each.title)
-    assert table.columns == ["seen in training", "left out"]
-    averages = {
-        source: mean(v for key, pair in TOP1.items() if key[0] == source for v in pair) for source in ("alone", "gtn")
-    }
-    rows = {name: cells for name, *cells in table.rows}
-    assert rows.keys() == {"alone", "vanilla", "gtn"}
-    for source, average in averages.items():
-        assert rows[source] == [f"{average:.2f}", "1.00"]
+    assert table.columns == ["method", "seen in training", "left out"]
+    rows = {(name, method): cells for name, method, *cells in table.rows}
+    assert rows.keys() == {(name, method) for name in ("alone", "vanilla", "gtn") for method in ("kd", "dkd")}
+    for source, method in rows:
+        of = "none" if source == "alone" else method
+        average = mean(v for key, pair in TOP1.items() if (key[0], key[2]) == (source, of) for v in pair)
+        assert rows[source, method] == [f"{average:.2f}", "1.00"]
 
 
 def test_doubts():

@@ -266,7 +266,11 @@ MISTAKES = {
     "run's file": (["RUN", "--output", "RUN/summary.json"], ("--output", "no evaluation")),
     "kind of file": (["RUN", "--output", "RUN/x.txt"], ("--output", ".json")),
     "two in one": (["RUN", "TWO", "--output", "x.json"], ("--output x.json", "2")),
-    "transfer": (["RUN", "--transfer", "stl1O"], ("stl1O", "did you mean stl10")),
+    "transfer": (["RUN", "--transfer", "stl1O"], ("--transfer: ", "stl1O", "did you mean stl10")),
+    "its place": (
+        ["RUN", "--transfer", "digits", "--transfer_data_dir", "x", "--latency", "false"],
+        ("--transfer_data_dir x: only",),
+    ),
     "epochs": (["RUN", "--transfer_epochs", "0"], ("--transfer_epochs 0",)),
     "option": (["RUN", "--teachers", "x"], ("--teachers", "--teacher")),
     "config": (["BAD"], ("config.yaml", "val_fraction", "many")),

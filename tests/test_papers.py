@@ -43,6 +43,9 @@ def test_every_table_has_names_and_runs_for_its_figures():
         assert all(run.source in [*found.teachers, "alone", "peers"] for run in found.runs)
         places = [names.index(need.name) < names.index(run.name) for run in found.runs for need in run.needs]
         assert all(places)
+    moved = paper_comparison("sftn/figure5", "short", [0], {"cifar100": "digits", "cifar10": "other"})
+    assert [run.dataset for run in moved.runs] == ["digits"] * 4 and moved.runs[0].config.dataset == "cifar100"
+    assert moved.note.endswith(" Images of digits in place of cifar100.")
     with pytest.raises(UserError, match="did you mean sftn/"):
         paper_comparison("sftn/12", "full", [0])
 
