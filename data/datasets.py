@@ -80,6 +80,11 @@ class DataOptions:
     pipeline: Literal["auto", "device", "workers"] = "auto"
     data_workers: int | None = None
 
+    def class_flags(self) -> str:
+        """The flags that say which classes there are, for a command that goes on from a run; a space before each."""
+        given = {"exclude_classes": self.exclude_classes, "binary": self.binary}
+        return "".join(f" --{name} {' '.join(map(str, classes))}" for name, classes in given.items() if classes)
+
 
 def load_images(
     name: str,

@@ -201,10 +201,13 @@ def test_a_model_of_any_family_can_be_student_and_teacher(tmp_path):
     assert load_pretrained(tmp_path / "s").info.name == "resnet8x2"
 
 
-def test_the_next_command_survives_a_space_in_the_path(tmp_path):
-    done = succeeded(forked("train_teacher.py", *TINY, "--output_dir", tmp_path / "my teacher"))
+def test_the_next_command_knows_the_place_and_the_classes(tmp_path):
+    classes = ("--binary", "0", "2", "4", "--exclude_classes", "1")
+    done = succeeded(forked("train_teacher.py", *TINY, *classes, "--output_dir", tmp_path / "my teacher"))
     words = shlex.split(next(x for x in done.stdout.splitlines() if x.startswith("next: ")).removeprefix("next: "))
-    assert words[words.index("--teacher") + 1] == f"{tmp_path}/my teacher"
+    config = parse(DistillConfig, "", {}, words[2:])
+    assert config.teacher == [f"{tmp_path}/my teacher"]
+    assert config.binary == [0, 2, 4] and config.exclude_classes == [1]
 
 
 def test_every_place_of_images_trains_and_starts_from_given_weights(tmp_path):
