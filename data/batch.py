@@ -18,6 +18,8 @@ class Batch(NamedTuple):
     indices: Tensor | None = None  # [n] int64: which images of the split; None in a stream, which has no numbers
     views: Tensor | None = None  # [n] int64: which of `Augmentation.views`; None where they are not known
     epoch: int = 0  # the training's, from 0; in a method's warm-up, the warm-up's own
+    partners: Tensor | None = None  # [n] int64: of mixed images, the labels of those that they were mixed with
+    share: float = 1.0  # of the images' own labels; the partners have the rest
 
     def parts(self, count: int, world: int = 1) -> list["Batch"]:
         """`count` batches that together are this one, in all of `world` processes alike, and fewer where it is
@@ -29,11 +31,13 @@ class Batch(NamedTuple):
         smallest = round(images * world / self.loss_scale) // world  # of the processes' parts of the global batch
         count = max(1, min(count, smallest // 2))
         copies = self.images.unflatten(0, (-1, images)).tensor_split(count, dim=1)
-        labels, *numbers = (
+        labels, *numbers, partners = (
             [None] * count if each is None else each.tensor_split(count)
-            for each in (self.labels, self.indices, self.views)
+            for each in (self.labels, self.indices, self.views, self.partners)
         )
         return [
-            Batch(each.flatten(0, 1), label, self.loss_scale * len(label) / images, *which, self.epoch)
-            for each, label, *which in zip(copies, labels, *numbers, strict=True)
+            Batch(
+                each.flatten(0, 1), label, self.loss_scale * len(label) / images, *which, self.epoch, others, self.share
+            )
+            for each, label, *which, others in zip(copies, labels, *numbers, partners, strict=True)
         ]

@@ -25,17 +25,26 @@ class TrainingOptions:
         batch_size: images a step over all processes together.
         gradient_accumulation_steps: compute a step's gradient in this many parts of its batch, one after the other, in
             about as many times less memory. BatchNorm, and losses that compare images, see a part at a time.
-        lr: peak learning rate of SGD.
+        opt: sgd (the papers'), adamw, or timm's lamb or lion, which leave biases and normalisations without weight
+            decay.
+        lr: peak learning rate.
         lr_batch_size: the batch size that lr is for: it is multiplied by batch_size over this (linear scaling, Goyal et
             al., arXiv 1706.02677; warm-ups of methods keep theirs); default: lr as it is.
         momentum: momentum of SGD.
-        weight_decay: weight decay of SGD.
+        weight_decay: weight decay of the optimiser.
         nesterov: Nesterov momentum.
         lr_schedule: multistep (x lr_gamma at lr_milestones), cosine (to 0 over all epochs) or constant.
         lr_milestones: epochs after which the learning rate falls, for multistep.
         lr_gamma: factor of each fall, for multistep.
         lr_restarts: run the schedule this many times, each in its share of the epochs; default: once (--method rco:
             once an anchor).
+        lr_warmup_epochs: epochs at the start in which the learning rate rises linearly to where the schedule is.
+        clip_grad: scale gradients down to this norm, that of all weights together; default: never.
+        mixup: alpha of mixup (arXiv 1710.09412): images and labels of a batch mixed in pairs, which teachers see, too;
+            0: none.
+        cutmix: alpha of CutMix (arXiv 1905.04899); beside mixup each batch gets one of the two; 0: none.
+        model_ema_decay: evaluate, choose and keep the exponential moving average of the network's weights, with this
+            decay a step (fewer at the start); 0: the weights themselves.
         seed: seeds everything random in the run.
     """
 
@@ -47,6 +56,7 @@ class TrainingOptions:
     stop_after: int | None = None
     batch_size: int = 64
     gradient_accumulation_steps: int = 1
+    opt: Literal["sgd", "adamw", "lamb", "lion"] = "sgd"
     lr: float = 0.05
     lr_batch_size: int | None = None
     momentum: float = 0.9
@@ -56,6 +66,11 @@ class TrainingOptions:
     lr_milestones: list[int] = field(default_factory=lambda: [150, 180, 210])
     lr_gamma: float = 0.1
     lr_restarts: int | None = None
+    lr_warmup_epochs: int = 0
+    clip_grad: float | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    model_ema_decay: float = 0.0
     seed: int = 0
 
 
@@ -149,6 +164,11 @@ class RunConfig(DataOptions, TrainingOptions, PlaceOptions, ScriptOptions):
             "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
             "weight_decay": (0 <= self.weight_decay <= LARGEST, f"from 0 to {LARGEST:g}"),
             "nesterov": (not self.nesterov or self.momentum > 0, "off when --momentum is 0"),
+            "lr_warmup_epochs": (0 <= self.lr_warmup_epochs < self.epochs, f"from 0 to below --epochs {self.epochs}"),
+            "clip_grad": (self.clip_grad is None or 0 < self.clip_grad <= LARGEST, "above 0"),
+            "mixup": (0 <= self.mixup <= 100, "from 0 to 100"),
+            "cutmix": (0 <= self.cutmix <= 100, "from 0 to 100"),
+            "model_ema_decay": (0 <= self.model_ema_decay < 1, "at least 0 and below 1"),
             "lr_gamma": (0 < self.lr_gamma <= 1, "in (0, 1]"),
             "checkpointing_epochs": (self.checkpointing_epochs >= 1, "at least 1"),
             "process_timeout": (
@@ -168,6 +188,10 @@ class RunConfig(DataOptions, TrainingOptions, PlaceOptions, ScriptOptions):
             raise UserError(
                 f"--tracker_project_name {self.tracker_project_name}: must be of letters, digits, '.', '_' and '-'"
             )
+        if self.mixes and self.cuda_graph:
+            raise UserError("--cuda_graph: cannot be combined with --mixup or --cutmix, which differ from step to step")
+        if self.nesterov and self.opt != "sgd":
+            raise UserError(f"--nesterov: is for --opt sgd, not {self.opt}")
         if self.pretrained and self.weights is not None:
             raise UserError(f"--weights {self.weights}: cannot be combined with --pretrained")
 
@@ -175,6 +199,11 @@ class RunConfig(DataOptions, TrainingOptions, PlaceOptions, ScriptOptions):
     def last_epoch(self) -> int:
         """Epochs that are trained."""
         return self.stop_after or self.epochs
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @property
     def peak_lr(self) -> float:

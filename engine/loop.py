@@ -13,9 +13,11 @@ from torch import Tensor
 from common import UserError, derive_seed
 from data.batch import Batch
 from data.loader import Loader
+from data.mixing import mix
 from data.pipeline import Pipeline
 from data.splits import AnySplit, ImageSet
 from engine import replicas
+from engine.averaging import WeightAverage
 from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint
 from engine.config import NOT_COMPUTED, RunConfig
 from engine.console import Console
@@ -24,6 +26,7 @@ from engine.distributed import Interrupted, RunError, StopSignals, keep_freed_me
 from engine.evaluate import evaluate
 from engine.gradients import GradientAverager
 from engine.objective import Objective, Phase, weighted_sum
+from engine.optimiser import make_optimizer
 from engine.run_folder import RunFolder
 from engine.schedule import learning_rate
 from engine.totals import Totals
@@ -58,21 +61,19 @@ class Loop:
         self.after_epoch, self.fingerprints = after_epoch, dict(fingerprints or {})
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.warmup = objective.warmup_epochs  # epochs before the first of config.epochs
+        if config.model_ema_decay:
+            objective.average = WeightAverage(objective.trained_model(), config.model_ema_decay)
         self.objective: Objective = objective.to(accelerator.device, memory_format=torch.channels_last)
         # DDP averages weight gradients over processes, except where they come and go.
         sparse = objective.sparse_gradients
         self.network = accelerator.prepare_model(self.objective, evaluation_mode=sparse)
         self.averager = GradientAverager(objective.weight_parameters()) if sparse and self.world > 1 else None
-        weights = torch.optim.SGD(
-            objective.weight_parameters(),
-            lr=config.peak_lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.nesterov,
-        )
+        weights = make_optimizer(config, objective.weight_parameters())
         self.optimizers = {"weights": weights} | {phase.name: phase.optimizer for phase in objective.phases}
         self.steppers = {name: accelerator.prepare_optimizer(each) for name, each in self.optimizers.items()}
         self.scalers = {"scaler": accelerator.scaler} if accelerator.scaler else {}
+        if config.mixes and not objective.mixable:
+            raise UserError(f"--mixup, --cutmix: --method {config.method} needs images of one label each")
         self.graph = None
         if config.cuda_graph:
             check_capturable(accelerator, objective.capturable)
@@ -139,6 +140,8 @@ class Loop:
         while self.progress.epoch < self.warmup + self.config.last_epoch:
             yield from self._epoch(signals)
         self.objective.eval()
+        if self.objective.average is not None:
+            self.objective.average.exchange()  # what is kept of the run
 
     @property
     def position(self) -> tuple[int, int]:
@@ -222,6 +225,8 @@ class Loop:
         iteration, objective = self.progress.iteration, self.objective
         torch.manual_seed(derive_seed(self.config.seed, "step", iteration, self.rank))
         phase = objective.phase(iteration)
+        if self.config.mixes and phase is None:
+            batch = mix(batch, self.config, iteration, self.rank)
         steady = len(batch.labels) * self.world == self.config.batch_size
         with self._eager_unless(steady):
             if self.graph is not None and steady and phase is None:
@@ -230,6 +235,8 @@ class Loop:
                 losses = self._update(batch, phase)
         for terms, images in losses:
             totals.add(iteration, terms, images)
+        if phase is None and objective.average is not None:
+            objective.average.update(iteration)
         self.progress.iteration += 1
 
     def _update(self, batch: Batch, phase: Phase | None = None) -> Terms:
@@ -250,6 +257,8 @@ class Loop:
             averager.finish()
         if phase is not None:
             phase.before_update(self._average)
+        elif self.config.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.objective.weight_parameters(), self.config.clip_grad)
         stepper = self.steppers[phase.name if phase else "weights"]
         stepper.step()
         stepper.zero_grad()
@@ -284,7 +293,7 @@ class Loop:
         local = None
         if totals is not None:
             self._check_in_step()
-            self.progress.partial = self._gather(totals).as_dict()
+            self.progress.partial = totals.over_processes(self.accelerator).as_dict()
             local = replicas.gather_statistics(self.objective, self.accelerator)
         self._save(local)
         raise Interrupted(
@@ -298,7 +307,7 @@ class Loop:
         self._check_finite()
         replicas.average_statistics(self.objective, self.accelerator)
         self._check_in_step()
-        totals = self._gather(totals)
+        totals = totals.over_processes(self.accelerator)
         progress.seconds += totals.seconds
         row = {
             "epoch": progress.epoch + 1 - self.warmup,
@@ -309,7 +318,8 @@ class Loop:
             "images_per_second": totals.images / totals.seconds,
             "seconds": totals.seconds,
         }
-        better = progress.epoch >= self.warmup and self._judge(row)
+        with self.objective.averaged():
+            better = progress.epoch >= self.warmup and self._judge(row)
         progress.history.append(row)
         progress.epoch, progress.batch, progress.partial = progress.epoch + 1, 0, {}
         if (
@@ -332,7 +342,8 @@ class Loop:
             return
         if progress.best["epoch"] == done and self.folder.last.is_file():
             copy_checkpoint(self.folder.last, self.folder.best)
-        self.after_epoch(done, progress.history[-1])
+        with self.objective.averaged():
+            self.after_epoch(done, progress.history[-1])
 
     def _warn(self) -> None:
         """Say each sign of failure once, when it has been there for three epochs."""
@@ -379,17 +390,6 @@ class Loop:
     def _check_in_step(self) -> None:
         if not replicas.are_equal(self.objective, self.accelerator):
             raise RunError(f"the processes no longer hold the same weights ({self._name(self.progress.epoch)})")
-
-    def _gather(self, totals: Totals) -> Totals:
-        """Sums over all processes, in all processes; the time is the main process's own."""
-        if self.world == 1:
-            return totals
-        names = list(totals.sums)  # in the order of training, the same in all processes
-        local = [totals.images, *(number for name in names for number in totals.sums[name])]
-        numbers = torch.tensor(local, dtype=torch.float64, device=self.accelerator.device)
-        images, *rest = self.accelerator.reduce(numbers, "sum").tolist()
-        sums = {name: [rest[2 * i], rest[2 * i + 1]] for i, name in enumerate(names)}
-        return Totals({"sums": sums, "images": int(images), "seconds": totals.seconds})
 
     def _save(self, local_buffers: Tensor | None = None) -> None:
         if self.accelerator.is_main_process:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from data.batch import Batch
 from data.splits import AnySplit
+from engine.averaging import WeightAverage
 
 Average = Callable[[Tensor], Tensor]  # a tensor's mean over processes
 
@@ -57,6 +59,8 @@ class Objective(nn.Module, ABC):
         warmup_epochs: epochs before the first of the run's own, counted up to -1.
         copies: how many differently augmented copies of a batch, one behind the other, `forward` wants as its images.
         capturable: whether, within an epoch, every step of the weights launches the same kernels (--cuda_graph).
+        mixable: whether its losses know images that are mixed from two (--mixup, --cutmix).
+        average: the moving average of what it trains, a part of its state, where the run asks for one.
         sparse_gradients: whether some iterations leave some parameters without a gradient, the same in all processes.
         pool: of a teacher for a pool of students: that pool (models.pool.Pool); it is kept in model.json.
     """
@@ -66,8 +70,13 @@ class Objective(nn.Module, ABC):
     warmup_epochs = 0
     copies = 1
     capturable = True
+    mixable = False
     sparse_gradients = False
     pool = None
+
+    def __init__(self):
+        super().__init__()
+        self.average: WeightAverage | None = None
 
     @abstractmethod
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
@@ -90,6 +99,10 @@ class Objective(nn.Module, ABC):
 
     def weight_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())
+
+    def averaged(self) -> AbstractContextManager:
+        """Within it the trained network has the weights that are evaluated and kept."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def before_training(self, loader, accelerator, console) -> None:
         """Called once when all else is ready: time for work on the whole training split (data.loader.Loader)."""

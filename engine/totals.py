@@ -1,6 +1,7 @@
 """Sums of an epoch's losses."""
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 
@@ -35,6 +36,17 @@ class Totals:
 
     def means(self) -> dict[str, float]:
         return {name: total / images for name, (total, images) in self.sums.items()}
+
+    def over_processes(self, accelerator: Accelerator) -> "Totals":
+        """Sums over all processes, in all processes; the time is this process's own."""
+        if accelerator.num_processes == 1:
+            return self
+        names = list(self.sums)  # in the order of training, the same in all processes
+        local = [self.images, *(number for name in names for number in self.sums[name])]
+        numbers = torch.tensor(local, dtype=torch.float64, device=accelerator.device)
+        images, *rest = accelerator.reduce(numbers, "sum").tolist()
+        sums = {name: [rest[2 * i], rest[2 * i + 1]] for i, name in enumerate(names)}
+        return Totals({"sums": sums, "images": int(images), "seconds": self.seconds})
 
     def as_dict(self) -> dict:
         return {"sums": self.sums, "images": self.images, "seconds": self.seconds}

@@ -28,6 +28,7 @@ class CRD(Method):
     paper = "Tian, Krishnan, Isola: Contrastive Representation Distillation (2020)"
     weight, terms = 0.8, {"crd": 1.0}
     student_features = teacher_features = "embedding"
+    mixable = False
     WIDTH, TEMPERATURE, NEGATIVES, MOMENTUM = 128, 0.07, 16384, 0.5
 
     def __init__(self, context: MethodContext):

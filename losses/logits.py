@@ -12,6 +12,7 @@ from common import UserError
 from data.batch import Batch
 from kernels import cross_entropy, decoupled_kd_loss, kd_loss
 from losses.method import Method, MethodContext, Outputs
+from losses.mixed import with_partners
 from losses.options import TemperatureOptions, check_weights
 
 # beta by (teacher, student), as in the paper's Tables 6 and 7.
@@ -39,7 +40,7 @@ class CrossEntropy(Method):
     needs_teacher = False
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        return {"ce": cross_entropy(student.logits, batch.labels)}
+        return {"ce": with_partners(cross_entropy(student.logits, batch.labels), student.logits, batch)}
 
 
 @dataclass
@@ -78,7 +79,7 @@ class KD(Method):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         ce, kl = kd_loss(student.logits, teacher.logits, batch.labels, temperature=self.temperature)
-        return {"ce": ce[0], "kl": kl[0]}
+        return {"ce": with_partners(ce[0], student.logits, batch), "kl": kl[0]}
 
 
 def with_labels(methods: Sequence[Method], context: MethodContext, ce_weight: float, kd_weight: float) -> list[Method]:
@@ -126,6 +127,7 @@ class DKD(Method):
     paper = "Zhao et al.: Decoupled Knowledge Distillation (2022)"
     usual = "1 target, others by pair (8)"
     options = DKDOptions
+    mixable = False
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
@@ -153,6 +155,7 @@ class SCKD(Method):
     """
 
     paper = "Zhu, Wang: Student Customized Knowledge Distillation (2021)"
+    mixable = False
     options = TemperatureOptions
 
     def __init__(self, context: MethodContext):

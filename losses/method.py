@@ -76,6 +76,7 @@ class Method(nn.Module):
         warmup_student: whether the warm-up trains the student; its terms are then weighted like the method's own.
         ce_weight, kd_weight: of the cross-entropy with the labels and of T^2 KL on logits beside this method.
         anchors: whether the teacher takes the weights of its own training's checkpoints, one after the other.
+        mixable: whether it makes sense for images that are mixed from two: not where it needs each image's one label.
         peers: whether it is no loss between a student and a teacher, but networks that train together.
         needs_validation: whether it learns from a validation split (--val_fraction).
         needs_teacher: False for none at all.
@@ -95,6 +96,7 @@ class Method(nn.Module):
     terms: Mapping[str, float] = MappingProxyType({})
     needs_teacher = True
     anchors = False
+    mixable = True
     peers = False
     needs_validation = False
     student_features: str = ""

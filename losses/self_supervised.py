@@ -22,7 +22,7 @@ def rotate(images: Tensor) -> Tensor:
 class SelfSupervised(Method):
     """A method on four rotations, with a warm-up for modules behind the teacher."""
 
-    rotations = True
+    rotations, mixable = True, False
 
     def warmup_lr(self, epoch: int, lr: float) -> float:
         """A tenth after half the warm-up, and a tenth of that after three quarters."""

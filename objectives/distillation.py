@@ -84,6 +84,10 @@ class Distillation(Objective):
             for module in method.warmup_only():
                 module.requires_grad_(False)
 
+    @property
+    def mixable(self) -> bool:
+        return all(method.mixable for method in self.methods)
+
     def before_training(self, loader, accelerator, console) -> None:
         if not self.cache_logits:
             return
@@ -104,6 +108,7 @@ class Distillation(Objective):
             "there is no teacher": not self.frozen,
             "the method needs more of its teacher than logits": bool(self.teacher_features or self.rotations),
             "the teacher changes during training": bool(self.anchors),
+            "images are mixed from two": bool(self.options and self.options.mixes),
             "views of an image can be counted only where the set is in memory, without cutouts": views is None,
         }
         return next((reason for reason, applies in reasons.items() if applies), None)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from common import UserError
+from data.batch import Batch
 from engine.objective import Objective
 from kernels import cross_entropy, kd_loss
+from losses.mixed import with_partners
 from models.network import Network
 from models.pool import Pool
 
@@ -111,6 +113,7 @@ class Grafted(Objective):
     teacher: Network
     options: BranchOptions
     frozen = False
+    mixable = True
 
     @property
     def sparse_gradients(self) -> bool:
@@ -144,21 +147,25 @@ class Grafted(Objective):
             "trained, while branches learn from it; start from a trained one with --weights RUN"
         ]
 
-    def joint_terms(self, branches: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The terms of eq. 3 to 6 of SFTN: branches' logits [K, N, C], teacher's [N, C], labels [N].
+    def joint_terms(self, branches: Tensor, teacher: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """The terms of eq. 3 to 6 of SFTN: branches' logits [K, N, C], teacher's [N, C].
 
         The teacher is not detached: every branch's loss reaches it through its feature maps, and the KL through its
         logits, too, as far as `teacher_kl_share` and `teacher_kl_trust` let it.
         """
         share: Tensor | float = self.options.teacher_kl_share
         if self.options.teacher_kl_trust:
-            share = share * trust(branches, teacher, labels)
-        branch_ce, branch_kl = self._compare(branches, scale_gradient(teacher, share), labels)
-        return {"teacher_ce": cross_entropy(teacher, labels), "branch_ce": branch_ce, "branch_kl": branch_kl}
+            share = share * trust(branches, teacher, batch.labels)
+        branch_ce, branch_kl = self._compare(branches, scale_gradient(teacher, share), batch)
+        teacher_ce = with_partners(cross_entropy(teacher, batch.labels), teacher, batch)
+        return {"teacher_ce": teacher_ce, "branch_ce": branch_ce, "branch_kl": branch_kl}
 
-    def _compare(self, branches: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        options = self.options
-        ce, kl = kd_loss(branches, teacher, labels, temperature=options.temperature, direction=options.kl_direction)
+    def _compare(self, branches: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        direction, temperature = self.options.kl_direction, self.options.temperature
+        ce, kl = kd_loss(branches, teacher, batch.labels, temperature=temperature, direction=direction)
+        if batch.partners is not None:
+            each = [with_partners(*pair, batch) for pair in zip(ce, branches, strict=True)]
+            ce = torch.stack(each)
         return ce.mean(), kl.mean()
 
     def warnings(self, history: list[dict]) -> dict[str, str]:

@@ -118,18 +118,18 @@ class GTN(Grafted):
         if self.phase(iteration) is not None:
             if self._gate_draws is None:  # a batch in several parts is one step
                 self._gate_draws = self.gates.draw_gate_step(generator, batch.images)
-            return self._gate_terms(batch.images, batch.labels, self._gate_draws)
-        return self._weight_terms(batch.images, batch.labels, self.gates.draw(generator))
+            return self._gate_terms(batch, self._gate_draws)
+        return self._weight_terms(batch, self.gates.draw(generator))
 
-    def _weight_terms(self, images: Tensor, labels: Tensor, draws: list[Draw]) -> dict[str, Tensor]:
-        features, logits = run_blocks(self.teacher, images)
-        return self.joint_terms(self._run_branches(features, draws), logits, labels)
+    def _weight_terms(self, batch: Batch, draws: list[Draw]) -> dict[str, Tensor]:
+        features, logits = run_blocks(self.teacher, batch.images)
+        return self.joint_terms(self._run_branches(features, draws), logits, batch)
 
-    def _gate_terms(self, images: Tensor, labels: Tensor, draws: list[Draw]) -> dict[str, Tensor]:
+    def _gate_terms(self, batch: Batch, draws: list[Draw]) -> dict[str, Tensor]:
         with frozen_statistics(self._norms):
             with torch.no_grad():
-                features, logits = run_blocks(self.teacher, images)
-            gate_ce, gate_kl = self._compare(self._run_branches(features, draws), logits, labels)
+                features, logits = run_blocks(self.teacher, batch.images)
+            gate_ce, gate_kl = self._compare(self._run_branches(features, draws), logits, batch)
         return {"gate_ce": gate_ce, "gate_kl": gate_kl}
 
     def _run_branches(self, features: list[Tensor], draws: list[Draw]) -> Tensor:

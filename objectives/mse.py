@@ -15,6 +15,8 @@ from objectives.vanilla import Vanilla
 class MSE(Vanilla):
     """L = mean over images of sum_c (y_c - p_c)^2, p = softmax(z), y one-hot; in float32 whatever z is."""
 
+    mixable = False
+
     def __init__(self, teacher: Network, options: object, image_size: int):
         super().__init__(teacher, options, image_size)
         self.term_weights = {"mse": 1.0}

@@ -62,7 +62,7 @@ class SFTN(Grafted):
 
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
         branches, logits = self._run(batch.images)
-        return self.joint_terms(torch.stack(branches), logits, batch.labels)
+        return self.joint_terms(torch.stack(branches), logits, batch)
 
     def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
         branches, logits = self._run(images)

@@ -8,6 +8,7 @@ from common import UserError
 from data.batch import Batch
 from engine.objective import Objective
 from kernels import cross_entropy
+from losses.mixed import with_partners
 from models.network import Network
 
 
@@ -32,14 +33,17 @@ class VanillaOptions:
 class Vanilla(Objective):
     """L = CE(q_T, y'), y' = (1 - smoothing) y + smoothing / C."""
 
+    mixable = True
+
     def __init__(self, teacher: Network, options: VanillaOptions, image_size: int):
         super().__init__()
         self.teacher, self.options = teacher, options
         self.term_weights = {"ce": 1.0}
 
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
-        logits = self.teacher(batch.images)
-        return {"ce": cross_entropy(logits, batch.labels, label_smoothing=self.options.smoothing)}
+        logits, smoothing = self.teacher(batch.images), self.options.smoothing
+        ce = cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+        return {"ce": with_partners(ce, logits, batch, smoothing)}
 
     def predict(self, images: Tensor, seed: int) -> dict[str, Tensor]:
         return {"teacher": self.teacher(images)}

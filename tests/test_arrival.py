@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from data.batch import Batch
 from data.datasets import load_images
 from distill import DistillConfig
 from engine.command_line import parse
@@ -91,6 +92,11 @@ PLACES: Table = {  # images in files, decoded by workers
     "pipeline": ("workers", lambda loop: type(loop.train).__name__, "WorkerLoader"),
     "data_workers": ("0", lambda loop: loop.train.workers, 0),
 }
+MODERN: Table = {
+    "opt": ("adamw", lambda loop: type(loop.optimizers["weights"]).__name__, "AdamW"),
+    "lr_warmup_epochs": ("3", lambda loop: learning_rate(loop.config, 0), 0.05 / 4),
+    "model_ema_decay": ("0.97", lambda loop: loop.objective.average.decay, 0.97),
+}
 WEIGHTS: Table = {
     "weights": ("{file}", lambda loop: student_or_teacher(loop).fc.weight[0, :3].tolist(), [0.25] * 3),
 }
@@ -99,7 +105,7 @@ WEIGHTS: Table = {
 def joint(loop: Loop) -> tuple[float, list[float]]:
     """The KL of two branches on logits that are fixed here, and its gradient for the teacher's first image."""
     branches, teacher = LOGITS[:2], LOGITS[2].clone().requires_grad_()
-    term = loop.objective.joint_terms(branches, teacher, LABELS)["branch_kl"]
+    term = loop.objective.joint_terms(branches, teacher, Batch(teacher, LABELS))["branch_kl"]
     (gradient,) = torch.autograd.grad(term, teacher)
     return round(term.item(), 7), [round(value, 7) for value in gradient[0].tolist()]
 
@@ -299,6 +305,8 @@ SETTINGS = {
     "gtn": ("train_teacher.py", f"--image_size 8 --batch_size 16 {POOL}", GTN),
     "gtn-students": ("train_teacher.py", f"--model resnet8 --image_size 8 {POOL}", STUDENTS),
     "students": ("distill.py", "--method none --student resnet14", COMMON),
+    "teachers-modern": ("train_teacher.py", "--model resnet8 --image_size 8", MODERN),
+    "students-modern": ("distill.py", "--method none --student resnet8 --image_size 8", MODERN),
     "students-images": ("distill.py", "--method none --student resnet8 --image_size 16 --batch_size 8", PLACES),
     "students-weights": ("distill.py", "--method none --student resnet8 --image_size 8", WEIGHTS),
     "kd": ("distill.py", "--crop_padding 0", KD),
@@ -308,6 +316,9 @@ SETTINGS = {
     "teacher-by-name": ("distill.py", f"--teacher resnet8 --image_size 8 {POOL}", NAMED),
 }
 ELSEWHERE = {  # option: the test that follows it, as here it would need more than a run that begins
+    "clip_grad": "test_modern.py: the step's length is that of gradients scaled to the norm",
+    "mixup": "test_modern.py: what pixels and labels are mixed of",
+    "cutmix": "test_modern.py: the same",
     "data_dir": "test_pipelines.py: a set by name from a local copy",
     "cache_dir": "test_pipelines.py: the same",
     "offline": "test_data.py: cifar without a network",

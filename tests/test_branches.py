@@ -45,7 +45,7 @@ def test_the_teachers_gradient_is_that_of_the_closed_form(share, trusted):
     objective = make(alpha=3.0, teacher_kl_share=share, teacher_kl_trust=trusted, kl_direction="forward")
     branches, teacher, labels = logits()
     branches, teacher = branches.requires_grad_(), teacher.requires_grad_()
-    weighted_sum(objective, objective.joint_terms(branches, teacher, labels)).backward()
+    weighted_sum(objective, objective.joint_terms(branches, teacher, Batch(teacher, labels))).backward()
     with torch.no_grad():
         p, q, y = teacher.softmax(-1), branches.softmax(-1), torch.eye(5, dtype=torch.float64)[labels]
         surprise = (p / q).log()
@@ -62,7 +62,9 @@ def test_a_share_of_one_changes_no_bit_and_others_change_no_value():
     branches, teacher, labels = logits()
     assert scale_gradient(teacher, 1.0) is teacher
     assert torch.equal(scale_gradient(teacher, 0.3), teacher)
-    values = [make(teacher_kl_share=share).joint_terms(branches, teacher, labels) for share in (0.0, 1.0)]
+    values = [
+        make(teacher_kl_share=share).joint_terms(branches, teacher, Batch(teacher, labels)) for share in (0.0, 1.0)
+    ]
     assert values[0] == values[1]
 
 
@@ -106,7 +108,9 @@ def test_one_paths_gates_get_the_gradient_of_all_branches():
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
     draws = objective.gates.draw_gate_step(torch.Generator().manual_seed(2), images)
     objective._gate_draws = draws
-    weighted_sum(objective, objective._gate_terms(images, labels, draws)).backward(inputs=[objective.gates.leaf()])
+    weighted_sum(objective, objective._gate_terms(Batch(images, labels), draws)).backward(
+        inputs=[objective.gates.leaf()]
+    )
     whole = objective.gates.leaf().grad.clone()
     with torch.no_grad():
         features, teacher = run_blocks(objective.teacher, images)
@@ -115,7 +119,7 @@ def test_one_paths_gates_get_the_gradient_of_all_branches():
         leaf = objective.gates.leaf().detach().clone().requires_grad_()
         own = [draw._replace(gates=line) for draw, line in zip(draws, leaf.unbind(), strict=True)]
         z = objective.branches[place](features[place], own[-layers:])[None]
-        ce, kl = objective._compare(z, teacher, labels)
+        ce, kl = objective._compare(z, teacher, Batch(images, labels))
         parts += torch.autograd.grad((ce - 3.0 * kl) / 3, leaf)[0]
     assert whole.abs().max() > 1e-5
     assert torch.allclose(whole, parts, rtol=1e-3, atol=1e-6)

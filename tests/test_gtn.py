@@ -307,7 +307,7 @@ def test_the_kl_reaches_the_teacher_through_its_features_and_through_its_logits(
     branches = objective._run_branches(features, draws)
     parts = []
     for b, t in ((branches, logits.detach()), (branches.detach(), logits), (branches, logits)):
-        _, kl = objective._compare(b, t, labels)
+        _, kl = objective._compare(b, t, Batch(images, labels))
         parts.append(torch.autograd.grad(kl, weight, retain_graph=True)[0])
     through_features, through_logits, both = parts
     assert through_features.abs().sum() > 0 and through_logits.abs().sum() > 0

@@ -120,6 +120,7 @@ def test_commands_for_a_cpu_run(tmp_path):
             words += ["--paths", "20", "--first_steps", "2"]
         elif not {"evaluate.py", "export.py"} & set(words):
             words += ["--epochs", "1", "--stop_after", "1", "--batch_size", "128", "--image_size", "8"]
+            words += ["--lr_warmup_epochs", "0"]
         assert variables in ({}, {"ACCELERATE_USE_CPU": "true"})
         processes = 1
         if words[0] == "accelerate":
