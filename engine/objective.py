@@ -56,6 +56,7 @@ class Objective(nn.Module, ABC):
         phases: the phases that it has besides the weights' steps.
         warmup_epochs: epochs before the first of the run's own, counted up to -1.
         copies: how many differently augmented copies of a batch, one behind the other, `forward` wants as its images.
+        cycle: after so many epochs images are to be varied again as in the first of them; None: always anew.
         capturable: whether, within an epoch, every step of the weights launches the same kernels (--cuda_graph).
         sparse_gradients: whether some iterations leave some parameters without a gradient, the same in all processes.
         pool: of a teacher for a pool of students: that pool (models.pool.Pool); it is kept in model.json.
@@ -65,6 +66,7 @@ class Objective(nn.Module, ABC):
     phases: tuple[Phase, ...] = ()
     warmup_epochs = 0
     copies = 1
+    cycle: int | None = None
     capturable = True
     sparse_gradients = False
     pool = None
