@@ -50,4 +50,4 @@ def store_logits(config, objective: Objective, data: ImageSet) -> str:
     stored = StoredLogits(place, key, data.num_classes, views, config.gradient_accumulation_steps, config.cache_top_k)
     objective.store_logits(stored)
     size = views * stored.bytes_for(len(data.train)) / 1e6
-    return f"teacher logits: of {views} views of {len(data.train):,} images, on disk in {place} ({size:,.1f} MB)"
+    return f"teacher logits: of {views} view(s) of {len(data.train):,} images, on disk in {place} ({size:,.1f} MB)"
