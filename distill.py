@@ -7,6 +7,7 @@ accelerate launch --config_file accelerate_config.yaml distill.py \\
     --config recipes/cifar100_kd.yaml --teacher runs/t --student nas_m --output_dir runs/s
 """
 
+import hashlib
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -15,22 +16,30 @@ import torch
 
 from common import UserError
 from data.datasets import hold_out
-from data.pipeline import augmentation_of
-from data.splits import ImageSet, Split, StreamSplit
+from data.splits import ImageSet, StreamSplit
 from engine.command_line import parse, set_to_defaults, unread_options
 from engine.config import RunConfig, union
 from engine.distributed import RunError, run_script
-from engine.objective import Objective
 from engine.run import Run
 from engine.run_folder import default_folder, plain
 from engine.together import run_together
 from losses.method import Method
 from losses.registry import METHODS, describe_methods, find_methods, options_of
-from models import ModelInfo, create_model, describe_models, find_spec, is_model, load_pretrained, save_pretrained
+from models import (
+    ModelInfo,
+    create_model,
+    describe_models,
+    find_spec,
+    is_model,
+    load_pretrained,
+    save_pretrained,
+    serialised,
+)
 from models.compiled import compile_regions
 from models.network import Network, count_parameters
 from models.pool import Pool
 from models.weights import initial_weights, load_weights
+from objectives.caching import cache_logits
 from objectives.distillation import Distillation, build_methods
 from objectives.own_methods import run_with
 from objectives.peers import Peers
@@ -81,6 +90,9 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
         if self.resume_from_checkpoint not in (None, "latest"):
             raise UserError("--resume_from_checkpoint: of several students it can only be 'latest'")
         names = self.methods or [self.method]
+        free = [name for name in names if not any(method.needs_teacher for method in find_methods(name))]
+        if self.cache_teacher == "disk" and free:
+            raise UserError(f"--methods {free[0]}: has no teacher, and --cache_teacher disk decides on its images too")
         if alone := next((name for name in names if ".py:" in name or "rco" in name.split("+")), None):
             raise UserError(f"--method {alone}: goes with no other; give it to one --student")
 
@@ -169,6 +181,7 @@ class Student:
             objective = Peers([self.network, *peers], methods[0], weight)
         else:
             objective = distillation(config, methods, self.network, teachers, data, shared)
+        cached = cache_logits(config, objective, data)
         self.loop = run.loop(objective, data, {f"the teacher {each['path']}": each["sha256"] for each in self.taught})
         self.alone = not (teachers or peers)
         parameters = count_parameters(self.network)
@@ -176,7 +189,7 @@ class Student:
         self.weights = objective.term_weights
         loss = f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in self.weights.items())}"
         loss += f"; after epoch {config.stop_kd_epoch} the labels alone" if self.taught and config.stop_kd_epoch else ""
-        lines = [loss, initial and f"initial weights: {initial}", cache_logits(config, objective, data)]
+        lines = [loss, initial and f"initial weights: {initial}", cached]
         run.introduce(what, data, lines)
 
     def finish(self) -> None:
@@ -233,22 +246,6 @@ def distillation(
     built, weights = build_methods(methods, student, teachers, data.image_size, data.num_classes, labels, config, names)
     phases = {"warmup_epochs": config.warmup_epochs, "anchors": anchors, "stop_kd_epoch": config.stop_kd_epoch}
     return Distillation(student, teachers, built, weights, **phases, shared=shared, options=config)
-
-
-def cache_logits(config: DistillConfig, objective: Objective, data: ImageSet) -> str | None:
-    """Have the teachers' logits cached, if that is possible and wanted; what the user should know of it."""
-    views = augmentation_of(data, config).views if isinstance(data.train, Split) else None
-    reason = objective.cannot_cache(views) if isinstance(objective, Distillation) else "there is no teacher"
-    if config.cache_teacher and reason:
-        raise UserError(f"--cache_teacher: {reason}")
-    images = len(data.train)
-    if config.cache_teacher is None and not reason:
-        halved = 2 * views <= config.last_epoch and 4 * images * views * data.num_classes <= 2**30
-        reason = None if halved else "it would not halve the teacher's work"
-    if config.cache_teacher is False or reason:
-        return None
-    objective.cache_logits = True
-    return f"teacher logits: cached before training, of {images:,} images x {views} crops and mirrors"
 
 
 def describe_source(config: DistillConfig, teachers: list[Network], peers: list[str]) -> str:
@@ -316,7 +313,8 @@ def build_teacher(name: str, data: ImageSet, config: DistillConfig) -> Network:
     loaded = load_weights(teacher, own or "pretrained", argument if own else f"--teacher {name}")
     if loaded.fresh_classifier:
         raise UserError(f"--teacher {name}: cannot teach {data.num_classes} classes: {loaded}")
-    teacher.info = ModelInfo(name, data.name, data.num_classes, data.image_size, data.mean, data.std)
+    facts = (data.num_classes, data.image_size, data.mean, data.std)
+    teacher.info = ModelInfo(name, data.name, *facts, sha256=hashlib.sha256(serialised(teacher)).hexdigest())
     return teacher.eval()
 
 

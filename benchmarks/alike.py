@@ -25,7 +25,7 @@ OPTIONS = {
     "float32": [],
     "bf16": ["--mixed_precision", "bf16"],
     "compiled": ["--compile"],
-    "teacher logits cached": ["--cache_teacher"],
+    "teacher logits cached": ["--cache_teacher", "memory"],
     "in two parts": ["--gradient_accumulation_steps", "2"],
 }
 ON_A_GPU = {

@@ -39,7 +39,7 @@ from models import ModelInfo, create_model, save_pretrained
 
 ROOT, SIDE = Path(__file__).parents[1], 32
 BASELINES = {"plain": plain_script, "torchdistill": torchdistill_script}
-ONE_VIEW = ["--crop_padding", "0", "--flip", "false", "--cache_teacher"]
+ONE_VIEW = ["--crop_padding", "0", "--flip", "false", "--cache_teacher", "memory"]
 OURS = {  # flags, and the target in times the plain script, on a CPU and on a GPU
     "float32": (["--mixed_precision", "no"], 1.8, None),
     "bf16": (["--mixed_precision", "bf16"], 3.5, 5.0),

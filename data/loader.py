@@ -8,6 +8,8 @@ and stream.py, with the same plan.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from copy import copy as copy_of
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ class Loader(ABC):
         seed: of the run.
         rank, world: this process and how many there are.
         copies: how many times each batch's images are given, augmented anew, one behind the other.
+        cycle: after so many epochs every image is varied again as in the first of them; None: always anew.
     """
 
     def __init__(
@@ -41,17 +44,15 @@ class Loader(ABC):
         rank: int = 0,
         world: int = 1,
         copies: int = 1,
+        cycle: int | None = None,
     ):
         if batch_size > len(split):
             raise UserError(f"--batch_size {batch_size}: the training split has {len(split)} images only")
         if batch_size < 2 * world:
             raise UserError(f"--batch_size {batch_size}: {world} processes need at least 2 images each")
         self.split, self.batch_size, self.normalise, self.augmentation = split, batch_size, normalise, augmentation
-        self.seed, self.rank, self.world, self.copies = seed, rank, world, copies
-        # BatchNorm needs two images in every process: a rest smaller than that joins the batch before it.
-        full, rest = divmod(len(split), batch_size)
-        self.edges = [batch_size * i for i in range(full)] + ([batch_size * full] if rest >= 2 * world else [])
-        self.edges.append(len(split))
+        self.seed, self.rank, self.world, self.copies, self.cycle = seed, rank, world, copies, cycle
+        self.edges = batch_edges(len(split), batch_size, world)
         self._stream: tuple[int, Iterator[Batch] | None] = (-1, None)  # the number `one` gives next
 
     def __len__(self) -> int:
@@ -70,8 +71,27 @@ class Loader(ABC):
         self._stream = (number + 1, batches)
         return next(batches)
 
+    def undivided(self, stop: int) -> Self:
+        """The same batches as one process alone has them, up to number `stop`."""
+        whole = copy_of(self)
+        whole.rank, whole.world, whole._stream = 0, 1, (-1, None)
+        whole.edges = batch_edges(len(self.split), self.batch_size, 1)[: stop + 1]
+        return whole
+
+    def view_of(self, epoch: int) -> int:
+        """The epoch whose draws vary the images of this one."""
+        return epoch if self.cycle is None else epoch % self.cycle
+
     def plan(self, epoch: int, copy: int = 0) -> Plan:
         """The plan of an epoch, on the host, the same in every process; copies have the order in common."""
+        plan = self._draw(epoch, copy)
+        if self.view_of(epoch) == epoch:
+            return plan
+        before = self._draw(self.view_of(epoch), copy)
+        places = torch.argsort(before.order)[plan.order]  # in which these images came then
+        return Plan(plan.order, *(each[places] for each in before[1:]))
+
+    def _draw(self, epoch: int, copy: int) -> Plan:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "batches", epoch))
         images, vary = len(self.split), self.augmentation
         order = torch.randperm(images, generator=generator)
@@ -130,6 +150,14 @@ class DeviceLoader(Loader):
             flips = torch.full((len(indices),), bool(flip), device=device)
             varied = augment(select(self.split.pixels, chosen), offset.expand(len(indices), 2), flips, padding)
             yield indices, self.normalise(varied)
+
+
+def batch_edges(images: int, batch_size: int, world: int) -> list[int]:
+    """Where an epoch's batches begin, and where the last ends."""
+    # BatchNorm needs two images in every process: a rest smaller than that joins the batch before it.
+    full, rest = divmod(images, batch_size)
+    edges = [batch_size * i for i in range(full)] + ([batch_size * full] if rest >= 2 * world else [])
+    return [*edges, images]
 
 
 def evaluation_parts(count: int, batch_size: int, rank: int, world: int) -> Iterator[slice]:

@@ -41,14 +41,14 @@ class Pipeline:
         self.workers = max(1, cores - 1) if config.data_workers is None else config.data_workers
         self._moved: dict[int, Tensor] = {}
 
-    def training(self, split: AnySplit, batch_size: int, copies: int = 1) -> Loader:
+    def training(self, split: AnySplit, batch_size: int, copies: int = 1, cycle: int | None = None) -> Loader:
         if copies > 1 and not isinstance(split, Split):
             raise UserError("--method: networks that see copies of their own need the data set in memory")
         arguments = (self._on_device(split), batch_size, self.normalise, self.augmentation, self.seed)
         if isinstance(split, Split):
-            return DeviceLoader(*arguments, **self.where, copies=copies)
+            return DeviceLoader(*arguments, **self.where, copies=copies, cycle=cycle)
         kind = WorkerLoader if isinstance(split, StoredSplit) else StreamLoader
-        return kind(*arguments, **self.where, workers=self.workers, device=self.device)
+        return kind(*arguments, **self.where, cycle=cycle, workers=self.workers, device=self.device)
 
     def evaluation(self, split: AnySplit, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, labels) of every image once over all processes, in about equal batches of up to `batch_size`."""

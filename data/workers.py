@@ -36,7 +36,7 @@ class WorkerLoader(Loader):
         plan = self.plan(epoch)
         numbers = range(start, len(self))
         jobs = [plan.part(self.edges[n], self.edges[n + 1], self.rank, self.world) for n in numbers]
-        images = _Images(self.split, self.augmentation, (self.seed, epoch))
+        images = _Images(self.split, self.augmentation, (self.seed, self.view_of(epoch)))
         batches = zip(numbers, jobs, _read(images, jobs, self.workers, self.device), strict=True)
         for number, job, (pixels, labels, holes) in batches:
             yield self.finish(pixels, labels, holes, number, job.order.to(self.device))

@@ -222,6 +222,7 @@ class RunConfig(DataOptions, TrainingOptions, PlaceOptions, ScriptOptions):
 NOT_COMPUTED = {"output_dir", "overwrite", "resume_from_checkpoint", "with_tracking", "report_to"}
 NOT_COMPUTED |= {"checkpointing_epochs", "tracker_project_name", "run_name", "process_timeout"}
 NOT_COMPUTED |= {"students", "methods"}  # of distill.py: each of their runs is as if it were alone
+NOT_COMPUTED |= {"cache_folder"}  # of distill.py: what is in it is checked
 
 
 def union(classes: Iterable[type]) -> tuple[type, ...]:

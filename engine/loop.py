@@ -96,7 +96,8 @@ class Loop:
                 f"over {self.world} process(es) does not leave 2 images for each part"
             )
         self.pipeline = Pipeline(data, config, self.accelerator.device, self.rank, self.world)
-        self.train = self.pipeline.training(data.train, config.batch_size, self.objective.copies)
+        kinds = (self.objective.copies, self.objective.cycle)
+        self.train = self.pipeline.training(data.train, config.batch_size, *kinds)
         self.own_images = {
             phase.name: self.pipeline.training(phase.split, min(config.batch_size, len(phase.split)))
             for phase in self.objective.phases

@@ -58,6 +58,7 @@ class Objective(nn.Module, ABC):
         phases: the phases that it has besides the weights' steps.
         warmup_epochs: epochs before the first of the run's own, counted up to -1.
         copies: how many differently augmented copies of a batch, one behind the other, `forward` wants as its images.
+        cycle: after so many epochs images are to be varied again as in the first of them; None: always anew.
         capturable: whether, within an epoch, every step of the weights launches the same kernels (--cuda_graph).
         mixable: whether its losses know images that are mixed from two (--mixup, --cutmix).
         average: the moving average of what it trains, a part of its state, where the run asks for one.
@@ -69,6 +70,7 @@ class Objective(nn.Module, ABC):
     phases: tuple[Phase, ...] = ()
     warmup_epochs = 0
     copies = 1
+    cycle: int | None = None
     capturable = True
     mixable = False
     sparse_gradients = False

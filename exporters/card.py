@@ -104,6 +104,9 @@ def _trained(run: dict, export: dict) -> str:
         lines.append(f"Method `{run['method']}`, {run['epochs']} epochs, seed {run['seed']}.")
     for teacher in run.get("teachers", []):
         lines.append(f"Teacher: {teacher['model']}, sha256 `{teacher['sha256']}`.")
+    for name, each in export["files"].items():
+        if told := each.get("finetuned"):
+            lines.append(f"`{name}`: {told['epochs']} more epochs of KD with its roundings in the forward pass.")
     if run.get("loss"):
         lines.append(f"Loss: `{json.dumps(run['loss'])}`.")
     if run.get("git_commit"):

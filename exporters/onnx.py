@@ -26,7 +26,11 @@ QUANTIZED = ["Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "Concat", "MaxPool
 
 def write_onnx(deployed: Deployed, path: Path, metadata: dict) -> None:
     """Write `deployed` with a free batch size; `metadata` are strings, or what JSON can hold."""
-    model = trace(deployed, deployed.example(), deployed.output)
+    save(trace(deployed, deployed.example(), deployed.output), path, metadata)
+
+
+def save(model: onnx.ModelProto, path: Path, metadata: dict) -> None:
+    """Write a model that has been checked; `metadata` as above."""
     for name, value in metadata.items():
         model.metadata_props.add(key=name, value=value if isinstance(value, str) else json.dumps(value))
     onnx.checker.check_model(model, full_check=True)

@@ -1,6 +1,7 @@
 """Options that several distillation methods read; those of one method stand beside it."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from common import UserError
 
@@ -47,8 +48,14 @@ class TeacherOptions(LabelOptions, KLOptions):
             for example timm:resnet18, with published weights or those of --teacher_weights.
         teacher_weights: weights of a teacher given by its name: a .safetensors, .pth or .pt file.
         method_weights: weight of each method of --method; default: its paper's.
-        cache_teacher: ask the teacher before training about every crop and mirror of every image, and never again, for
-            methods on its logits; default: where that at least halves its work and takes at most 1 GiB.
+        cache_teacher: ask the teacher before training, and never again, for methods on its logits: about every crop and
+            mirror of every image (memory), or about views that are drawn, in files that later runs share (disk);
+            default: memory where that at least halves its work and takes at most 1 GiB, else no.
+        cache_views: of every image that are drawn for the disk; epoch e trains on view e modulo this number; default:
+            one an epoch, as without a cache.
+        cache_folder: of the files; default: runs/logits.
+        cache_top_k: keep the logits of so many classes an image; the others get the one value that leaves them their
+            probability at temperature 1; default: all.
         stop_kd_epoch: after this many epochs the labels alone, with weight 1; default: the teacher to the end.
     """
 
@@ -57,10 +64,20 @@ class TeacherOptions(LabelOptions, KLOptions):
     teacher: list[str] = field(default_factory=list)
     teacher_weights: str | None = None
     method_weights: list[float] = field(default_factory=list)
-    cache_teacher: bool | None = None
+    cache_teacher: Literal["no", "memory", "disk"] | None = None
+    cache_views: int | None = None
+    cache_folder: str | None = None
+    cache_top_k: int | None = None
     stop_kd_epoch: int | None = None
 
     def check(self) -> None:
+        for name in ("cache_views", "cache_folder", "cache_top_k"):
+            if (value := getattr(self, name)) is None:
+                continue
+            if self.cache_teacher != "disk":
+                raise UserError(f"--{name} {value}: goes with --cache_teacher disk")
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"--{name} {value}: must be at least 1")
         if not all(0 <= weight < float("inf") for weight in self.method_weights):
             raise UserError(f"--method_weights {self.method_weights}: must be numbers of at least 0")
         if self.stop_kd_epoch is not None and self.stop_kd_epoch < 1:

@@ -202,10 +202,14 @@ class ModelInfo:
         return isinstance(names, list) and len(names) == self.num_classes and all(isinstance(n, str) for n in names)
 
 
+def serialised(model: Network) -> bytes:
+    """The content of `model.safetensors`."""
+    return safetensors.torch.save({name: each.detach().cpu().contiguous() for name, each in model.state_dict().items()})
+
+
 def save_pretrained(model: Network, info: ModelInfo, folder: Path) -> ModelInfo:
     """Write `model.safetensors` and `model.json`, each atomically; return the info with its checksum."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    data = safetensors.torch.save(tensors)
+    data = serialised(model)
     info.sha256 = hashlib.sha256(data).hexdigest()
     write_atomically(folder / "model.safetensors", data)
     write_atomically(folder / "model.json", json.dumps(asdict(info), indent=1) + "\n")

@@ -15,6 +15,7 @@ from losses.method import Method, MethodContext, Outputs
 from losses.self_supervised import rotate
 from objectives.own_methods import as_theirs, check_terms, check_weights
 from objectives.shared import SharedOutputs
+from objectives.stored_logits import StoredLogits, View
 
 CACHE_BATCH = 500
 
@@ -78,6 +79,8 @@ class Distillation(Objective):
         self.epoch, self.anchors = 0, list(anchors)
         self.cache_logits = cache_logits
         self.cached_logits: Tensor | None = None  # [images, views, C]
+        self.stored_logits: StoredLogits | None = None
+        self.view: View | None = None  # the stored logits of the epoch
         self.shared = shared
         self.phases = self._warmup_phase()
         for method in methods:  # before DDP looks at which parameters train with the student
@@ -88,28 +91,43 @@ class Distillation(Objective):
     def mixable(self) -> bool:
         return all(method.mixable for method in self.methods)
 
+    def store_logits(self, stored: StoredLogits) -> None:
+        """Take the teachers' logits from disk, where they are put before training."""
+        self.stored_logits, self.cycle = stored, stored.views
+
     def before_training(self, loader, accelerator, console) -> None:
-        if not self.cache_logits:
-            return
         shared = SharedOutputs() if self.shared is None else self.shared
-        if shared.cached_logits is None:
-            shared.cached_logits = cache_teacher_logits(
-                lambda images: self._evaluate_teachers(images).logits,
-                loader,
-                accelerator,
-                console,
-                self.options.compile,
-            )
-        self.cached_logits = shared.cached_logits
+        how = (lambda images: self._evaluate_teachers(images).logits, loader, accelerator, console)
+        if self.stored_logits is not None:
+            if shared.stored_logits is None:
+                self.stored_logits.fill(*how, self.options.compile)
+                shared.stored_logits = self.stored_logits
+            self.stored_logits = shared.stored_logits
+        if self.cache_logits:
+            if shared.cached_logits is None:
+                shared.cached_logits = cache_teacher_logits(*how, self.options.compile)
+            self.cached_logits = shared.cached_logits
 
     def cannot_cache(self, views: int | None) -> str | None:
         """Why the teachers' logits cannot be computed once for each of the `views` that there are of an image."""
+        reason = "views of an image can be counted only where the set is in memory, without cutouts"
+        return self._needs_teacher() or (reason if views is None else None)
+
+    def cannot_store(self, numbered: bool) -> str | None:
+        """Why they cannot be kept for some views of every image; a stream's images are not `numbered`."""
+        reasons = {
+            "the method asks its teacher in a warm-up of its own": self.warmup_epochs > 0,
+            "the images of a stream have no numbers to find their logits by": not numbered,
+        }
+        return self._needs_teacher() or next((reason for reason, applies in reasons.items() if applies), None)
+
+    def _needs_teacher(self) -> str | None:
+        """Why logits that are known before training would not do."""
         reasons = {
             "there is no teacher": not self.frozen,
             "the method needs more of its teacher than logits": bool(self.teacher_features or self.rotations),
             "the teacher changes during training": bool(self.anchors),
             "images are mixed from two": bool(self.options and self.options.mixes),
-            "views of an image can be counted only where the set is in memory, without cutouts": views is None,
         }
         return next((reason for reason, applies in reasons.items() if applies), None)
 
@@ -117,6 +135,8 @@ class Distillation(Objective):
         self.epoch = epoch
         taught = self.training_weights if epoch < self.stop_kd_epoch else self.label_weights
         self.term_weights = self.warmup_weights if epoch < 0 else taught
+        if self.stored_logits is not None:
+            self.view = self.stored_logits.view(epoch)
         if self.anchors:
             place = max(epoch, 0) * len(self.anchors) // self.options.epochs
             self.frozen[0].load_state_dict(self.anchors[place])
@@ -146,7 +166,9 @@ class Distillation(Objective):
         if self.epoch < 0:
             return self._warm_up(images, batch)
         student = outputs_of(self.student, images, self.student_features)
-        if self.cached_logits is None:
+        if self.view is not None:
+            teacher = Outputs(self.view.logits(batch.indices))
+        elif self.cached_logits is None:
             teacher = self._teacher_outputs(images, batch)
         else:
             teacher = Outputs(self.cached_logits[batch.indices, batch.views])

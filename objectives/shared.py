@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable
 from torch import Tensor
 
 from losses.method import Outputs
+from objectives.stored_logits import StoredLogits
 
 
 class SharedOutputs:
@@ -12,10 +13,12 @@ class SharedOutputs:
 
     Attributes:
         cached_logits: the teachers' logits [images, views, C] of all of training, once a student has had them computed.
+        stored_logits: the same for those on disk.
     """
 
     def __init__(self):
         self.cached_logits: Tensor | None = None
+        self.stored_logits: StoredLogits | None = None
         self._of_batch: dict[Hashable, tuple[Tensor, Outputs]] = {}
 
     def get(self, images: Tensor, kind: Hashable, compute: Callable[[], Outputs]) -> Outputs:

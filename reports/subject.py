@@ -3,7 +3,7 @@
 import types
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -16,6 +16,7 @@ from models import ModelInfo, create_model, load_pretrained, load_weights
 from models.network import Network
 from models.timm_models import TimmNetwork
 
+Options = TypeVar("Options")
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -100,15 +101,15 @@ def load_subject(folder: str, argument: str = "RUN") -> Subject:
     return Subject(folder, Path(folder), run_options(Path(folder)), network)
 
 
-def run_options(folder: Path) -> ImageOptions:
-    """The data options in a run folder's config.yaml; the defaults where there is none.
+def run_options(folder: Path, kind: type[Options] = ImageOptions) -> Options:
+    """The options of `kind`, a dataclass, in a run folder's config.yaml; the defaults where there is none.
 
     Raises:
         UserError: a file that no run of ours writes.
     """
-    path, hints = folder / "config.yaml", get_type_hints(ImageOptions)
+    path, hints = folder / "config.yaml", get_type_hints(kind)
     if not path.is_file():
-        return ImageOptions()
+        return kind()
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
@@ -117,7 +118,7 @@ def run_options(folder: Path) -> ImageOptions:
     for name, value in found.items():
         if not _fits(value, hints[name]):
             raise UserError(f"{path}: '{name}' cannot be {value!r}")
-    return ImageOptions(**found)
+    return kind(**found)
 
 
 def _fits(value: object, hint: object) -> bool:

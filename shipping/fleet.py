@@ -73,7 +73,7 @@ class Fleet:
 
     def export_command(self, name: str) -> list[str]:
         """What follows `python`."""
-        folder, own = str(self.folder / STUDENTS / name), {"output_dir": None, "overwrite": None}
+        folder, own = str(self.folder / STUDENTS / name), {"output_dir": None, "overwrite": None, "teacher": None}
         return self.config.words("export.py", export.ExportConfig, folder, **own)
 
     def spec(self, student: str) -> Path:

@@ -39,6 +39,8 @@ class FleetConfig(DistillConfig, SearchOptions):
         quantize: int8 adds model.int8.onnx, quantised after training; no.
         calibration_images: training images from whose activations its ranges are taken.
         max_drop: points of top-1 that the int8 file may lose on the test split.
+        finetune_epochs: where it loses more, distil the student for so many further epochs, with its roundings in the
+            forward pass; 0: never.
         license: for the model cards, for example apache-2.0.
         output_dir: folder of all that is made.
         overwrite: replace an earlier fleet there.
@@ -52,6 +54,7 @@ class FleetConfig(DistillConfig, SearchOptions):
     quantize: Literal["no", "int8"] = "no"
     calibration_images: int = 512
     max_drop: float = 1.0
+    finetune_epochs: int = 0
     license: str | None = None
 
     @classmethod

@@ -21,6 +21,7 @@ from tests.runs import ROOT, TINY, TINY_GTN, TINY_POOL, free_port
 SMALL = ["--image_size", "8", "--batch_size", "128", "--epochs", "2"]
 STUDENT = ["--student", "resnet8", *SMALL]
 ACCUMULATED = ["--gradient_accumulation_steps", "2"]
+CACHED = ["--cache_teacher", "memory"]
 # name: (script, arguments, processes); {name} in an argument is that run's folder.
 RUNS = {
     "vanilla": ("train_teacher.py", [*TINY, "--val_fraction", "0.2", "--anchors", "1"], 1),
@@ -31,7 +32,7 @@ RUNS = {
     "gtn-two": ("train_teacher.py", [*TINY_GTN, *SMALL], 2),
     "kd": ("distill.py", ["--teacher", "{vanilla}", "--method", "kd", *STUDENT, *ACCUMULATED], 1),
     "kd-two": ("distill.py", ["--teacher", "{vanilla}", "--method", "kd", *STUDENT], 2),
-    "cached": ("distill.py", ["--teacher", "{vanilla}", "--crop_padding", "0", "--cache_teacher", *STUDENT], 1),
+    "cached": ("distill.py", ["--teacher", "{vanilla}", "--crop_padding", "0", *CACHED, *STUDENT], 1),
     "none": ("distill.py", ["--method", "none", "--dataset", "digits", *STUDENT], 1),
     "at+kd": ("distill.py", ["--teacher", "{gtn}", "--method", "at+kd", *STUDENT], 1),
     "crd": ("distill.py", ["--teacher", "{vanilla}", "--method", "crd", *STUDENT], 1),

@@ -264,8 +264,14 @@ KD: Table = {
     "teacher": ("{teacher}", lambda loop: loop.objective.frozen[0].fc.weight[0, :3].tolist(), [0.25] * 3),
     "alpha": ("0.3", weights, pytest.approx({"ce": 0.7, "kl": 0.3 * 9})),
     "temperature": ("3", kl_at(3.0), True),
-    "cache_teacher": ("true", lambda loop: loop.objective.cache_logits, True),
+    "cache_teacher": ("memory", lambda loop: loop.objective.cache_logits, True),
     "stop_kd_epoch": ("3", lambda loop: loop.objective.stop_kd_epoch, 3),
+}
+STORED: Table = {
+    "cache_teacher": ("disk", lambda loop: loop.objective.cache_logits, False),
+    "cache_views": ("2", lambda loop: (loop.train.cycle, loop.objective.stored_logits.views), (2, 2)),
+    "cache_folder": ("{folder}/logits", lambda loop: loop.objective.stored_logits.place.name, "logits"),
+    "cache_top_k": ("3", lambda loop: loop.objective.stored_logits.top_k, 3),
 }
 SUM = pytest.approx({"ce": 0.6, "kl": 0.4 * 9, "at": 10.0, "dkd_target": 0.5 * 2 * 9, "dkd_others": 0.5 * 5 * 9})
 JOINED: Table = {
@@ -310,6 +316,7 @@ SETTINGS = {
     "students-images": ("distill.py", "--method none --student resnet8 --image_size 16 --batch_size 8", PLACES),
     "students-weights": ("distill.py", "--method none --student resnet8 --image_size 8", WEIGHTS),
     "kd": ("distill.py", "--crop_padding 0", KD),
+    "stored": ("distill.py", TAUGHT, STORED),
     "joined": ("distill.py", TAUGHT, JOINED),
     "warm-up": ("distill.py", TAUGHT, WARMUP),
     "peers": ("distill.py", "--student resnet8 --image_size 8", PEERS),

@@ -18,7 +18,7 @@ LAYERS = {
     "losses": {"common", "data", "kernels", "losses"},
     "objectives": {"common", "data", "engine", "kernels", "losses", "models", "objectives"},
     "reports": {"common", "data", "models", "reports"},
-    "exporters": {"exporters", "models", "reports"},
+    "exporters": {"common", "exporters", "kernels", "models", "reports"},
     "searching": {"common", "data", "exporters", "kernels", "models", "reports", "searching"},
     "recipes": {"common", "recipes"},
 }

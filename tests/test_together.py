@@ -61,7 +61,7 @@ def test_each_student_is_as_if_it_were_alone(teacher, tmp_path):
 
 def test_two_processes_and_a_cached_teacher(teacher, tmp_path):
     """One table of logits for all students; the processes take the same turns."""
-    options = ["--teacher", teacher, *SMALL, "--crop_padding", "0", "--cache_teacher"]
+    options = ["--teacher", teacher, *SMALL, "--crop_padding", "0", "--cache_teacher", "memory"]
     succeeded(forked_two("distill.py", *options, "--students", "resnet8", "pool:1", "--output_dir", tmp_path / "all"))
     succeeded(forked_two("distill.py", *options, "--student", "pool:1", "--output_dir", tmp_path / "one"))
     assert outcome(tmp_path / "one") == outcome(tmp_path / "all/pool1")

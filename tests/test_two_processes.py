@@ -51,10 +51,10 @@ def test_accuracy_counts_every_test_image_exactly_once(teacher):
 def test_distillation_runs_in_two_processes_with_teacher_logits_cached_or_not(teacher, tmp_path):
     arguments = ["--teacher", teacher[0], "--student", "pool:1", "--epochs", 1, "--batch_size", 128, *TINY_POOL]
     losses = []
-    for cached in ("true", "false"):
+    for cached in ("memory", "no"):
         run = tmp_path / cached
         done = forked_two("distill.py", *arguments, "--crop_padding", 0, "--cache_teacher", cached, "--output_dir", run)
-        assert ("teacher logits: cached before training, of 1,437" in succeeded(done).stdout) == (cached == "true")
+        assert ("teacher logits: cached before training, of 1,437" in succeeded(done).stdout) == (cached == "memory")
         losses.append(read_rows(run / "metrics.jsonl")[0]["losses"])
         told = read_json(run / "summary.json")["teachers"][0]
         assert told["sha256"] == read_json(teacher[0] / "model.json")["sha256"]

@@ -38,7 +38,7 @@ TEACHERS = {
 }
 STUDENTS = {name: [] for name in METHODS} | {
     "at+kd": [],
-    "kd cached": ["--cache_teacher"],
+    "kd cached": ["--cache_teacher", "memory"],
     "kd rarely": ["--checkpointing_epochs", "2", "--with_tracking"],
     "kdcl_general": ["--val_fraction", "0.2"],
 }
