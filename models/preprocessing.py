@@ -76,7 +76,7 @@ class Preprocessed(nn.Module):
 
         (x std_b + mean_b - mean_n) / std_n = x scale + shift,
 
-    resized to the network's own side (antialiased where it shrinks), and its logits are put in the order of the batch's
+    resized to the network's own side as Pillow does it, and its logits are put in the order of the batch's
     classes. What it is saved as is the network's.
 
     Args:
@@ -136,7 +136,7 @@ class Preprocessed(nn.Module):
         if images.shape[-1] == self.image_size:
             return images
         smooth = self.interpolation != "nearest"
-        options = {"align_corners": False, "antialias": images.shape[-1] > self.image_size} if smooth else {}
+        options = {"align_corners": False, "antialias": True} if smooth else {}
         return F.interpolate(images, self.image_size, mode=self.interpolation, **options)
 
 
@@ -167,49 +167,56 @@ def class_order(
 ) -> list[int] | None:
     """Which of a teacher's `count` outputs is for each of the data's `classes`; None: they are the same, in order.
 
-    By names where both sides have them: all of the data's must then be the teacher's. Otherwise by `mapping`, from
-    names or numbers of the data's classes to names or numbers of the teacher's outputs. Otherwise, or where the two
-    sides have no name in common, equal numbers of classes are taken to be in the same order.
+    By names where both sides have them and all of the data's are the teacher's. Otherwise by `mapping`, from names or
+    numbers of the data's classes to names or numbers of the teacher's outputs. Otherwise equal numbers of classes are
+    taken to be in the same order, unless a name that both sides have stands at another place.
 
     Raises:
         UserError: an order that cannot be told; `where` names the teacher.
     """
     places = _places(names)
-    if names and wanted and all(name in places for name in map(_plain, wanted)):
-        order = [places[_plain(name)] for name in wanted]
-        return None if order == list(range(count)) else order
+    found = [_place(name, places) for name in wanted or ()]
+    if found and None not in found and len({*found}) == classes:
+        return None if found == list(range(count)) else found
     if mapping is not None:
         return [_mapped(mapping, place, wanted, places, count, where) for place in range(classes)]
-    unknown = [name for name in wanted or () if _plain(name) not in places]
-    if count == classes and (not names or not wanted or len(unknown) == classes):
+    if count == classes and all(there in (here, None) for here, there in enumerate(found)):
         return None
-    if names and wanted:
+    if places and wanted:
+        unknown = [name for name, there in zip(wanted, found, strict=True) if there is None or found.count(there) > 1]
         why = f"{len(unknown)} of the {classes} classes' names are not the teacher's, as '{unknown[0]}'"
     else:
         why = f"has {count} classes, the images {classes}, and names are not known on both sides"
     raise UserError(f"{where}: {why}; --teacher_classes FILE says which is which")
 
 
-def _plain(name: str) -> str:
-    return name.casefold().replace("_", " ")
+def _ways(name: str) -> tuple[str, ...]:
+    """A name, and the first of several in it: "tench, Tinca tinca" is also "tench"."""
+    plain = name.casefold().replace("_", " ")
+    return (plain, plain.partition(",")[0])
 
 
 def _places(names: Sequence[str] | None) -> dict[str, int]:
     """The output of each name, those left out that stand for several."""
-    plain = [_plain(name) for name in names or ()]
-    return {name: place for place, name in enumerate(plain) if plain.count(name) == 1}
+    found: dict[str, set[int]] = {}
+    for place, name in enumerate(names or ()):
+        for way in _ways(name):
+            found.setdefault(way, set()).add(place)
+    return {name: place for name, (place, *others) in found.items() if not others}
+
+
+def _place(name: str, places: dict[str, int]) -> int | None:
+    return next((places[way] for way in _ways(name) if way in places), None)
 
 
 def _mapped(mapping: dict, place: int, wanted: Sequence[str] | None, places: dict, count: int, where: str) -> int:
     keys = [str(place), *([wanted[place]] if wanted else [])]
     found = next((mapping[key] for key in reversed(keys) if key in mapping), None)
-    output = places.get(_plain(found)) if isinstance(found, str) else found
+    output = _place(found, places) if isinstance(found, str) else found
     if type(output) is not int or not 0 <= output < count:
         said = "is not there" if found is None else f"cannot be {str(found)[:60]!r}"
-        raise UserError(
-            f"--teacher_classes: class '{keys[-1]}' {said}; {where} has outputs 0 to {count - 1}"
-            f"{' and names for them' if places else ', without names'}"
-        )
+        named = " and names for them" if places else ", without names"
+        raise UserError(f"--teacher_classes: class '{keys[-1]}' {said}; {where} has outputs 0 to {count - 1}{named}")
     return output
 
 
