@@ -31,6 +31,7 @@ from models.foreign import describe_stages
 from models.network import count_parameters
 from models.own import trust
 from models.pool import pool_of
+from models.preprocessing import published_preprocessing
 from models.weights import initial_weights
 from objectives.registry import TEACHERS
 
@@ -124,9 +125,11 @@ def main() -> None:
 
 
 def load_data(run: Run, source: ModelInfo | None) -> tuple[ImageSet, AnySplit | None]:
-    """The images, normalised as the run of --weights had them, and those held out for gates."""
+    """The images, normalised as the weights to start from know them, and those held out for gates."""
     config = run.config
     data = run.load_data(config.image_size)
+    if config.pretrained and (known := run.first(published_preprocessing, config.model, "--pretrained")):
+        data = replace(data, mean=known.mean, std=known.std)
     if source and source.dataset == config.dataset:
         data = replace(data, mean=source.mean, std=source.std)
     data, val = hold_out(data, config.val_fraction, "validation")

@@ -20,7 +20,7 @@ class Evaluation:
     """What is measured of a network (with its `info`, in eval mode) and, where there is one, of it and its teacher.
 
     Args:
-        network, teacher: images come as `network` knows them; the teacher may know them otherwise (models.preprocessing).
+        network, teacher: images come as `network` knows them; the teacher may know them, and classes, otherwise.
         device: where both are moved.
         positive: classes that count as class 1, all others as class 0; empty: classes as they are. Of a network for
             more than two classes the probabilities are summed.

@@ -21,7 +21,7 @@ from models.own import trust
 from models.pool import Pool
 from objectives.distillation import Distillation, build_methods
 from objectives.registry import TEACHERS
-from tests.runs import TINY_POOL, forked, forked_signalled, forked_two, read_json, read_rows, succeeded
+from tests.runs import TINY_POOL, forked, forked_signalled, forked_two, here, read_json, read_rows, succeeded
 from train_teacher import TeacherConfig
 
 OWN = '''
@@ -90,6 +90,7 @@ STAGES = ["stem", "tokens", "one"]
 POOL = Pool(
     stem=4, head=8, widths=[4, 4, 4, 8, 8, 8], strides=[1, 1, 1, 2, 2, 1], candidates=["res3x2", "identity", "zero"]
 )
+SHORT = ["--train_fraction", "0.2", "--batch_size", "48", "--epochs", "1", "--image_size", "32", "--output_dir"]
 NAMES = ["timm:test_vit", "timm:test_convnext", "own"]
 each_name = pytest.mark.parametrize("name", NAMES)
 
@@ -231,14 +232,19 @@ def test_a_network_of_the_hub_is_rebuilt_without_it(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     net = timm.create_model("test_vit", num_classes=7, img_size=32, depth=4)
     config = {"architecture": "test_vit", "num_classes": 7, "model_args": {"img_size": 32, "depth": 4}}
-    (commit / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {"input_size": [3, 32, 32]}}))
+    (commit / "config.json").write_text(
+        json.dumps(config | {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.1, 0.2, 0.3]}})
+    )
     safetensors.torch.save_file(net.state_dict(), commit / "model.safetensors")
     model, images = create_model("hf-hub:me/net", 7, image_size=32).eval(), torch.randn(2, 3, 32, 32)
     assert load_weights(model, "pretrained").fresh_classifier == ""
     assert torch.equal(model(images), net.eval()(images)) and len(model.net.blocks) == 4
     info = ModelInfo("hf-hub:me/net", "digits", 7, 32, [0.5] * 3, [0.2] * 3, **rebuilt_by(model))
     save_pretrained(model, info, tmp_path / "run")
+    tuned = ["--model", "hf-hub:me/net", "--pretrained", *SHORT, tmp_path / "tuned"]
+    assert "classifier fresh: 10 classes instead of 7" in succeeded(here("train_teacher.py", *tuned)).stdout
     shutil.rmtree(tmp_path / "hub")
+    assert load_pretrained(tmp_path / "tuned").info.mean == [0.1, 0.2, 0.3]  # as the weights know their images
     assert torch.equal(load_pretrained(tmp_path / "run")(images), model(images))
     with pytest.raises(UserError, match="--model hf-hub:me/net: no network of timm can be had from the hub"):
         create_model("hf-hub:me/net", 7, argument="--model")
@@ -249,7 +255,7 @@ def test_a_network_of_the_hub_is_rebuilt_without_it(tmp_path, monkeypatch):
     ):
         described = read_json(tmp_path / "run/model.json") | {"architecture": architecture}
         (tmp_path / "run/model.json").write_text(json.dumps(described))
-        with pytest.raises(UserError, match="model.json: cannot be of the architecture"):
+        with pytest.raises(UserError, match=r"model.json: cannot be of the architecture"):
             load_pretrained(tmp_path / "run")
 
 
@@ -280,13 +286,10 @@ def test_every_kind_of_method_takes_a_step_with_them(name, own):
 def test_methods_on_maps_ask_for_stages(own):
     student, teacher = create_model(f"{own}:build", 5), create_model("resnet8", 5)
     for pair, role in (((student, teacher), "student"), ((teacher, student), "teacher")):
-        with pytest.raises(UserError, match=f"--{role} mine: has no known feature maps; name .* --{role}_stages"):
+        with pytest.raises(UserError, match=rf"--{role} mine: has no known feature maps; name .* --{role}_stages"):
             build_methods(find_methods("at"), pair[0], [pair[1]], 32, 5, None, DistillConfig(), ("mine", "mine"))
-    with pytest.raises(UserError, match="own.py:build: has no known stages; name submodules with --teacher_stages"):
+    with pytest.raises(UserError, match=r"own.py:build: has no known stages; name submodules with --teacher_stages"):
         block_shapes(student, 32)
-
-
-SHORT = ["--train_fraction", "0.2", "--batch_size", "48", "--epochs", "1", "--image_size", "32", "--output_dir"]
 
 
 def test_a_vision_transformer_with_branches_and_its_student_in_two_processes(tmp_path):

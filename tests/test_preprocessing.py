@@ -57,7 +57,7 @@ def test_pixels_are_those_of_the_formula_in_float64():
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
 @pytest.mark.parametrize("side", [7, 24])
 def test_sizes_are_those_of_pillow(side, interpolation):
-    """Pillow's filters on float images, antialiased where it shrinks; its bicubic is not torch's without antialiasing."""
+    """Pillow's filters on float images; without antialiasing torch's bicubic is another one."""
     image = torch.rand(16, 16)
     made = Preprocessed(nn.Identity(), Preprocessing(*BATCH, side, interpolation), *BATCH)
     found = made.prepared(image.expand(1, 3, 16, 16))[0, 0]
