@@ -57,7 +57,8 @@ class Objective(nn.Module, ABC):
         warmup_epochs: epochs before the first of the run's own, counted up to -1.
         copies: how many differently augmented copies of a batch, one behind the other, `forward` wants as its images.
         capturable: whether, within an epoch, every step of the weights launches the same kernels (--cuda_graph).
-        sparse_gradients: whether some iterations leave some parameters without a gradient, the same in all processes.
+        sparse_gradients: whether some iterations leave some parameters without a gradient, the same in all processes;
+            default: whether it holds a network that says so of itself.
         pool: of a teacher for a pool of students: that pool (models.pool.Pool); it is kept in model.json.
     """
 
@@ -66,8 +67,11 @@ class Objective(nn.Module, ABC):
     warmup_epochs = 0
     copies = 1
     capturable = True
-    sparse_gradients = False
     pool = None
+
+    @property
+    def sparse_gradients(self) -> bool:
+        return any(getattr(part, "sparse_gradients", False) for part in self.modules() if part is not self)
 
     @abstractmethod
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:

@@ -31,6 +31,8 @@ class Foreign(Network):
             fails on these images, or whose logits come out of no linear layer.
     """
 
+    sparse_gradients = True  # parameters may take no part in its forward pass
+
     def __init__(self, name: str, net: nn.Module, image_size: int, argument: str = "model", stages: Sequence[str] = ()):
         super().__init__()
         self.name, self.net, self.image_size, self.argument = name, net, image_size, argument

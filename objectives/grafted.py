@@ -117,7 +117,7 @@ class Grafted(Objective):
 
     @property
     def sparse_gradients(self) -> bool:
-        return self.options.freeze_teacher_epochs > 0
+        return self.options.freeze_teacher_epochs > 0 or super().sparse_gradients
 
     def begin_epoch(self, epoch: int) -> None:
         options = self.options

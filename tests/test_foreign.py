@@ -292,12 +292,14 @@ def test_methods_on_maps_ask_for_stages(own):
         block_shapes(student, 32)
 
 
-def test_a_vision_transformer_with_branches_and_its_student_in_two_processes(tmp_path):
+def test_a_vision_transformer_with_branches_and_its_student_in_two_processes(own, tmp_path):
+    """The student has parameters that take no part."""
     pytest.importorskip("timm")
     teach = ["--method", "gtn", "--model", "timm:test_vit", *TINY_POOL, *SHORT, tmp_path / "t"]
     done = succeeded(forked_two("train_teacher.py", *teach))
     assert "stages of timm:test_vit: blocks.1 64x2x2, blocks.2 64x2x2, blocks.4 64x2x2" in done.stdout
-    learn = ["--method", "at", "--teacher", tmp_path / "t", "--student", "pool:1", *SHORT, tmp_path / "s"]
+    learn = ["--method", "at", "--teacher", tmp_path / "t", "--student", f"{own}:build", "--student_stages", *STAGES]
+    learn += [*SHORT, tmp_path / "s"]
     succeeded(forked_two("distill.py", *learn))
     assert set(read_rows(tmp_path / "s/metrics.jsonl")[-1]["losses"]) == {"ce", "at"}
 
