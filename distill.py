@@ -35,7 +35,7 @@ from models import (
     save_pretrained,
 )
 from models.compiled import compile_regions
-from models.foreign import describe_stages
+from models.foreign import check_classes, describe_stages
 from models.network import Network, count_parameters
 from models.own import trust
 from models.pool import Pool
@@ -182,6 +182,7 @@ class Student:
         torch.manual_seed(config.seed)
         student = {"argument": "--student", "image_size": data.image_size, "stages": config.student_stages}
         self.network = create_model(config.student, data.num_classes, self.pool, **student)
+        check_classes(self.network, data.num_classes, "--student")
         initial = run.first(initial_weights, self.network, config.pretrained, config.weights)
         others = (config.peers or [config.student]) if methods[0].peers else []
         peers = [create_model(name, data.num_classes, self.pool, "--peers", data.image_size) for name in others]

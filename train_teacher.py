@@ -27,7 +27,7 @@ from engine.objective import Objective
 from engine.run import Run
 from models import ModelInfo, create_model, describe_models, find_spec, load_pretrained, rebuilt_by, save_pretrained
 from models.compiled import compile_regions
-from models.foreign import describe_stages
+from models.foreign import check_classes, describe_stages
 from models.network import count_parameters
 from models.own import trust
 from models.pool import pool_of
@@ -95,6 +95,7 @@ def main() -> None:
     known = {"stages": config.teacher_stages}
     known |= {"architecture": source.architecture} if source and source.name == config.model else {}
     teacher = create_model(config.model, data.num_classes, config.pool, "--model", data.image_size, **known)
+    check_classes(teacher, data.num_classes, "--model")
     initial = run.first(initial_weights, teacher, config.pretrained, config.weights)
     objective = TEACHERS[config.method].build(teacher, config, data.image_size, gate_split)
     if config.compile:

@@ -221,6 +221,13 @@ def describe_stages(network: Network) -> str | None:
     return f"stages of {network.name}: {', '.join(told)}"
 
 
+def check_classes(network: Network, num_classes: int, argument: str) -> None:
+    """Raise UserError for a network of the user's own that is to be trained and has a classifier of another width."""
+    if isinstance(network, Foreign) and (there := len(network.fc.weight)) != num_classes:
+        where = f"{argument} {network.name}"
+        raise UserError(f"{where}: gives {there} logits for {num_classes} classes; have its function take num_classes")
+
+
 def as_map(output: object, where: str) -> Tensor:
     """A submodule's output for square images as [N, C, H, W].
 

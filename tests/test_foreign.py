@@ -185,6 +185,14 @@ def test_mistakes_are_one_line(own):
         create_model("resnet8", 5, argument="--student", stages=["layer1"])
 
 
+def test_a_network_that_is_trained_has_the_images_classes(own, tmp_path):
+    (tmp_path / "ten.py").write_text(OWN + "\n\ndef three():\n    return Mine(3)\n")
+    name, run = f"{tmp_path}/ten.py:three", ["--image_size", "32", "--output_dir", tmp_path / "no"]
+    for words in (["train_teacher.py", "--model", name], ["distill.py", "--method", "none", "--student", name]):
+        done = here(*words, *run)
+        assert done.returncode == 2 and f"{name}: gives 3 logits for 10 classes; have its" in done.stderr
+
+
 class Adds(nn.Module):
     def forward(self, x):
         return x.add_(1)
