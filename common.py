@@ -1,13 +1,20 @@
-"""What every package needs: an error for the user, names with the nearest known ones, seeds, safe writing."""
+"""What every package needs: an error for the user, names with the nearest known ones, the user's own modules, seeds,
+safe writing."""
 
 import difflib
 import errno
 import hashlib
+import importlib.util
 import os
+import sys
+import traceback
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
+OWN = "own_"  # what the names of the user's own modules begin with
 MOST_TEXT = 2**26  # bytes of a recipe, spec, summary or table of metrics
 
 
@@ -23,6 +30,29 @@ def check_name(argument: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
     raise UserError(f"{argument}: unknown name '{name}'; {hint}")
+
+
+@cache
+def own_module(path: str, argument: str) -> ModuleType:
+    """A file of the user's, which is executed because `argument` names it.
+
+    Raises:
+        UserError: there is no such file, or it cannot be imported.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{argument}: there is no file '{path}'")
+    name = f"{OWN}{Path(path).stem}_{len(sys.modules)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for their module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever the user's file does at its top level
+        del sys.modules[name]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
+        said = f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}".rstrip(": ")
+        raise UserError(f"{argument}: your file cannot be imported: {path}, line {line}: {said}") from None
+    return module
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -7,7 +7,6 @@ accelerate launch --config_file accelerate_config.yaml distill.py \\
     --config recipes/cifar100_kd.yaml --teacher runs/t --student nas_m --output_dir runs/s
 """
 
-import hashlib
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -30,20 +29,29 @@ from models import (
     create_model,
     describe_models,
     find_spec,
-    is_model,
-    load_pretrained,
+    rebuilt_by,
     save_pretrained,
-    serialised,
 )
 from models.compiled import compile_regions
+from models.foreign import check_classes, describe_stages
 from models.network import Network, count_parameters
+from models.own import trust
 from models.pool import Pool
-from models.weights import initial_weights, load_weights
+from models.weights import initial_weights
 from objectives.caching import cache_logits
 from objectives.distillation import Distillation, build_methods
 from objectives.own_methods import run_with
 from objectives.peers import Peers
 from objectives.shared import SharedOutputs
+from objectives.teachers import (
+    build_teacher,
+    describe_preprocessing,
+    fit_to_teachers,
+    image_size,
+    load_teachers,
+    preprocessed,
+    read_anchors,
+)
 
 LISTINGS = {"models": describe_models, "methods": describe_methods}
 
@@ -53,7 +61,10 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
     """Options of distill.py.
 
     Args:
-        student: a zoo name (--list_models), pool:SEED, or the path of a student's spec (.json).
+        student: a zoo name (--list_models), pool:SEED, the path of a student's spec (.json), timm:NAME,
+            hf-hub:ORG/NAME, torchvision:NAME or FILE.py:FUNCTION, which is executed.
+        student_stages: of a student of another library or of your own: the submodules whose outputs are its feature
+            maps, in the order in which they run; default: timm's, where it knows some.
         method: a name of --list_methods, several joined by +, or FILE.py:CLASS, a method of your own.
         pool: the pool of pool:SEED; default: the one a GTN teacher was trained for, else the paper's.
         students: several in place of student, each trained as if it were alone, into output_dir/NAME; the teacher sees
@@ -65,6 +76,7 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
     essential = ("student", "students", "pool", *RunConfig.essential)
 
     student: str = "pool:0"
+    student_stages: list[str] = field(default_factory=list)
     method: str = "kd"
     pool: Pool | None = None
     students: list[str] = field(default_factory=list)
@@ -114,13 +126,15 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
     def inputs(self) -> dict[str, list[str]]:
         """See RunConfig."""
         specs = [name for name in (self.student, *self.peers) if name.endswith(".json")]
-        weights = [self.teacher_weights] if self.teacher_weights else []
-        return super().inputs() | {"--teacher": self.teacher, "--teacher_weights": weights, "the spec": specs}
+        files = {f"--{name}": getattr(self, name) for name in ("teacher_weights", "teacher_classes")}
+        files = {option: [place] for option, place in files.items() if place}
+        return super().inputs() | {"--teacher": self.teacher, "the spec": specs} | files
 
 
 def main() -> None:
     config = parse(DistillConfig, __doc__, LISTINGS)
     configs = config.each()
+    trust([config.student, *config.students, *getattr(config, "peers", []), *config.teacher])
     methods = [check_methods(each) for each in configs]
     teachers = load_teachers(config, needed=any(method.needs_teacher for joined in methods for method in joined))
     known = [teacher.info for teacher in teachers if isinstance(teacher, Network)]
@@ -131,7 +145,7 @@ def main() -> None:
     data = first.load_data(image_size(config, known))
     teachers = [first.first(build_teacher, each, data, config) if isinstance(each, str) else each for each in teachers]
     data, val = hold_out(fit_to_teachers(data, teachers), config.val_fraction, "validation")
-    data = replace(data, val=val)
+    data, teachers = replace(data, val=val), preprocessed(teachers, data, config)
     shared = SharedOutputs() if len(runs) > 1 else None
     students = [Student(*each, teachers, data, shared) for each in zip(runs, methods, strict=True)]
     with run_with([method for joined in methods for method in joined]):
@@ -168,7 +182,9 @@ class Student:
         pools = [Pool(**teacher.info.pool) for teacher in teachers if teacher.info.pool]
         self.pool = config.pool or next(iter(pools), Pool())
         torch.manual_seed(config.seed)
-        self.network = create_model(config.student, data.num_classes, self.pool, "--student", data.image_size)
+        student = {"argument": "--student", "image_size": data.image_size, "stages": config.student_stages}
+        self.network = create_model(config.student, data.num_classes, self.pool, **student)
+        check_classes(self.network, data.num_classes, "--student")
         initial = run.first(initial_weights, self.network, config.pretrained, config.weights)
         others = (config.peers or [config.student]) if methods[0].peers else []
         peers = [create_model(name, data.num_classes, self.pool, "--peers", data.image_size) for name in others]
@@ -190,6 +206,8 @@ class Student:
         loss = f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in self.weights.items())}"
         loss += f"; after epoch {config.stop_kd_epoch} the labels alone" if self.taught and config.stop_kd_epoch else ""
         lines = [loss, initial and f"initial weights: {initial}", cached]
+        lines += map(describe_stages, [self.network, *teachers])
+        lines += map(describe_preprocessing, teachers)
         run.introduce(what, data, lines)
 
     def finish(self) -> None:
@@ -197,7 +215,8 @@ class Student:
         run, data, config, objective = self.run, self.data, self.run.config, self.loop.objective
         spec = find_spec(config.student, self.pool, image_size=data.image_size)
         facts = data.num_classes, data.image_size, data.mean, data.std
-        info = ModelInfo(config.student, data.name, *facts, spec, class_names=data.class_names)
+        built = rebuilt_by(self.network)
+        info = ModelInfo(config.student, data.name, *facts, spec, class_names=data.class_names, **built)
         if run.is_main:
             info = save_pretrained(objective.trained_model(), info, run.folder.path)
         described = {"method": config.method, "model": config.student, "parameters": count_parameters(self.network)}
@@ -272,73 +291,6 @@ def next_command(config: DistillConfig, student: str | Path, size: int, alone: b
         f"python distill.py {other} --student {quote(str(student))} --dataset {quote(config.dataset)} "
         f"--image_size {size} --epochs {config.epochs}{config.class_flags()} --output_dir {quote(name)}"
     )
-
-
-def load_teachers(config: DistillConfig, needed: bool) -> list[Network | str]:
-    """Trained teachers of run folders, and the names of those that can be built only when the data is known."""
-    if not needed:
-        return []
-    if not config.teacher:
-        raise UserError(f"--teacher: --method {config.method} needs the run folder of a trained teacher")
-    teachers: list[Network | str] = []
-    for source in config.teacher:
-        if is_model(source) and not Path(source).is_dir():
-            teachers.append(source)
-            continue
-        try:
-            teachers.append(load_pretrained(source))
-        except UserError as error:
-            raise UserError(f"--teacher {source}: {error}") from None
-    if config.teacher_weights is not None and sum(isinstance(teacher, str) for teacher in teachers) != 1:
-        raise UserError(f"--teacher_weights {config.teacher_weights}: needs one teacher that is given by its name")
-    return teachers
-
-
-def read_anchors(sources: list[str], teacher: Network) -> list[dict[str, torch.Tensor]]:
-    """The weights of a teacher on its way, from its run folder, in the order of its epochs."""
-    folders = sorted((Path(sources[0]) / "anchors").glob("*/model.json")) if len(sources) == 1 else []
-    if not folders:
-        raise UserError(f"--teacher {' '.join(sources)}: --method rco needs one teacher trained with --anchors K")
-    states = [load_pretrained(place.parent).state_dict() for place in folders]
-    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (teacher.state_dict(), *states)]
-    if any(each != shapes[0] for each in shapes):
-        raise UserError(f"--teacher {sources[0]}: its anchors are of another network than its model")
-    return states
-
-
-def build_teacher(name: str, data: ImageSet, config: DistillConfig) -> Network:
-    """A teacher by name, with published weights or those of a file, for these images and classes."""
-    teacher = create_model(name, data.num_classes, config.pool, "--teacher", data.image_size)
-    own, argument = config.teacher_weights, "--teacher_weights"
-    loaded = load_weights(teacher, own or "pretrained", argument if own else f"--teacher {name}")
-    if loaded.fresh_classifier:
-        raise UserError(f"--teacher {name}: cannot teach {data.num_classes} classes: {loaded}")
-    facts = (data.num_classes, data.image_size, data.mean, data.std)
-    teacher.info = ModelInfo(name, data.name, *facts, sha256=hashlib.sha256(serialised(teacher)).hexdigest())
-    return teacher.eval()
-
-
-def image_size(config: DistillConfig, known: list[ModelInfo]) -> int | None:
-    """The size the teachers were trained at, unless the user asks for another: then that is a mistake."""
-    sizes = {info.image_size for info in known} | ({config.image_size} if config.image_size else set())
-    if len(sizes) < 2:
-        return next(iter(sizes), None)
-    if len({info.image_size for info in known}) > 1:
-        raise UserError(f"--teacher: the teachers were trained on images of different sizes ({sorted(sizes)})")
-    raise UserError(f"--image_size {config.image_size}: the teacher was trained on images of {known[0].image_size}")
-
-
-def fit_to_teachers(data: ImageSet, teachers: list[Network]) -> ImageSet:
-    """The data normalised as the teachers know it: they and the student see the same batch."""
-    for teacher in teachers:
-        info, first = teacher.info, teachers[0].info
-        if info.num_classes != data.num_classes:
-            raise UserError(
-                f"--dataset {data.name}: has {data.num_classes} classes, but the teacher {info.num_classes}"
-            )
-        if (info.mean, info.std) != (first.mean, first.std):
-            raise UserError(f"--teacher: {first.name} and {info.name} were trained on images normalised differently")
-    return replace(data, mean=teachers[0].info.mean, std=teachers[0].info.std) if teachers else data
 
 
 if __name__ == "__main__":

@@ -25,10 +25,13 @@ from engine.config import RunConfig, union
 from engine.distributed import run_script
 from engine.objective import Objective
 from engine.run import Run
-from models import ModelInfo, create_model, describe_models, find_spec, load_pretrained, save_pretrained
+from models import ModelInfo, create_model, describe_models, find_spec, load_pretrained, rebuilt_by, save_pretrained
 from models.compiled import compile_regions
+from models.foreign import check_classes, describe_stages
 from models.network import count_parameters
+from models.own import trust
 from models.pool import pool_of
+from models.preprocessing import published_preprocessing
 from models.weights import initial_weights
 from objectives.registry import TEACHERS
 
@@ -41,7 +44,8 @@ class TeacherConfig(*union(each for row in TEACHERS.values() for each in row.rea
 
     Args:
         method: what the teacher is trained for: vanilla, mse, sftn or gtn.
-        model: the teacher: a zoo name (--list_models); default: that of the run of --weights, else resnet20.
+        model: the teacher: a zoo name (--list_models), timm:NAME, hf-hub:ORG/NAME, torchvision:NAME or
+            FILE.py:FUNCTION, which is executed; default: that of the run of --weights, else resnet20.
         schedule: STEP/TOTAL: TOTAL epochs, the learning rate times lr_gamma every STEP (as early-stopped teachers
             have it); takes the place of --epochs, --lr_schedule and --lr_milestones.
         anchors: keep this many models on the way, at equal intervals of epochs, for distill.py --method rco.
@@ -81,20 +85,24 @@ class TeacherConfig(*union(each for row in TEACHERS.values() for each in row.rea
 
 def main() -> None:
     config = parse(TeacherConfig, __doc__, LISTINGS)
+    trust([config.model, config.student])
     source = source_run(config)
     reference = Reference(config.vanilla_run) if config.vanilla_run else None
     run = Run(config, config.method, config.model)
     data, gate_split = load_data(run, source)
     students = pool_students(config, data.image_size)
     torch.manual_seed(config.seed)
-    teacher = create_model(config.model, data.num_classes, config.pool, "--model", data.image_size)
+    known = {"stages": config.teacher_stages}
+    known |= {"architecture": source.architecture} if source and source.name == config.model else {}
+    teacher = create_model(config.model, data.num_classes, config.pool, "--model", data.image_size, **known)
+    check_classes(teacher, data.num_classes, "--model")
     initial = run.first(initial_weights, teacher, config.pretrained, config.weights)
     objective = TEACHERS[config.method].build(teacher, config, data.image_size, gate_split)
     if config.compile:
         compile_regions(objective)
     pool = asdict(objective.pool.for_images(data.image_size)) if objective.pool else None
     facts = data.num_classes, data.image_size, data.mean, data.std
-    info = ModelInfo(config.model, data.name, *facts, pool=pool, class_names=data.class_names)
+    info = ModelInfo(config.model, data.name, *facts, pool=pool, class_names=data.class_names, **rebuilt_by(teacher))
 
     def after_epoch(epoch: int, row: dict) -> None:
         """Anchor i of K is the model after epoch i E / K; a teacher that falls behind the vanilla one is named."""
@@ -106,7 +114,8 @@ def main() -> None:
     loop = run.loop(objective, data, after_epoch=after_epoch)
     parameters = count_parameters(teacher)
     what = f"{config.method} teacher {config.model} ({parameters:,} parameters)"
-    run.introduce(what, data, [initial and f"initial weights: {initial}", *objective.advice(data.image_size)])
+    lines = [initial and f"initial weights: {initial}", describe_stages(teacher), *objective.advice(data.image_size)]
+    run.introduce(what, data, lines)
     progress = loop.run()
     warnings = list(objective.warnings(progress.history).values())
     warnings += reference.verdict(progress.history) if reference else []
@@ -117,9 +126,11 @@ def main() -> None:
 
 
 def load_data(run: Run, source: ModelInfo | None) -> tuple[ImageSet, AnySplit | None]:
-    """The images, normalised as the run of --weights had them, and those held out for gates."""
+    """The images, normalised as the weights to start from know them, and those held out for gates."""
     config = run.config
     data = run.load_data(config.image_size)
+    if config.pretrained and (known := run.first(published_preprocessing, config.model, "--pretrained")):
+        data = replace(data, mean=known.mean, std=known.std)
     if source and source.dataset == config.dataset:
         data = replace(data, mean=source.mean, std=source.std)
     data, val = hold_out(data, config.val_fraction, "validation")
@@ -181,6 +192,8 @@ def source_run(config: TeacherConfig) -> ModelInfo | None:
     config.model = config.model or (source.name if source else "resnet20")
     config.dataset = config.dataset or (source.dataset if source else "digits")
     config.image_size = config.image_size or (source.image_size if source else None)
+    if source and source.name == config.model:
+        config.teacher_stages = config.teacher_stages or source.stages
     return source
 
 

@@ -178,10 +178,11 @@ def _teacher(run: PlannedRun, classes: int, side: int) -> tuple[int, float]:
     if config.method not in ("sftn", "gtn"):
         return parameters, own
     shape = (config.method, model, config.student, repr(config.pool), config.branches, config.teacher_cut)
+    shape += (config.teacher_stages,)
     key = json.dumps([*shape, classes, side])
     if key not in _branches:
         with torch.device("meta"):
-            teacher = create_model(model, classes, config.pool, image_size=side)
+            teacher = create_model(model, classes, config.pool, image_size=side, stages=config.teacher_stages)
             objective = TEACHERS[config.method].build(teacher, config, side).eval()
             if config.method == "gtn":
                 _branches[key] = own + 2 * objective.branch_macs(side, uniform=True)

@@ -16,6 +16,7 @@ from engine.command_line import parse
 from engine.config import NOT_COMPUTED, RunConfig
 from engine.run_folder import plain
 from losses.registry import find_methods
+from models.own import is_own
 from train_teacher import TeacherConfig
 
 CONFIGS = {"train_teacher.py": TeacherConfig, "distill.py": DistillConfig}
@@ -24,6 +25,7 @@ KEY_LENGTH = 12
 PLACES = {
     "teacher",
     "teacher_weights",
+    "teacher_classes",
     "weights",
     "vanilla_run",
 }  # options that name run folders: known by what they hold
@@ -153,9 +155,11 @@ def _content(place: str) -> str:
 
 
 def _files(config: RunConfig) -> dict[str, str]:
-    """Hashes of the files that options name: specs, and methods of the user's own."""
+    """Hashes of the files that options name: specs, and methods and networks of the user's own."""
     named = [place for option, places in config.inputs().items() if option == "the spec" for place in places]
     for part in config.method.split("+"):
         if ".py:" in part and find_methods(part):
             named.append(part.rpartition(":")[0])
+    networks = [getattr(config, "model", None), config.student, *getattr(config, "teacher", [])]
+    named += [name.rpartition(":")[0] for name in networks if name and is_own(name)]
     return {name: _content(name) for name in named}

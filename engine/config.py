@@ -17,7 +17,7 @@ class TrainingOptions:
     """How networks are trained.
 
     Args:
-        pretrained: start from torchvision's ImageNet weights, or for timm:NAME from timm's.
+        pretrained: start from torchvision's ImageNet weights, or for timm:NAME and hf-hub:ORG/NAME from timm's.
         weights: start from the weights in this run folder, or .safetensors, .pth or .pt file. From a run folder,
             train_teacher.py also takes the model, data set, image size and normalisation.
         epochs: passes over the training split.

@@ -62,7 +62,8 @@ class Objective(nn.Module, ABC):
         capturable: whether, within an epoch, every step of the weights launches the same kernels (--cuda_graph).
         mixable: whether its losses know images that are mixed from two (--mixup, --cutmix).
         average: the moving average of what it trains, a part of its state, where the run asks for one.
-        sparse_gradients: whether some iterations leave some parameters without a gradient, the same in all processes.
+        sparse_gradients: whether some iterations leave some parameters without a gradient, the same in all processes;
+            default: whether it holds a network that says so of itself.
         pool: of a teacher for a pool of students: that pool (models.pool.Pool); it is kept in model.json.
     """
 
@@ -73,12 +74,15 @@ class Objective(nn.Module, ABC):
     cycle: int | None = None
     capturable = True
     mixable = False
-    sparse_gradients = False
     pool = None
 
     def __init__(self):
         super().__init__()
         self.average: WeightAverage | None = None
+
+    @property
+    def sparse_gradients(self) -> bool:
+        return any(getattr(part, "sparse_gradients", False) for part in self.modules() if part is not self)
 
     @abstractmethod
     def forward(self, batch: Batch, iteration: int) -> dict[str, Tensor]:

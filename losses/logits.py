@@ -162,7 +162,7 @@ class SCKD(Method):
         super().__init__(context)
         self.temperature = context.options.temperature
         self.terms = {"sckd": self.temperature**2}
-        self._last = tuple(context.student.blocks[-1].parameters())  # no parameters of the method's own
+        self._last = tuple(context.student.last_block.parameters())  # no parameters of the method's own
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         _, kl = kd_loss(student.logits, teacher.logits, batch.labels, temperature=self.temperature)

@@ -45,8 +45,20 @@ class TeacherOptions(LabelOptions, KLOptions):
 
     Args:
         teacher: run folders of trained teachers (the logits of several are averaged), or names as for --student,
-            for example timm:resnet18, with published weights or those of --teacher_weights.
-        teacher_weights: weights of a teacher given by its name: a .safetensors, .pth or .pt file.
+            for example timm:resnet18, with published weights or those of --teacher_weights; what FILE.py:FUNCTION
+            gives is taken with the weights that it has.
+        teacher_weights: weights of a teacher given by its name: a .safetensors, .pth, .pt or .pth.tar file.
+        teacher_stages: of a teacher of another library or of your own: the submodules whose outputs are its feature
+            maps, in the order in which they run; default: timm's, where it knows some.
+        teacher_mean: by which a teacher given by its name normalises RGB from 0 to 1 (three numbers); default: as its
+            published weights have it, else as the data set.
+        teacher_std: the standard deviation for the same.
+        teacher_image_size: side of the images that a teacher given by its name sees; default: as its published weights
+            have it, else the student's. Teachers of run folders know all three.
+        teacher_interpolation: how images are resized for a teacher of another size than the student's; default: as
+            published, else bilinear.
+        teacher_classes: a JSON file with an object from the images' classes to the teacher's, names or numbers both,
+            for a teacher whose classes have other names, or another order or number without any.
         method_weights: weight of each method of --method; default: its paper's.
         cache_teacher: ask the teacher before training, and never again, for methods on its logits: about every crop and
             mirror of every image (memory), or about views that are drawn, in files that later runs share (disk);
@@ -63,6 +75,12 @@ class TeacherOptions(LabelOptions, KLOptions):
 
     teacher: list[str] = field(default_factory=list)
     teacher_weights: str | None = None
+    teacher_stages: list[str] = field(default_factory=list)
+    teacher_mean: list[float] = field(default_factory=list)
+    teacher_std: list[float] = field(default_factory=list)
+    teacher_image_size: int | None = None
+    teacher_interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
+    teacher_classes: str | None = None
     method_weights: list[float] = field(default_factory=list)
     cache_teacher: Literal["no", "memory", "disk"] | None = None
     cache_views: int | None = None
@@ -80,6 +98,11 @@ class TeacherOptions(LabelOptions, KLOptions):
                 raise UserError(f"--{name} {value}: must be at least 1")
         if not all(0 <= weight < float("inf") for weight in self.method_weights):
             raise UserError(f"--method_weights {self.method_weights}: must be numbers of at least 0")
+        for name, least in (("teacher_mean", -1e6), ("teacher_std", 1e-6)):
+            if (values := getattr(self, name)) and not (len(values) == 3 and all(least <= v <= 1e6 for v in values)):
+                raise UserError(f"--{name} {' '.join(map(str, values))}: must be three numbers from {least:g} to 1e+06")
+        if self.teacher_image_size is not None and not 8 <= self.teacher_image_size <= 4096:
+            raise UserError(f"--teacher_image_size {self.teacher_image_size}: must be from 8 to 4096")
         if self.stop_kd_epoch is not None and self.stop_kd_epoch < 1:
             raise UserError(f"--stop_kd_epoch {self.stop_kd_epoch}: must be at least 1; --method none has no teacher")
 

@@ -1,14 +1,10 @@
 """Knowledge-distillation losses: one row in `METHODS` for each."""
 
-import importlib.util
-import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from functools import cache
-from pathlib import Path
 
-from common import UserError, check_name
+from common import UserError, check_name, own_module
 from losses.contrastive import CRD
 from losses.features import AB, AT, FT, NST, OH, VID, FitNets
 from losses.logits import DKD, KD, RCO, SCKD, CrossEntropy
@@ -77,9 +73,7 @@ def options_of(methods: Sequence[type[Method]], kd_weight: float | None = None) 
 def _own_method(place: str) -> type[Method]:
     """The class in a file of the user's, which is executed."""
     path, _, name = place.rpartition(":")
-    if not Path(path).is_file():
-        raise UserError(f"--method {place}: there is no file '{path}'")
-    found = getattr(_own_module(place, path), name, None)
+    found = getattr(own_module(path, f"--method {place}"), name, None)
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise UserError(f"--method {place}: defines no class {name} that extends losses.method.Method")
     if found.forward is Method.forward:
@@ -88,22 +82,6 @@ def _own_method(place: str) -> type[Method]:
         if options is not None and not (isinstance(options, type) and is_dataclass(options)):
             raise UserError(f"--method {place}: {name}.options must be a dataclass")
     return found
-
-
-@cache
-def _own_module(place: str, path: str):
-    name = f"method_{Path(path).stem}_{len(sys.modules)}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for their module
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever the user's file does at its top level
-        del sys.modules[name]
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
-        said = f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}".rstrip(": ")
-        raise UserError(f"--method {place}: your file cannot be imported: {path}, line {line}: {said}") from None
-    return module
 
 
 def needs_of(method: type[Method]) -> str:

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -14,15 +14,17 @@ from safetensors import SafetensorError
 
 from common import UserError, check_name, read_text, write_atomically
 from models.densenet import DenseNet
-from models.imagenet import CUTS, ImageNetFeatures, ImageNetResNet
+from models.foreign import Foreign
+from models.imagenet import CUTS, ImageNetFeatures, ImageNetResNet, torchvision_network
 from models.imagenet import RESNETS as IMAGENET_RESNETS
 from models.mobilenet import MobileNetV2
 from models.network import Network, cost
+from models.own import build_own, check_trusted, is_own
 from models.pool import NAS_STUDENTS, Pool, PoolNet
 from models.pool.specs import read_spec
 from models.resnet import ResNet
 from models.shufflenet import ShuffleNetV1, ShuffleNetV2
-from models.timm_models import TimmNetwork
+from models.timm_models import HUB, TimmNetwork, check_architecture
 from models.vgg import LAYERS, VGG
 from models.weights import load_weights as load_weights
 from models.wrn import WideResNet
@@ -45,6 +47,7 @@ WRN_NAME = re.compile(r"wrn(\d{1,9})_(\d{1,9})")
 WRNS = ["16_1", "16_2", "16_3", "16_4", "16_6", "16_8", "16_11", *(f"28_{width}" for width in range(1, 9))]
 WRNS += ["40_1", "40_2", "52_2", "64_2", "76_2", "88_2", "100_2", "154_2", "250_2"]
 DENSENET_NAME = re.compile(r"densenet(bc)?(\d{1,9})_(\d{1,9})")
+FOREIGN = ("timm:NAME", "hf-hub:ORG/NAME", "torchvision:NAME", "FILE.py:FUNCTION")
 MAX_DEPTH, MAX_WIDTH = 2000, 256
 MOST_OF_A_PIXEL = 1e6  # mean and deviation of pixels from 0 to 1
 MAX_CLASSES, MAX_SIDE = 10**6, 2**14  # of what a model.json may ask for: more would fill any memory
@@ -53,36 +56,54 @@ DENSENETS = ["40_12", "40_24", "40_48", "100_12", "100_24", "bc40_12", "bc100_12
 
 def list_models() -> list[str]:
     """The names that `create_model` takes; besides these any wrn{depth}_{width}, densenet{depth}_{growth} and
-    densenetbc{depth}_{growth}, pool:SEED, spec files, and timm:NAME."""
+    densenetbc{depth}_{growth}, pool:SEED, spec files, and those of `FOREIGN`."""
     wrns, densenets = [f"wrn{size}" for size in WRNS], [f"densenet{size}" for size in DENSENETS]
     return [*SMALL_IMAGE, *wrns, *densenets, *NAS_STUDENTS, *IMAGENET_RESNETS, *IMAGENET]
 
 
 def is_model(name: str) -> bool:
-    """Whether `create_model` takes this name (for timm's, whether it would ask timm)."""
+    """Whether `create_model` takes this name (for other libraries', whether it would ask them)."""
     patterns = (WRN_NAME, DENSENET_NAME)
-    if name in list_models() or name.startswith(("timm:", "pool:")):
+    if name in list_models() or is_foreign(name) or name.startswith("pool:"):
         return True
     return any(pattern.fullmatch(name) for pattern in patterns)
 
 
+def is_foreign(name: str) -> bool:
+    """Whether this is the name of a network that was not written for this project."""
+    return is_own(name) or name.startswith(("timm:", HUB, "torchvision:"))
+
+
 def create_model(
-    name: str, num_classes: int, pool: Pool | None = None, argument: str = "model", image_size: int = 32
+    name: str,
+    num_classes: int,
+    pool: Pool | None = None,
+    argument: str = "model",
+    image_size: int = 32,
+    stages: Sequence[str] = (),
+    architecture: dict | None = None,
 ) -> Network:
     """A network with fresh weights, drawn from torch's global generator.
 
     Args:
-        name: a zoo name, `pool:SEED` (a random member of `pool`), the path of a student's spec (.json), or
-            `timm:NAME`.
+        name: a zoo name, `pool:SEED` (a random member of `pool`), the path of a student's spec (.json), `timm:NAME`,
+            `hf-hub:ORG/NAME` (timm's of the hub), `torchvision:NAME`, or `FILE.py:FUNCTION`, which is executed and
+            gives a torch.nn.Module.
         num_classes: width of the classifier, at least 2.
         pool: the pool that `pool:SEED` draws from; the paper's when None.
         argument: what error messages call `name`, for example "--student".
         image_size: side of the images it is for. ResNets 18 to 152 have a form for sides up to 64, and members of a
             pool a stem that suits it (Pool.stem_stride).
+        stages: of a network that is not the zoo's: names of submodules whose outputs are its feature maps.
+        architecture: of one of the hub: what the hub says of it (models.timm_models.TimmNetwork).
 
     Raises:
         UserError: unknown name, a bad seed or spec, or a depth that the family does not have.
     """
+    if is_foreign(name):
+        return _foreign(name, num_classes, argument, image_size, stages, architecture)
+    if stages:
+        raise UserError(f"{argument} {name}: has stages of its own; they are named for networks of other libraries")
     if num_classes < 2:
         raise UserError(f"num_classes must be at least 2; got {num_classes}")
     if builder := (SMALL_IMAGE | IMAGENET).get(name):
@@ -106,12 +127,20 @@ def create_model(
                 f"({step + 4}, {2 * step + 4}, ..., 40, 100), its growth 1 or more"
             )
         return DenseNet(depth, growth, num_classes, bc)
-    if name.startswith("timm:"):
-        return TimmNetwork(name[5:], num_classes, image_size, argument)
     if (spec := find_spec(name, pool, argument, image_size)) is not None:
         return PoolNet(spec, num_classes)
-    check_name(argument, name, [*list_models(), "pool:SEED", "timm:NAME"])
+    check_name(argument, name, [*list_models(), "pool:SEED", *FOREIGN])
     raise AssertionError(f"'{name}' is listed but cannot be built")
+
+
+def _foreign(
+    name: str, num_classes: int, argument: str, image_size: int, stages: Sequence[str], architecture: dict | None
+) -> Foreign:
+    if name.startswith(("timm:", HUB)):
+        return TimmNetwork(name, num_classes, image_size, argument, stages, architecture)
+    if name.startswith("torchvision:"):
+        return torchvision_network(name, num_classes, image_size, argument, stages)
+    return Foreign(name, build_own(name, num_classes, image_size, argument), image_size, argument, stages)
 
 
 def check_size(argument: str, name: str, depth: int, width: int) -> None:
@@ -133,10 +162,9 @@ def describe_models() -> Iterator[str]:
     yield f"{'name':<{width}}  {'parameters':>11}  {'MFLOPs':>8}  image  block outputs"
     for name, size in sizes:
         with torch.device("meta"):
-            parameters, flops, maps = cost(
-                create_model(name, 100 if size == 32 else 1000, image_size=size).eval(), size
-            )
-        shapes = "  ".join("x".join(map(str, shape)) for shape in maps)
+            model = create_model(name, 100 if size == 32 else 1000, image_size=size).eval()
+            parameters, flops, maps = cost(model, size)
+        shapes = "  ".join("x".join(map(str, shape)) for shape in maps[-len(model.blocks) :])
         yield f"{name:<{width}}  {parameters:>11,}  {flops / 1e6:>8,.1f}  {size:>5}  {shapes}"
 
 
@@ -160,7 +188,7 @@ class ModelInfo:
     `dataset` is the name of the data set it was trained on, as --dataset takes it.
     `mean` and `std` normalise RGB in [0, 1]; `spec` is set for students of a pool, `pool` for a GTN teacher:
     the students it was trained for; `sha256` is that of model.safetensors; `class_names` in the order of the outputs,
-    where the data set has any.
+    where the data set has any; `stages` and `architecture` are those of `create_model`.
     """
 
     name: str
@@ -173,6 +201,8 @@ class ModelInfo:
     pool: dict | None = None
     sha256: str = ""
     class_names: list[str] | None = None
+    stages: list[str] = field(default_factory=list)
+    architecture: dict | None = None
 
     def check(self) -> None:
         """Raise UserError, naming the field, for values that no run writes."""
@@ -190,12 +220,15 @@ class ModelInfo:
             "std": numbers(self.std) and min(self.std) > 0,
             "pool": self.pool is None or isinstance(self.pool, dict),
             "class_names": self.class_names is None or self._names_each_class(),
+            "stages": isinstance(self.stages, list) and all(isinstance(each, str) for each in self.stages),
         }
-        for field, good in fine.items():
+        for name, good in fine.items():
             if not good:
-                raise UserError(f"model.json: '{field}' cannot be {getattr(self, field)!r}")
+                raise UserError(f"model.json: '{name}' cannot be {getattr(self, name)!r}")
         if self.pool is not None:
             Pool(**self.pool).check()
+        if self.architecture is not None or self.name.startswith(HUB):
+            check_architecture(self.architecture, "model.json")
 
     def _names_each_class(self) -> bool:
         names = self.class_names
@@ -207,6 +240,11 @@ def serialised(model: Network) -> bytes:
     return safetensors.torch.save({name: each.detach().cpu().contiguous() for name, each in model.state_dict().items()})
 
 
+def rebuilt_by(network: Network) -> dict:
+    """The fields of ModelInfo that say how a network of another library is built."""
+    return {"stages": [*network.named_stages], "architecture": network.architecture}
+
+
 def save_pretrained(model: Network, info: ModelInfo, folder: Path) -> ModelInfo:
     """Write `model.safetensors` and `model.json`, each atomically; return the info with its checksum."""
     data = serialised(model)
@@ -216,8 +254,10 @@ def save_pretrained(model: Network, info: ModelInfo, folder: Path) -> ModelInfo:
     return info
 
 
-def load_pretrained(folder: str | Path) -> Network:
+def load_pretrained(folder: str | Path, stages: Sequence[str] = ()) -> Network:
     """The trained model of a run folder, in eval mode on the CPU, its ModelInfo as `model.info`.
+
+    `stages` take the place of those that it was trained with (`create_model`).
 
     Raises:
         UserError: no model there, or files that are damaged, tampered with or not what they claim to be.
@@ -229,14 +269,18 @@ def load_pretrained(folder: str | Path) -> Network:
     try:
         info = ModelInfo(**json.loads(read_text(folder / "model.json")))
         info.check()
+        info.stages = list(stages) or info.stages
         data = (folder / "model.safetensors").read_bytes()
         if hashlib.sha256(data).hexdigest() != info.sha256:
             raise UserError(f"'{folder / 'model.safetensors'}' is not the file that model.json describes: damaged?")
         tensors = safetensors.torch.load(data)
+        if is_own(info.name):
+            check_trusted(info.name)
         if info.spec:
             model = PoolNet(info.spec, info.num_classes)
         else:
-            model = create_model(info.name, info.num_classes, image_size=info.image_size)
+            built = {"image_size": info.image_size, "stages": info.stages, "architecture": info.architecture}
+            model = create_model(info.name, info.num_classes, **built)
         model.load_state_dict(tensors)
     except UserError:
         raise

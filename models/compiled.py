@@ -12,9 +12,9 @@ from torch import nn
 
 from common import UserError
 from models.activation_checkpointing import ActivationCheckpointing
+from models.foreign import Foreign
 from models.network import BeforeReLU, Network
 from models.supernet import Supernet
-from models.timm_models import TimmNetwork
 
 # A kind of block is compiled for each of its uses: training, frozen, without gradients, in a gate step, on other maps.
 VARIANTS = 64
@@ -26,7 +26,7 @@ def compile_regions(module: nn.Module, backend: str | Callable = "inductor") -> 
     Names of parameters stay as they are.
 
     Raises:
-        UserError: a network of timm's, or no C++ compiler, which Inductor needs, on a GPU too.
+        UserError: a network of another library, or no C++ compiler, which Inductor needs, on a GPU too.
     """
     if backend == "inductor":
         from torch._inductor.cpp_builder import get_cpp_compiler  # here, because Inductor is slow to import
@@ -61,7 +61,7 @@ def _own(forward: Callable, kind: str) -> Callable:
 
 def regions(module: nn.Module) -> Iterator[nn.Module]:
     """The smallest parts of `module` that are more than one layer: those with layers of their own."""
-    if isinstance(module, TimmNetwork):
+    if isinstance(module, Foreign):
         raise UserError(f"--compile: {module.name}: only the zoo's own networks are known by their blocks")
     if isinstance(module, Network):  # what it runs is not registered, and cut in two ways
         found = (part for piece in (*module.stages, *module.preact) for part in regions(piece))

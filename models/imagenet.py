@@ -5,11 +5,14 @@ a 3x3 stem with stride 1 and no max-pooling. MobileNetV2 (Sandler et al., CVPR 2
 and Le, ICML 2019) are torchvision's modules, cut where the map is halved.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from common import check_name
+from models.foreign import Foreign
 from models.network import EndsInReLU, Network, conv_bn, global_average_pool, initialise
 from models.resnet import BasicBlock
 
@@ -68,6 +71,23 @@ class ImageNetResNet(Network):
         stages = (stem, layer1, self.layer2, self.layer3, self.layer4)
         self.set_stages(stages, global_average_pool(), first=2)
         self.published = None if small else name
+
+
+def torchvision_network(
+    name: str, num_classes: int, image_size: int, argument: str = "model", stages: Sequence[str] = ()
+) -> Foreign:
+    """`torchvision:NAME`, any of its classifiers as it is, with submodules for stages. Raises UserError: an unknown
+    name, or what Foreign does."""
+    import torchvision.models  # here, because it is slow to import
+
+    prefix = "torchvision:"
+    known = torchvision.models.list_models(module=torchvision.models)
+    plain = check_name(argument, name, [prefix + each for each in known]).removeprefix(prefix)
+    model = Foreign(
+        name, torchvision.models.get_model(plain, weights=None, num_classes=num_classes), image_size, argument, stages
+    )
+    model.published = plain
+    return model
 
 
 # Between which of torchvision's `features` the stages lie; what follows the last belongs to the embedding.

@@ -30,11 +30,14 @@ class Network(nn.Module):
     registered by the subclass, so that parameter names stay those of the field's published checkpoints.
     Where those call the classifier otherwise, `fc` is a property.
 
-    `published` names the weights that `--pretrained` loads (models/weights.py); None: there are none.
+    `published` names the weights that `--pretrained` loads (models/weights.py); None: there are none. `named_stages`
+    and `architecture` are those that `create_model` was given, for networks of other libraries.
     """
 
     fc: nn.Linear
     published: str | None = None
+    named_stages: tuple[str, ...] = ()
+    architecture: dict | None = None
 
     def set_stages(
         self,
@@ -75,6 +78,18 @@ class Network(nn.Module):
         embedding = embed(x)
         logits = self.fc(embedding)
         return (logits, maps, embedding) if features else logits
+
+    def run_blocks(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        maps, x = [], images
+        for block in self.blocks[:-1]:
+            x = block(x)
+            maps.append(x)
+        return maps, self.blocks[-1](x)
+
+    @property
+    def last_block(self) -> nn.Module:
+        """What the logits come out of; of networks that cannot be cut the classifier."""
+        return self.blocks[-1]
 
     def _both(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
         maps, preact = [], []
@@ -175,11 +190,7 @@ def initialise(module: nn.Module) -> None:
 
 def run_blocks(model: Network, images: Tensor) -> tuple[list[Tensor], Tensor]:
     """Feature maps after every block but the last, and the logits."""
-    maps, x = [], images
-    for block in model.blocks[:-1]:
-        x = block(x)
-        maps.append(x)
-    return maps, model.blocks[-1](x)
+    return model.run_blocks(images)
 
 
 def cut(model: Network, where: str) -> None:
@@ -216,15 +227,14 @@ def macs(module: nn.Module, x: Tensor) -> tuple[float, Tensor | None]:
 
 @torch.no_grad()
 def cost(model: Network, image_size: int) -> tuple[int, int, list[tuple[int, ...]]]:
-    """(parameters, FLOPs for one image, shape C x H x W after each block but the last, and of the last map).
+    """(parameters, FLOPs for one image, the shape C x H x W of every map).
 
     2 floating-point operations a multiply-accumulate of convolutions and linear layers. `model` is in eval
     mode; on the `meta` device nothing is computed.
     """
     with FlopCounterMode(display=False) as counter:
         _, maps, _ = model(torch.zeros(1, 3, image_size, image_size, device=model.fc.weight.device), features=True)
-    shapes = [tuple(each.shape[1:]) for each in maps[-len(model.blocks) :]]
-    return count_parameters(model), counter.get_total_flops(), shapes
+    return count_parameters(model), counter.get_total_flops(), [tuple(each.shape[1:]) for each in maps]
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,38 +1,59 @@
-"""Networks of timm (PyTorch Image Models, Wightman 2019), as `timm:NAME`, where timm is installed."""
+"""Networks of timm (PyTorch Image Models, Wightman 2019), where it is installed: `timm:NAME` and `hf-hub:ORG/NAME`."""
 
 import difflib
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from common import UserError
-from models.network import Network
+from models.foreign import Foreign
 
 BLOCKS = 4
+HUB = "hf-hub:"
+# Arguments of timm.create_model that are not the network's: they would fetch or read files.
+NOT_THE_NETWORKS = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
-class TimmNetwork(Network):
-    """timm's network `name` in our contract; its parameter names come after "net.".
+class TimmNetwork(Foreign):
+    """timm's network in our contract; its parameter names come after "net.".
 
-    The feature maps [N, C, H, W] are those that timm offers (for vision transformers the tokens on their
-    grid), the embedding is what its classifier takes. `blocks` exists where the network can be cut: where
-    running its modules one after the other is its forward pass, with maps between them.
+    The feature maps [N, C, H, W] are those that timm offers. Of a network that keeps one size throughout, as vision
+    transformers do, they are the ones behind a quarter, a half, three quarters and all of its blocks: tokens on their
+    grid, without prefix tokens. The images stand in front of four maps; networks with more begin with a stem's. The
+    branches of SFTN and GTN come behind the first three of the last four. Named `stages` take the place of all that.
+    The embedding is what the classifier takes. `blocks` exists where the network can be cut: where running its modules
+    one after the other is its forward pass, with maps between them.
+
+    Args:
+        name: with timm: or hf-hub: in front.
+        num_classes: width of the classifier.
+        image_size, argument, stages: see Foreign.
+        architecture: of a network of the hub, if it is known: timm's name of it and its arguments (`on_hub`).
 
     Raises:
         UserError: timm is not installed, has no such network, cannot build it for this image size, or it
             has no single classifier.
     """
 
-    def __init__(self, name: str, num_classes: int, image_size: int = 224, argument: str = "model"):
-        super().__init__()
-        self.name, self.image_size = f"timm:{name}", image_size
-        self.net = build(name, image_size, argument, num_classes=num_classes)
-        classifier = self.net.get_classifier()
-        if not isinstance(classifier, (nn.Linear, nn.Conv2d)):
-            raise UserError(f"{argument} timm:{name}: has no single linear classifier")
-        self.published = self.name
+    def __init__(
+        self,
+        name: str,
+        num_classes: int,
+        image_size: int = 224,
+        argument: str = "model",
+        stages: Sequence[str] = (),
+        architecture: dict | None = None,
+    ):
+        if name.startswith(HUB) and architecture is None:
+            architecture = on_hub(name, argument)["architecture"]
+        net = build(name, image_size, argument, architecture, num_classes=num_classes)
+        super().__init__(name, net, image_size, argument, stages)
+        self.architecture, self.published = architecture, name
         self._blocks: tuple[nn.Module, ...] = ()
+        if not stages and not hasattr(net, "forward_intermediates"):
+            self.stage_names = tuple(row["module"] for row in self._feature_info())
 
     @property
     def fc(self) -> nn.Linear:
@@ -49,47 +70,57 @@ class TimmNetwork(Network):
             self._blocks = self._cut()
         return self._blocks
 
-    def forward(self, x: Tensor, features=False):
-        if features in ("preact", "both"):
-            raise UserError(f"{self.name}: maps before the last ReLU are known for the zoo's own networks only")
-        if not features:
-            return self.net(x)
-        final, maps = self._features(x)
-        embeddings: list[Tensor] = []
-        hook = self.fc.register_forward_pre_hook(lambda _, inputs: embeddings.append(inputs[0].flatten(1)))
-        try:
-            logits = self.net.forward_head(final)
-            return logits, maps, embeddings[0]
-        finally:
-            hook.remove()
-
     def published_tensors(self) -> dict[str, Tensor]:
         """timm's trained weights, under our names. Raises whatever timm does when it cannot get them."""
         from timm import is_model_pretrained
 
-        if not is_model_pretrained(self.name[5:]):
+        if not self.name.startswith(HUB) and not is_model_pretrained(self.name[5:]):
             raise UserError(f"timm has no trained weights of {self.name[5:]}")
-        source = build(self.name[5:], self.image_size, "--pretrained", pretrained=True)
+        source = build(self.name, self.image_size, "--pretrained", self.architecture, pretrained=True)
         return {f"net.{name}": tensor for name, tensor in source.state_dict().items()}
+
+    def _find_classifier(self) -> str:
+        if not isinstance(self.fc, (nn.Linear, nn.Conv2d)):
+            raise UserError(f"{self.argument} {self.name}: has no single linear classifier")
+        return ""
 
     def _feature_info(self) -> list[dict]:
         info = getattr(self.net, "feature_info", None) or []
         return info if isinstance(info, list) else info.get_dicts()
 
-    def _features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(what forward_head takes, the feature maps)."""
-        if hasattr(self.net, "forward_intermediates"):
-            return self.net.forward_intermediates(x, output_fmt="NCHW")
-        if not (names := [info["module"] for info in self._feature_info()]):
-            raise UserError(f"{self.name}: timm knows no feature maps of it")
-        maps: list[Tensor] = []
-        parts = [self.net.get_submodule(name) for name in names]
-        hooks = [part.register_forward_hook(lambda *call: maps.append(call[-1])) for part in parts]
-        try:
-            return self.net.forward_features(x), maps
-        finally:
-            for hook in hooks:
+    def _levels(self) -> list[int] | None:
+        """Which of timm's maps are ours; None: all."""
+        info = self._feature_info()
+        if len(info) < BLOCKS or len({row["reduction"] for row in info}) > 1:
+            return None
+        return [(len(info) * quarter + 2) // BLOCKS - 1 for quarter in range(1, BLOCKS + 1)]
+
+    def _branching(self, maps: list) -> list:
+        return super()._branching(maps) if self.named_stages else maps[-BLOCKS:-1]
+
+    def _map_names(self) -> list[str]:
+        names = list(self.stage_names)
+        if not names:
+            names, levels = [row["module"] for row in self._feature_info()], self._levels()
+            names = names if levels is None else [names[level] for level in levels]
+        return names if self._has_stem(len(names)) else ["images", *names]
+
+    def _has_stem(self, maps: int) -> bool:
+        return maps > BLOCKS and not self.named_stages
+
+    def _trace(self, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        if self.stage_names:
+            logits, maps, embedding = super()._trace(x)
+        else:
+            final, maps = self.net.forward_intermediates(x, indices=self._levels(), output_fmt="NCHW")
+            embeddings: list[Tensor] = []
+            hook = self.fc.register_forward_pre_hook(lambda _, inputs: embeddings.append(inputs[0].flatten(1)))
+            try:
+                logits, embedding = self.net.forward_head(final), embeddings[0]
+            finally:
                 hook.remove()
+            maps = [x, *maps]
+        return logits, maps[1:] if self._has_stem(len(maps) - 1) else maps, embedding
 
     @torch.no_grad()
     def _cut(self) -> tuple[nn.Module, ...]:
@@ -125,26 +156,62 @@ class TimmNetwork(Network):
         return blocks
 
 
-def build(name: str, image_size: int, argument: str, **options) -> nn.Module:
+def build(name: str, image_size: int, argument: str, architecture: dict | None = None, **options) -> nn.Module:
     """timm.create_model, with the image size where the network depends on it."""
-    try:
-        import timm
-    except ImportError:
-        raise UserError(f"{argument} timm:{name}: needs timm; pip install -r requirements-timm.txt") from None
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+    timm = import_timm(f"{argument} {name}")
+    known = architecture["name"] if architecture else name.removeprefix("timm:")
+    if not timm.is_model(known):
+        near = difflib.get_close_matches(known, timm.list_models(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(f'timm:{each}' for each in near)}?" if near else "see timm.list_models()"
-        raise UserError(f"{argument}: unknown name 'timm:{name}'; {hint}")
-    published = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        raise UserError(f"{argument}: unknown name '{name}'; {hint}")
+    published = timm.get_pretrained_cfg(known, allow_unregistered=True)
     if published is not None and published.fixed_input_size:
         options["img_size"] = image_size
     if options.get("pretrained"):
-        return timm.create_model(name, **options)
+        return timm.create_model(name.removeprefix("timm:"), **options)
     try:
-        return timm.create_model(name, **options)
+        return timm.create_model(known, **((architecture or {}).get("arguments", {}) | options))
     except Exception as error:  # timm's networks refuse sizes and tags in ways of their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{argument} timm:{name}: timm cannot build it for images of {image_size}: {reason}") from None
+        raise UserError(f"{argument} {name}: timm cannot build it for images of {image_size}: {reason}") from None
+
+
+def on_hub(name: str, argument: str) -> dict:
+    """What the hub's config.json says of `hf-hub:ORG/NAME`: its `architecture`, and timm's `pretrained_cfg`.
+
+    Raises:
+        UserError: it cannot be had, or is no network of timm's.
+    """
+    import_timm(f"{argument} {name}")
+    from timm.models import load_model_config_from_hf
+
+    try:
+        config, known, arguments = load_model_config_from_hf(name.removeprefix(HUB))
+    except Exception as error:  # no network, no such repository, a config of another library
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(
+            f"{argument} {name}: no network of timm can be had from the hub under this name ({reason})"
+        ) from None
+    architecture = {"name": known, "arguments": dict(arguments or {})}
+    check_architecture(architecture, f"{argument} {name}")
+    return {"architecture": architecture, "pretrained_cfg": config}
+
+
+def check_architecture(architecture: object, where: str) -> None:
+    """Raise UserError unless it is timm's name of a network and arguments of the network's own, as JSON has them."""
+    plain = isinstance(architecture, dict) and architecture.keys() == {"name", "arguments"}
+    plain = plain and isinstance(architecture["name"], str) and isinstance(architecture["arguments"], dict)
+    if not plain or ":" in architecture["name"] or NOT_THE_NETWORKS & architecture["arguments"].keys():
+        raise UserError(f"{where}: cannot be of the architecture {str(architecture)[:200]}")
+
+
+def import_timm(where: str):
+    """The package. Raises UserError where it is not installed."""
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"{where}: needs timm; pip install -r requirements-timm.txt") from None
+    return timm
 
 
 def unrolled(net: nn.Module, ends: list[str], prefix: str = "") -> list[tuple[str, nn.Module]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from common import UserError
+from models.foreign import Foreign
 from models.network import Network
 from models.timm_models import TimmNetwork
 
@@ -20,10 +21,11 @@ WRAPPERS = ("model", "state_dict")  # keys under which checkpoints keep the weig
 
 @dataclass
 class Loaded:
-    """What was loaded: `origin` in words, and why the classifier was not, if so."""
+    """What was loaded: `origin` in words, why the classifier was not, if so, and for how many `classes` it is there."""
 
     origin: str
     fresh_classifier: str = ""
+    classes: int | None = None
 
     def __str__(self) -> str:
         return self.origin + (f", classifier fresh: {self.fresh_classifier}" if self.fresh_classifier else "")
@@ -49,11 +51,11 @@ def load_weights(model: Network, source: str, argument: str = "--weights") -> Lo
     else:
         where = f"{argument} {source}"
         tensors, origin = _read(Path(source), where), f"weights of {source}"
-    if isinstance(model, TimmNetwork) and not any(name.startswith("net.") for name in tensors):
+    if isinstance(model, Foreign) and not any(name.startswith("net.") for name in tensors):
         tensors = {f"net.{name}": tensor for name, tensor in tensors.items()}
-    tensors, fresh = _fit(model, tensors, where)
+    tensors, fresh, classes = _fit(model, tensors, where)
     model.load_state_dict(tensors)
-    return Loaded(origin, fresh)
+    return Loaded(origin, fresh, classes)
 
 
 def initial_weights(model: Network, pretrained: bool, file: str | None) -> Loaded | None:
@@ -125,17 +127,18 @@ def _unpacked_bytes(path: Path) -> int:
         return 0  # no archive, or one that zipfile cannot read: torch.load has its own word for it
 
 
-def _fit(model: Network, tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], str]:
-    """`tensors` ready to be loaded, and what to say of the classifier; UserError names the first misfit."""
+def _fit(model: Network, tensors: dict[str, Tensor], where: str) -> tuple[dict[str, Tensor], str, int | None]:
+    """`tensors` ready to be loaded, what to say of the classifier, and its classes there if they are others; UserError
+    names the first misfit."""
     own, classifier = model.state_dict(), (model.fc.weight, model.fc.bias)
     head = {name for name, parameter in model.named_parameters() if any(parameter is each for each in classifier)}
-    fresh = ""
+    fresh, count = "", None
     classes = {len(tensors[name]) if tensors[name].ndim else 0 for name in head & tensors.keys()}
     if classes != {model.fc.weight.shape[0]} and all(
         name not in tensors or tensors[name].shape[1:] == own[name].shape[1:] for name in head
     ):
-        there = f"{classes.pop()}" if len(classes) == 1 else "none"
-        fresh = f"{model.fc.weight.shape[0]} classes instead of {there}"
+        count = classes.pop() if len(classes) == 1 else None
+        fresh = f"{model.fc.weight.shape[0]} classes instead of {count or 'none'}"
         tensors = tensors | {name: own[name] for name in head}
     for name, tensor in own.items():
         if name not in tensors:
@@ -148,4 +151,4 @@ def _fit(model: Network, tensors: dict[str, Tensor], where: str) -> tuple[dict[s
     for name in tensors:
         if name not in own:
             raise UserError(f"{where}: '{name}' belongs to no layer of this network")
-    return tensors, fresh
+    return tensors, fresh, count

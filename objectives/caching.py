@@ -7,6 +7,8 @@ from data.digest import digest_of
 from data.pipeline import augmentation_of
 from data.splits import ImageSet, Split, StreamSplit
 from engine.objective import Objective
+from models.network import Network
+from models.preprocessing import Preprocessed
 from objectives.distillation import Distillation
 from objectives.stored_logits import StoredLogits
 
@@ -43,7 +45,7 @@ def store_logits(config, objective: Objective, data: ImageSet) -> str:
         raise UserError(f"--cache_teacher disk: {reason}")
     if config.cache_top_k is not None and config.cache_top_k >= data.num_classes:
         raise UserError(f"--cache_top_k {config.cache_top_k}: must be below the {data.num_classes} classes")
-    teachers = [teacher.info.sha256 for teacher in objective.frozen]
+    teachers = [facts_of(teacher) for teacher in objective.frozen]
     key = {"teachers": teachers, "data": data.fingerprint(), "pixels": digest_of(data.train, data.image_size)}
     key |= {"mean": data.mean, "std": data.std}
     views, place = min(config.cache_views or config.last_epoch, config.last_epoch), Path(config.cache_folder or PLACE)
@@ -51,3 +53,12 @@ def store_logits(config, objective: Objective, data: ImageSet) -> str:
     objective.store_logits(stored)
     size = views * stored.bytes_for(len(data.train)) / 1e6
     return f"teacher logits: of {views} view(s) of {len(data.train):,} images, on disk in {place} ({size:,.1f} MB)"
+
+
+def facts_of(teacher: Network | Preprocessed) -> list:
+    """What decides on a teacher's logits for a batch: its weights, and what it makes of images and classes."""
+    info = teacher.info
+    if not isinstance(teacher, Preprocessed):
+        return [info.sha256]
+    order = None if teacher.order is None else teacher.order.tolist()
+    return [info.sha256, info.mean, info.std, teacher.image_size, teacher.interpolation, order]

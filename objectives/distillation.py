@@ -346,6 +346,11 @@ def build_methods(
         options,
         *names,
     )
+    for role, outputs in (("student", context.student_outputs), ("teacher", context.teacher_outputs)):
+        compared = {getattr(each, f"{role}_features") for each in classes} & {"maps", "preact"}
+        if compared and len(outputs.maps or outputs.preact) < 2:
+            where = f"--{role} {names[role == 'teacher']}"
+            raise UserError(f"{where}: has no known feature maps; name submodules with --{role}_stages")
     built = []
     for each in classes:
         with as_theirs(each):

@@ -58,6 +58,8 @@ class BranchOptions(PoolOptions):
         branches: behind which of the teacher's blocks (1, 2, 3) branches are grafted; default: all.
         teacher_cut: where the teacher is cut into blocks: at its stages (where maps change size), or into parts of
             about as many convolutions each (depth).
+        teacher_stages: of a --model of another library or of your own: the submodules that branches are grafted
+            behind, in the order in which they run, as named_modules() names them; default: timm's, where it knows some.
     """
 
     alpha: float = 3.0
@@ -71,6 +73,7 @@ class BranchOptions(PoolOptions):
     freeze_teacher_epochs: int = 0
     branches: list[int] = field(default_factory=list)
     teacher_cut: Literal["stages", "depth"] = "stages"
+    teacher_stages: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         """Raise UserError for values outside their range."""
@@ -117,7 +120,7 @@ class Grafted(Objective):
 
     @property
     def sparse_gradients(self) -> bool:
-        return self.options.freeze_teacher_epochs > 0
+        return self.options.freeze_teacher_epochs > 0 or super().sparse_gradients
 
     def begin_epoch(self, epoch: int) -> None:
         options = self.options

@@ -93,9 +93,9 @@ class GTN(Grafted):
         self.teacher = teacher
         self.options, self.pool = options, options.pool
         cut(teacher, options.teacher_cut)
-        num_classes = teacher.fc.out_features
+        num_classes = len(teacher.fc.weight)
         shapes = block_shapes(teacher, image_size)
-        self.branch_points = branch_points(options.branches, len(teacher.blocks))
+        self.branch_points = branch_points(options.branches, len(shapes) + 1)
         self.branches = graft(shapes, options.pool, num_classes, image_size, options.share_branches, self.branch_points)
         branches = self.branches[:1] if options.paths == "one" else self.branches  # the first has the most layers
         layers = [layer for branch in branches for layer in branch.supernet.layers]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from common import UserError
+from common import OWN, UserError
 from losses.method import Method
 
 
@@ -83,4 +83,4 @@ def _file(method: type[Method]) -> str:
 
 
 def _is_own(method: type[Method]) -> bool:
-    return method.__module__.startswith("method_")  # losses.registry names their modules so
+    return method.__module__.startswith(OWN)

@@ -42,15 +42,15 @@ class SFTN(Grafted):
             raise UserError("--student: --method sftn needs the student that the teacher is for")
         self.teacher, self.options = teacher, options
         cut(teacher, options.teacher_cut)
-        num_classes = teacher.fc.out_features
-        self.branch_points = branch_points(options.branches, len(teacher.blocks))
-        self.branches = nn.ModuleList()
+        num_classes = len(teacher.fc.weight)
         shapes = block_shapes(teacher, image_size)
+        self.branch_points = branch_points(options.branches, len(shapes) + 1)
+        self.branches = nn.ModuleList()
         for index in self.branch_points:
             student = create_model(options.student, num_classes, options.pool, "--student", image_size)
-            if len(student.blocks) != len(teacher.blocks):
+            if len(student.blocks) != len(shapes) + 1:
                 raise UserError(
-                    f"--student {options.student}: has {len(student.blocks)} blocks, the teacher {len(teacher.blocks)}"
+                    f"--student {options.student}: has {len(student.blocks)} blocks, the teacher {len(shapes) + 1}"
                 )
             transform = feature_transform(shapes[index - 1], block_shapes(student, image_size)[index - 1])
             self.branches.append(nn.Sequential(transform, *student.blocks[index:]))

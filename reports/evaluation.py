@@ -10,29 +10,29 @@ from torch import Tensor
 from common import UserError
 from data.datasets import check_binary
 from models.network import Network
+from models.preprocessing import class_order, fitted
 from reports import latency, metrics
 from reports.latency import Stopwatch
 from reports.measures import Classification, Resemblance, reduce_to_two
-from reports.subject import renormalised
 
 
 class Evaluation:
     """What is measured of a network (with its `info`, in eval mode) and, where there is one, of it and its teacher.
 
     Args:
-        network, teacher: they may know images normalised differently; images come as `network` knows them.
+        network, teacher: images come as `network` knows them; the teacher may know them, and classes, otherwise.
         device: where both are moved.
         positive: classes that count as class 1, all others as class 0; empty: classes as they are. Of a network for
             more than two classes the probabilities are summed.
     """
 
     def __init__(self, network: Network, teacher: Network | None, device: torch.device, positive: Sequence[int] = ()):
-        if teacher and (teacher.info.num_classes, teacher.info.image_size) != (
-            network.info.num_classes,
-            network.info.image_size,
-        ):
-            ours, theirs = (f"{i.num_classes} classes at {i.image_size}" for i in (network.info, teacher.info))
-            raise UserError(f"--teacher: knows {theirs} pixels a side, the network {ours}")
+        info = network.info
+        if teacher:
+            theirs = teacher.info
+            names = (theirs.class_names, theirs.num_classes, info.class_names, info.num_classes)
+            order = class_order(*names, None, "--teacher")
+            teacher = fitted(teacher, info.mean, info.std, info.image_size, order)
         if network.info.num_classes > 2:
             check_binary(list(positive), network.info.num_classes)
         self.network = network.to(device).eval()
@@ -62,7 +62,7 @@ class Evaluation:
                 logits = reduce_to_two(logits, self.positive)
             self.classification.update(logits, labels)
             if self.teacher is not None:
-                theirs = self.teacher(renormalised(images, self.network.info, self.teacher.info), features=True)
+                theirs = self.teacher(images, features=True)
                 reference = reduce_to_two(theirs[0], self.positive) if self.positive else theirs[0]
                 self.resemblance.update((logits, *outputs[1:]), (reference, *theirs[1:]))
             if count:

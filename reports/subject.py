@@ -5,19 +5,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import torch
 import yaml
-from torch import Tensor
 
 from common import UserError
 from data.datasets import DataOptions, hold_out
 from data.splits import AnySplit, ImageSet
 from models import ModelInfo, create_model, load_pretrained, load_weights
 from models.network import Network
-from models.timm_models import TimmNetwork
+from models.preprocessing import published_preprocessing
 
 Options = TypeVar("Options")
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 @dataclass
@@ -69,8 +66,8 @@ class Subject:
             loaded = load_weights(self.network, self.weights, argument)
             if loaded.fresh_classifier:
                 raise UserError(f"--dataset {data.name}: is not what these weights are for: {loaded}")
-            mean, std = published_normalisation(self.network, data) if argument == "--pretrained" else (None, None)
-            mean, std = mean or data.mean, std or data.std
+            known = (published_preprocessing(self.name, "--model") if argument == "--pretrained" else None) or data
+            mean, std = known.mean, known.std
             self.network.info = ModelInfo(self.name, data.name, data.num_classes, data.image_size, mean, std)
         info = self.network.info
         if info.num_classes != data.num_classes:
@@ -79,13 +76,6 @@ class Subject:
                 f"{info.num_classes}"
             )
         return replace(data, mean=info.mean, std=info.std)
-
-
-def published_normalisation(network: Network, data: ImageSet) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation that published weights expect."""
-    if isinstance(network, TimmNetwork):
-        return list(network.net.pretrained_cfg["mean"]), list(network.net.pretrained_cfg["std"])
-    return IMAGENET_MEAN, IMAGENET_STD
 
 
 def load_subject(folder: str, argument: str = "RUN") -> Subject:
@@ -141,14 +131,3 @@ def part_of(data: ImageSet, split: str, options: DataOptions) -> AnySplit:
         raise UserError("--split val: the run kept no validation split (its --val_fraction is 0)")
     data, val = hold_out(data, options.val_fraction, "validation")
     return val if split == "val" else data.train
-
-
-def renormalised(images: Tensor, before: ModelInfo, after: ModelInfo) -> Tensor:
-    """Images [n, 3, H, W] normalised as one network knows them, as another does."""
-    if (before.mean, before.std) == (after.mean, after.std):
-        return images
-    mean, std, new_mean, new_std = (
-        torch.tensor(each, device=images.device).view(3, 1, 1)
-        for each in (before.mean, before.std, after.mean, after.std)
-    )
-    return (images * std + mean - new_mean) / new_std

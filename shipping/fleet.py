@@ -43,7 +43,8 @@ class Fleet:
         self.config, self.folder, self.teacher = config, Path(config.output_dir), config.teacher[0]
         subject = load_subject(self.teacher, "--teacher")
         self.info, self.held_out = subject.info, subject.options.val_fraction > 0
-        distill.image_size(config, [self.info])
+        if config.image_size not in (None, side := self.info.image_size):
+            raise UserError(f"--image_size {config.image_size}: the teacher was trained on images of {side}")
         check_folder(self.folder, subject.folder)
         check_writable("--output_dir", self.folder / SEARCH)
         parse(search.SearchConfig, "", {}, self.search_command[1:])  # before what takes long

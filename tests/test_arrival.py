@@ -4,6 +4,7 @@ A script runs up to the point where training would begin. An option that is in n
 exceptions with the test that has it, fails `test_no_option_is_forgotten`.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from datetime import timedelta
@@ -294,6 +295,15 @@ PEERS: Table = {
 }
 NAMED: Table = {
     "teacher_weights": ("{file}", lambda loop: loop.objective.frozen[0].fc.weight[0, :3].tolist(), [0.25] * 3),
+    "teacher_mean": ("0.1 0.2 0.3", lambda loop: loop.objective.frozen[0].info.mean, [0.1, 0.2, 0.3]),
+    "teacher_std": ("0.4 0.5 0.6", lambda loop: loop.objective.frozen[0].info.std, [0.4, 0.5, 0.6]),
+    "teacher_image_size": (
+        "16",
+        lambda loop: loop.objective.frozen[0].prepared(loop.train.one(0).images).shape[2:],
+        (16, 16),
+    ),
+    "teacher_interpolation": ("nearest", lambda loop: loop.objective.frozen[0].interpolation, "nearest"),
+    "teacher_classes": ("{classes}", lambda loop: loop.objective.frozen[0].order.tolist(), list(range(10))[::-1]),
     "student": ("pool:3", lambda loop: loop.objective.student.fc.in_features, 6),
     "pool": ("", lambda loop: loop.objective.student.stem[0].out_channels, 4),
 }
@@ -336,6 +346,8 @@ ELSEWHERE = {  # option: the test that follows it, as here it would need more th
     "kernels": "test_kd.py: the choice of implementation says what it did",
     "students": "test_together.py: each student is as if it were alone",
     "methods": "test_together.py: the same",
+    "teacher_stages": "test_foreign.py: maps of named submodules, and a run with them",
+    "student_stages": "test_foreign.py: the same",
     "pretrained": "test_weights.py: published weights come from torch's cache",
     "vanilla_run": "test_scripts.py: a teacher behind the vanilla one is reported",
     "with_tracking": "test_options.py: tensorboard gets the project and the options",
@@ -364,7 +376,9 @@ def places(tmp_path_factory) -> dict[str, Path]:
         place = folder / "images" / f"class{number % 2}" / f"{number}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(place)
-    return {"teacher": folder / "teacher", "file": folder / "own.safetensors", "images": folder / "images"}
+    (folder / "classes.json").write_text(json.dumps({str(digit): 9 - digit for digit in range(10)}))
+    files = {"file": folder / "own.safetensors", "classes": folder / "classes.json"}
+    return {"teacher": folder / "teacher", "images": folder / "images", **files}
 
 
 def begin(script: str, words: list[str], monkeypatch) -> Loop:

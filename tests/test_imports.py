@@ -237,7 +237,7 @@ def test_nothing_is_imported_by_a_name_that_is_only_known_when_it_runs(path):
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
     names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     names |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
-    if path == ROOT / "losses" / "registry.py":  # --method FILE.py:CLASS: the user's own code, asked for by name
+    if path == ROOT / "common.py":  # FILE.py:NAME: the user's own code, asked for by name
         names.discard("exec_module")
     assert names.isdisjoint({"__import__", "import_module", "run_module", "run_path", "exec_module"})
 
