@@ -39,7 +39,8 @@ from exporters.proof import Function, Proof, latency, prove
 from exporters.pt2 import load_pt2, write_pt2
 from exporters.quantized import Quantized
 from models.network import Network, count_parameters
-from reports.subject import Subject, load_subject, renormalised, run_options
+from models.preprocessing import fitted
+from reports.subject import Subject, load_subject, run_options
 
 CPU = torch.device("cpu")
 METADATA = ("name", "dataset", "num_classes", "class_names", "image_size", "mean", "std", "sha256")
@@ -221,9 +222,10 @@ def finetuned(
     batches = (batch for epoch in range(config.finetune_epochs) for batch in loader.epoch(epoch))
     shown = Console(True).through(batches, steps, "fine-tuning")
 
+    teachers = [fitted(teacher, info.mean, info.std, info.image_size) for teacher in teachers]
+
     def taught(images: Tensor) -> Tensor:
-        logits = [teacher(renormalised(images, info, teacher.info)) for teacher in teachers]
-        return torch.stack(logits).mean(0)
+        return torch.stack([teacher(images) for teacher in teachers]).mean(0)
 
     finetune(network, taught, shown, steps, options, config.finetune_lr)
     return network
