@@ -1,10 +1,15 @@
 """How training images are varied: what is drawn for each, and the tensor operations that do it."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from common import derive_seed
+
+POLICIES = {"randaugment": "RandAugment", "trivialaugment": "TrivialAugmentWide"}  # of torchvision.transforms.v2
 
 
 @dataclass(frozen=True)
@@ -14,7 +19,8 @@ class Augmentation:
     kind: "crop" (`padding` zeros around, a random crop of the image's own size) or "resized_crop" (a part of
     random size and shape, resized: Szegedy et al., CVPR 2015, as torchvision has it). size: side of the result.
     flip: mirror half of the images. cutout: side of a square set to the mean colour, centred anywhere on the
-    image (DeVries and Taylor, arXiv 1708.04552); 0: none.
+    image (DeVries and Taylor, arXiv 1708.04552); 0: none. policy: one of POLICIES. erasing: the probability of random
+    erasing (Zhong et al., arXiv 1708.04896), a box set to the mean colour.
     """
 
     size: int
@@ -22,11 +28,14 @@ class Augmentation:
     padding: int = 0
     flip: bool = True
     cutout: int = 0
+    policy: str = "none"
+    erasing: float = 0.0
 
     @property
     def views(self) -> int | None:
         """How many different images it makes of one; None: more than can be counted."""
-        return (2 * self.padding + 1) ** 2 * (1 + self.flip) if self.kind == "crop" and not self.cutout else None
+        counted = self.kind == "crop" and not self.cutout and self.policy == "none" and not self.erasing
+        return (2 * self.padding + 1) ** 2 * (1 + self.flip) if counted else None
 
     def view(self, offsets: Tensor, flips: Tensor) -> Tensor | None:
         """Numbers [N] int64 of the views with these crops [N, 2] and mirrors [N]."""
@@ -42,7 +51,7 @@ class Plan(NamedTuple):
     order: Tensor  # [N] int64
     offsets: Tensor  # [N, 2] int64, rows and columns, of the crop in the padded image
     flips: Tensor  # [N] bool
-    holes: Tensor  # [N, 2] int64, rows and columns, centre of the cutout
+    holes: Tensor  # [N, 2] int64, rows and columns, centre of the cutout; [N, 6] with the erased box of `erased_boxes`
 
     def part(self, begin: int, end: int, rank: int, world: int) -> "Plan":
         return Plan(*(each[begin:end][rank::world] for each in self))
@@ -95,6 +104,39 @@ def augment(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Ten
     both = torch.cat([images, images.flip(2)]).view(2 * count, -1)  # select copies whole images, where() bytes
     chosen = torch.arange(count, device=images.device) + flips * count
     return both.index_select(0, chosen).view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def erased_boxes(count: int, size: int, probability: float, generator: torch.Generator) -> Tensor:
+    """[count, 4] int64: top, left, bottom and right of each image's erased box, all 0 for none.
+
+    Area and sides as in section 3.2 there, in the numbers of torchvision's RandomErasing: 0.02 to 0.33 of the image,
+    sides in a ratio of 0.3 to 3.3, log-uniform; a side that does not fit is cut to the image's.
+    """
+    chosen, area, ratio, top, left = torch.rand(5, count, generator=generator)
+    area = (0.02 + 0.31 * area) * size * size
+    ratio = torch.exp(math.log(0.3) + math.log(11.0) * ratio)
+    height, width = ((area * r).sqrt().round().clamp(1, size).long() for r in (ratio, 1 / ratio))
+    top, left = ((place * (size - side + 1)).long() for place, side in ((top, height), (left, width)))
+    boxes = torch.stack([top, left, top + height, left + width], 1)
+    return boxes * (chosen < probability)[:, None]
+
+
+def erase(images: Tensor, boxes: Tensor) -> Tensor:
+    """Zero, the mean colour, in `boxes` [N, 4] (top, left, bottom, right) of normalised images [N, C, H, W]."""
+    height, width = images.shape[2:]
+    rows, columns = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+    down = (rows >= boxes[:, :1]) & (rows < boxes[:, 2:3])
+    across = (columns >= boxes[:, 1:2]) & (columns < boxes[:, 3:])
+    return images.masked_fill((down[:, :, None] & across[:, None, :])[:, None], 0.0)
+
+
+def apply_policy(image: Tensor, policy: str, seed: int) -> Tensor:
+    """An image uint8 [3, H, W] as a policy of POLICIES varies it, a function of `seed`."""
+    from torchvision.transforms import v2  # here, because torchvision is slow to import
+
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(derive_seed(seed, "policy"))
+        return getattr(v2, POLICIES[policy])()(image)
 
 
 def cut_out(images: Tensor, centres: Tensor, side: int) -> Tensor:

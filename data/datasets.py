@@ -56,6 +56,8 @@ class DataOptions:
         crop_padding: padding of the random crop; default: an eighth of the side.
         flip: random horizontal flips; default: what suits the data set (none for digits).
         cutout: side of a square that is blanked at a random place; 0: none.
+        aa: torchvision's policy for training images, after crop and flip (arXiv 1909.13719, 2103.10158).
+        reprob: probability of random erasing (arXiv 1708.04896), a box in the mean colour.
         pipeline: device (the whole set as uint8 on the device), workers (images are decoded as they are
             needed) or auto: device if the set fits.
         data_workers: processes that decode images for the workers pipeline; default: one for each core but one.
@@ -77,6 +79,8 @@ class DataOptions:
     crop_padding: int | None = None
     flip: bool | None = None
     cutout: int = 0
+    aa: Literal["none", "randaugment", "trivialaugment"] = "none"
+    reprob: float = 0.0
     pipeline: Literal["auto", "device", "workers"] = "auto"
     data_workers: int | None = None
 

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from common import UserError, derive_seed
-from data.augment import Augmentation, Normalise, Plan, augment, cut_out, select
+from data.augment import (
+    Augmentation,
+    Normalise,
+    Plan,
+    apply_policy,
+    augment,
+    cut_out,
+    erase,
+    erased_boxes,
+    select,
+)
 from data.batch import Batch
 from data.splits import Split
 
@@ -100,6 +110,8 @@ class Loader(ABC):
         offsets = torch.randint(0, 2 * vary.padding + 1, (images, 2), generator=generator)
         flips = torch.rand(images, generator=generator) < (0.5 if vary.flip else 0.0)
         holes = torch.randint(0, vary.size, (images, 2), generator=generator)
+        if vary.erasing:
+            holes = torch.cat([holes, erased_boxes(images, vary.size, vary.erasing, generator)], 1)
         return Plan(order, offsets, flips, holes)
 
     def finish(
@@ -114,7 +126,9 @@ class Loader(ABC):
         """The batch of these uint8 images [n, 3, H, W] on the device, cropped and mirrored already."""
         images = self.normalise(images)
         if self.augmentation.cutout:
-            images = cut_out(images, holes, self.augmentation.cutout)
+            images = cut_out(images, holes[:, :2], self.augmentation.cutout)
+        if self.augmentation.erasing:
+            images = erase(images, holes[:, 2:])
         loss_scale = len(labels) * self.world / (self.edges[number + 1] - self.edges[number])
         return Batch(images, labels, loss_scale, indices, views)
 
@@ -134,10 +148,19 @@ class DeviceLoader(Loader):
             chosen = parts[0].order
             originals = select(pixels, chosen if indices is None else indices[chosen])
             copies = [augment(originals, part.offsets, part.flips, padding) for part in parts]
+            if self.augmentation.policy != "none":
+                copies = [self._by_policy(each, chosen, epoch, copy) for copy, each in enumerate(copies)]
             images = copies[0] if len(copies) == 1 else torch.cat(copies)
             holes = parts[0].holes if len(parts) == 1 else torch.cat([part.holes for part in parts])
             seen = None if views is None else views[slice(*edges)][self.rank :: self.world]
             yield self.finish(images, self.split.labels[chosen], holes, number, chosen, seen)
+
+    def _by_policy(self, images: Tensor, rows: Tensor, epoch: int, copy: int) -> Tensor:
+        again = ("copy", copy) if copy else ()
+        seeds = [derive_seed(self.seed, self.view_of(epoch), "crop", row, *again) for row in rows.tolist()]
+        policy = self.augmentation.policy
+        varied = [apply_policy(image, policy, seed) for image, seed in zip(images, seeds, strict=True)]
+        return torch.stack(varied).contiguous(memory_format=torch.channels_last)
 
     def view(self, view: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(indices [n], images) of this process's share of the split, all as this one of `Augmentation.views`."""

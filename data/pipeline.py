@@ -19,7 +19,8 @@ def augmentation_of(data: ImageSet, config) -> Augmentation:
     """How a run varies its training images; `config` holds its options (engine.config.RunConfig)."""
     padding = data.image_size // 8 if config.crop_padding is None else config.crop_padding
     flip = data.flip if config.flip is None else config.flip
-    return Augmentation(data.image_size, data.augment, padding, flip, min(config.cutout, data.image_size))
+    cutout = min(config.cutout, data.image_size)
+    return Augmentation(data.image_size, data.augment, padding, flip, cutout, config.aa, config.reprob)
 
 
 class Pipeline:

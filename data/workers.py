@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common import UserError, derive_seed
-from data.augment import Augmentation, Normalise, Plan
+from data.augment import Augmentation, Normalise, Plan, apply_policy
 from data.batch import Batch
 from data.decode import read_rgb
 from data.loader import Loader, evaluation_parts
@@ -107,7 +107,8 @@ def transform(row, augmentation: Augmentation, seed: int | None, offset: list[in
                 torch.manual_seed(seed)
                 image = v2.RandomResizedCrop(size)(image)
         image = vision.pil_to_tensor(image)
-    return vision.horizontal_flip(image) if flip else image
+    image = vision.horizontal_flip(image) if flip else image
+    return image if seed is None or augmentation.policy == "none" else apply_policy(image, augmentation.policy, seed)
 
 
 def _read(

@@ -152,6 +152,7 @@ class RunConfig(DataOptions, TrainingOptions, PlaceOptions, ScriptOptions):
         limits = {
             "image_size": (self.image_size is None or 8 <= self.image_size <= 4096, "from 8 to 4096"),
             "crop_padding": (self.crop_padding is None or 0 <= self.crop_padding <= 4096, "from 0 to 4096"),
+            "reprob": (0 <= self.reprob <= 1, "in [0, 1]"),
             "cutout": (0 <= self.cutout <= 4096, "from 0 to 4096"),
             "data_workers": (self.data_workers is None or 0 <= self.data_workers <= 1024, "from 0 to 1024"),
             "train_fraction": (0 < self.train_fraction <= 1, "in (0, 1]"),
@@ -188,6 +189,8 @@ class RunConfig(DataOptions, TrainingOptions, PlaceOptions, ScriptOptions):
             raise UserError(
                 f"--tracker_project_name {self.tracker_project_name}: must be of letters, digits, '.', '_' and '-'"
             )
+        if self.streaming and (self.aa != "none" or self.reprob):
+            raise UserError("--streaming: cannot be combined with --aa or --reprob, drawn by an image's number")
         if self.mixes and self.cuda_graph:
             raise UserError("--cuda_graph: cannot be combined with --mixup or --cutmix, which differ from step to step")
         if self.nesterov and self.opt != "sgd":

@@ -110,7 +110,7 @@ class Distillation(Objective):
 
     def cannot_cache(self, views: int | None) -> str | None:
         """Why the teachers' logits cannot be computed once for each of the `views` that there are of an image."""
-        reason = "views of an image can be counted only where the set is in memory, without cutouts"
+        reason = "views of an image can be counted only where the set is in memory, without cutouts, --aa and --reprob"
         return self._needs_teacher() or (reason if views is None else None)
 
     def cannot_store(self, numbered: bool) -> str | None:

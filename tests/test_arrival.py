@@ -94,6 +94,8 @@ PLACES: Table = {  # images in files, decoded by workers
     "data_workers": ("0", lambda loop: loop.train.workers, 0),
 }
 MODERN: Table = {
+    "aa": ("trivialaugment", lambda loop: loop.train.augmentation.policy, "trivialaugment"),
+    "reprob": ("0.4", lambda loop: loop.train.augmentation.erasing, 0.4),
     "opt": ("adamw", lambda loop: type(loop.optimizers["weights"]).__name__, "AdamW"),
     "lr_warmup_epochs": ("3", lambda loop: learning_rate(loop.config, 0), 0.05 / 4),
     "model_ema_decay": ("0.97", lambda loop: loop.objective.average.decay, 0.97),

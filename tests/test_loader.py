@@ -1,11 +1,15 @@
 """Batches: each image once, the same whatever the number of processes, augmented as they should be."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ks_2samp
+from torchvision.transforms import v2
 
 from common import UserError
-from data.augment import Augmentation, Normalise, augment, cut_out
+from data.augment import Augmentation, Normalise, augment, cut_out, erase, erased_boxes
 from data.loader import DeviceLoader, evaluation_batches
 from data.splits import Split
 
@@ -122,6 +126,51 @@ def test_cutouts_against_one_image_at_a_time():
         expected[:, max(0, row - 2) : row + 3, max(0, column - 2) : column + 3] = 0
         assert torch.equal(result, expected)
     assert (next(loader(cutout=3).epoch(0)).images == 0).any(dim=1).sum(dim=(1, 2)).min() >= 4
+
+
+def test_erased_boxes_are_distributed_as_torchvisions():
+    """Shares of the image and ratios of the sides of those that fit, which torchvision draws until they do."""
+    top, left, bottom, right = erased_boxes(4000, 256, 0.7, torch.Generator().manual_seed(0)).double().T
+    height, width = bottom - top, right - left
+    erased = height > 0
+    assert abs(erased.double().mean() - 0.7) < 5 * (0.7 * 0.3 / 4000) ** 0.5
+    assert min(top.min(), left.min()) >= 0 and max(bottom.max(), right.max()) <= 256
+    torch.manual_seed(0)
+    image = torch.zeros(1, 256, 256)
+    fits = erased & (height < 256) & (width < 256)
+    area, ratio = (height * width / 256**2)[fits], (height / width)[fits].log()
+    expected = []
+    transform = v2.RandomErasing(p=1.0)
+    while len(expected) < 2000:
+        drawn = transform.make_params([image])
+        expected.append((drawn["h"] * drawn["w"] / 256**2, math.log(drawn["h"] / drawn["w"])))
+    for ours, theirs in zip((area, ratio), zip(*expected, strict=True), strict=True):
+        assert ks_2samp(ours.numpy(), theirs).pvalue > 0.001
+
+
+def test_a_box_is_erased_and_nothing_else():
+    images = torch.rand(3, 3, 8, 10) + 1
+    found = erase(images, torch.tensor([[0, 0, 0, 0], [2, 3, 5, 4], [0, 1, 8, 10]]))
+    expected = images.clone()
+    expected[1, :, 2:5, 3:4] = 0
+    expected[2, :, :, 1:] = 0
+    assert torch.equal(found, expected)
+
+
+def test_a_policy_varies_each_image_anew_in_each_epoch_and_alike_in_all_processes():
+    before = torch.random.get_rng_state()
+    whole = [list(loader(policy="trivialaugment", padding=0, flip=False).epoch(epoch)) for epoch in (0, 1)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    seen = []
+    for epoch in whole:
+        images, labels = torch.cat([batch.images for batch in epoch]), torch.cat([batch.labels for batch in epoch])
+        seen.append(images[labels.argsort()])
+    plain = Normalise(MEAN, STD, torch.device("cpu"))(split().images)
+    same = [(a == b).flatten(1).all(1).double().mean() for a, b in (seen, (seen[0], plain))]
+    assert max(same) < 0.4  # some operations, and the least strength of others, change nothing
+    half = next(loader(1, 2, policy="trivialaugment", padding=0, flip=False).epoch(0))
+    assert torch.equal(half.images, whole[0][0].images[1::2])
+    assert loader(policy="trivialaugment").augmentation.views is None
 
 
 def test_a_part_of_a_set_shares_its_pixels():

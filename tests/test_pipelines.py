@@ -58,11 +58,11 @@ def pipeline(files: str, config: RunConfig, **where) -> tuple:
     return data, Pipeline(data, config, CPU, **where)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers_and_device_make_the_same_images(files, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "varied"), [(0, {"cutout": 4}), (2, {"aa": "randaugment", "reprob": 0.5})])
+def test_workers_and_device_make_the_same_images(files, tmp_path, workers, varied):
     found = {}
     for kind in ("device", "workers"):
-        config = options(tmp_path, pipeline=kind, data_workers=workers, crop_padding=3, cutout=4, seed=5)
+        config = options(tmp_path, pipeline=kind, data_workers=workers, crop_padding=3, seed=5, **varied)
         data, batches = pipeline(files, config)
         loader = batches.training(data.train, 16)
         found[kind] = list(loader.epoch(1, start=2)), list(batches.evaluation(data.test, 8))
