@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -63,6 +64,7 @@ class Fork:
             return
         code = 1
         try:
+            _disown()
             if dies_with is not None:
                 end_with(parent, dies_with)
             if output:
@@ -116,6 +118,12 @@ def result_of(function: Callable[[], object]) -> object:
     if "error" in answer:
         raise UserError(answer["error"])
     return answer["result"]
+
+
+def _disown() -> None:
+    """Leave to the parent what it wants done at its own end: its temporary folders are not a fork's to remove."""
+    for finalizer in list(weakref.finalize._registry):
+        finalizer.atexit = False
 
 
 def _redirect(output: tuple[Path | str, Path | str]) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -43,6 +44,12 @@ PLAN = {
 
 def runs(**changes) -> dict:
     return {run.name: run for run in make_plan(PLAN | changes, "here").runs({"tiny": "digits"})}
+
+
+def test_a_forks_end_leaves_its_parents_folders():
+    with tempfile.TemporaryDirectory() as folder:
+        assert result_of(lambda: 7) == 7
+        assert Path(folder).is_dir()
 
 
 def test_a_plans_runs_are_seeds_times_teachers_and_students():
