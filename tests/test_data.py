@@ -171,54 +171,6 @@ def test_bad_sets_are_refused_with_the_place(tmp_path, changes, named):
         load_images(bad_parquet(tmp_path, **changes))
 
 
-def picture(values: np.ndarray, mode: str | None = None, kind: str = "png") -> bytes:
-    buffer = io.BytesIO()
-    image = Image.fromarray(values)
-    (image.convert(mode) if mode else image).save(buffer, kind)
-    return buffer.getvalue()
-
-
-GREY = np.array([[0, 60], [120, 240]], dtype=np.uint8)
-COLOUR = np.stack([GREY, GREY // 2, GREY // 3], -1)
-ALPHA = np.full((2, 2, 1), 7, dtype=np.uint8)
-PALETTE = np.array([[0, 1], [2, 3]], dtype=np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("cell", "expected"),
-    [
-        (picture(GREY), np.stack([GREY] * 3)),
-        (picture(np.concatenate([GREY[..., None], ALPHA], -1)), np.stack([GREY] * 3)),  # grey and transparency
-        (picture(COLOUR), COLOUR.transpose(2, 0, 1)),
-        (picture(np.concatenate([COLOUR, ALPHA], -1)), COLOUR.transpose(2, 0, 1)),  # colour and transparency
-        (picture(GREY.astype(np.uint16) * 257), np.stack([GREY] * 3)),  # 16 bits: 257 takes 255 to 65535
-        (picture(GREY > 100), np.stack([255 * (GREY > 100)] * 3)),  # 1 bit
-    ],
-    ids=["1 channel", "2 channels", "3 channels", "4 channels", "16 bits", "1 bit"],
-)
-def test_images_of_every_depth_become_8_bit_rgb(tmp_path, cell, expected):
-    write_parquet(tmp_path / "train.parquet", [cell] * 4, [0, 1] * 2)
-    write_parquet(tmp_path / "test.parquet", [cell], [1])
-    data = load_images(f"parquet:{tmp_path}/*.parquet")
-    assert data.train.images.dtype == torch.uint8 and data.train.images.shape == (4, 3, 2, 2)
-    assert data.test.images[0].tolist() == expected.tolist()
-
-
-def test_a_palette_is_looked_up(tmp_path):
-    image = Image.fromarray(PALETTE, "P")
-    image.putpalette([9, 8, 7, 50, 60, 70, 0, 0, 255, 255, 0, 0])
-    buffer = io.BytesIO()
-    image.save(buffer, "png", transparency=0)
-    data = load_images(bad_parquet(tmp_path, images=[buffer.getvalue()] * 10))
-    assert data.test.images[0].permute(1, 2, 0).tolist() == [[[9, 8, 7], [50, 60, 70]], [[0, 0, 255], [255, 0, 0]]]
-
-
-def test_floating_point_images_are_refused_by_name(tmp_path):
-    cells = [encoded(1)] * 4 + [picture(GREY.astype(np.float32), kind="tiff")] + [encoded(1)] * 5
-    with pytest.raises(UserError, match=r"bad\.parquet row 4: its pixels are floating-point numbers"):
-        load_images(bad_parquet(tmp_path, images=cells))
-
-
 @pytest.mark.parametrize(
     ("files", "message"),
     [
