@@ -67,6 +67,8 @@ def test_columns_splits_and_classes_are_found(tmp_path):
     assert seen(data.train) == [(number, number % 3) for number in range(12)]
     assert seen(data.test) == [(number, number % 3) for number in range(12, 18)]
     assert (data.name, data.class_names, data.image_size) == ("hf:someone/animals", CLASSES, 8)
+    with pytest.raises(UserError, match="has the splits train, validation; say which is for testing with --split_test"):
+        load_images("hf:someone/animals", None, False, options(folder, split_train="validation"))
 
 
 def test_a_set_is_streamed_whole(tmp_path):
