@@ -1,7 +1,10 @@
 """Where images come from: tables of Hugging Face datasets, parquet files, folder trees. One source is one split."""
 
+import csv
 import glob
+import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -11,10 +14,12 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from common import UserError
+from common import UserError, read_text
 from data.decode import from_cell, open_file
 
 TEST_FILE = re.compile(r"(?<![a-z])(test|val|validation)(?![a-z])")
+LABEL_FILES = ("labels.csv", "metadata.csv")  # beside the images of a split: columns file_name and label
+CLASS_NUMBER = re.compile(r"[0-9]{1,18}")
 TEST_SPLITS = ("test", "validation", "valid", "val")
 READ_AT_ONCE = 64  # rows of a parquet file
 READ_BUFFER = 1 << 16  # bytes of a column: without it and with read-ahead, whole files stay in memory
@@ -76,7 +81,7 @@ class FolderSource:
     """Image files with their labels."""
 
     samples: list[tuple[str, int]]
-    class_names: list[str]
+    class_names: list[str] | None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -188,18 +193,55 @@ def parquet_sources(pattern: str, cache_dir: str | None) -> list[ParquetSource]:
 
 
 def folder_sources(path: str) -> list[FolderSource]:
-    """The sources of PATH/train and PATH/test, or of PATH alone."""
+    """The sources of PATH/train and PATH/test, or of PATH alone: a folder for each class, or a file of labels."""
     from torchvision.datasets import ImageFolder
 
     root = Path(path)
     names = [name for name in ("train", *TEST_SPLITS) if (root / name).is_dir()]
+    places = [root / name for name in names[:2]] if "train" in names else [root]
+    if any((place / file).exists() for place in places for file in LABEL_FILES):
+        return _listed_sources(path, places)
     try:
-        folders = [ImageFolder(root / name) for name in names[:2]] if "train" in names else [ImageFolder(root)]
+        folders = [ImageFolder(place) for place in places]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"--dataset folder:{path}: {str(error).splitlines()[0]}") from None
     if len(folders) == 2 and folders[0].classes != folders[1].classes:
         raise UserError(f"--dataset folder:{path}: {names[0]} and {names[1]} have different classes")
     return [FolderSource(folder.samples, folder.classes) for folder in folders]
+
+
+def _listed_sources(path: str, places: list[Path]) -> list[FolderSource]:
+    """The sources of folders with a file of labels each: class numbers if all of them are, else names, sorted."""
+    tables = [_read_labels(path, place) for place in places]
+    if all(CLASS_NUMBER.fullmatch(label) for table in tables for _, label in table):
+        return [FolderSource([(file, int(label)) for file, label in table], None) for table in tables]
+    names = sorted({label for _, label in tables[0]})
+    numbers = {name: number for number, name in enumerate(names)}
+    for place, table in zip(places, tables, strict=True):
+        if unknown := sorted({label for _, label in table} - numbers.keys()):
+            said = f"{place.name} has the class {unknown[0]!r}, which {places[0].name} has not"
+            raise UserError(f"--dataset folder:{path}: {said}")
+    return [FolderSource([(file, numbers[label]) for file, label in table], names) for table in tables]
+
+
+def _read_labels(path: str, place: Path) -> list[tuple[str, str]]:
+    """Image file and label of each row; the files lie in the folder `place`, or below."""
+    files = [place / name for name in LABEL_FILES if (place / name).exists()]
+    if len(files) != 1:
+        raise UserError(f"--dataset folder:{path}: {place} must hold one of {' and '.join(LABEL_FILES)}")
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(files[0]).removeprefix("\ufeff"), newline="")))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--dataset folder:{path}: cannot read {files[0]} ({error})") from None
+    found = []
+    for number, row in enumerate(rows, 1):
+        name, label = row.get("file_name"), row.get("label")
+        if not name or not label:
+            raise UserError(f"--dataset folder:{path}: {files[0]} row {number} has no file_name or no label")
+        if os.path.isabs(name) or Path(os.path.normpath(name)).parts[0] == os.pardir:
+            raise UserError(f"--dataset folder:{path}: {files[0]} row {number} leads out of the folder ({name})")
+        found.append((str(place / name), label))
+    return found
 
 
 def parquet_streams(pattern: str, cache_dir: str | None) -> list[Stream]:

@@ -134,6 +134,55 @@ def test_folder_trees(tmp_path, layout):
     )
 
 
+def listed(folder: Path, part: str, rows: dict[str, object], file: str = "labels.csv") -> None:
+    """A folder of images, whose red is their number, and a file that says what each is; with a column to spare."""
+    for number, name in enumerate(rows):
+        (folder / part / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / part / name).write_bytes(encoded(number))
+    lines = [f'{number},"{label}",{name}\r\n' for number, (name, label) in enumerate(rows.items())]
+    (folder / part / file).write_text("".join(["\ufeffid,label,file_name\r\n", *lines]), newline="")
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "names"),
+    [(["owl", "a, b", "cat"], [2, 0, 1], ["a, b", "cat", "owl"]), ([10, 2, 0], [10, 2, 0], None)],
+    ids=["names", "numbers"],
+)
+def test_folders_with_a_file_of_labels(tmp_path, labels, numbers, names):
+    spare = {f"more/{number}.png": number for number in range(11)} if names is None else {}
+    images = {f"{number}.png": label for number, label in enumerate(labels)}
+    listed(tmp_path, "train", images | spare, "metadata.csv")
+    listed(tmp_path, "test", {name: images[name] for name in list(images)[:2]})
+    for place in ("device", "workers"):
+        data = load_images(f"folder:{tmp_path}", 8, options=DataOptions(pipeline=place))
+        assert data.train.labels[:3].tolist() == numbers and data.test.labels.tolist() == numbers[:2]
+        assert data.class_names == names
+    assert load_images(f"folder:{tmp_path}").train.images[:3, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file_name,label\n../0.png,cat\n", "row 1 leads out of the folder"),
+        ("file_name,label\na/../../0.png,cat\n", "row 1 leads out of the folder"),
+        ("file_name,label\n/etc/0.png,cat\n", "row 1 leads out of the folder"),
+        ("file_name,class\n0.png,cat\n", "row 1 has no file_name or no label"),
+        ("file_name,label\n0.png,cat\n1.png\n", "row 2 has no file_name or no label"),
+        ("file_name,label\n0.png,cow\n", "test has the class 'cow', which train has not"),
+        ("file_name,label\n", "a split is empty"),
+        ("file_name,label\n9.png,cat\n", r"cannot read the image .*test/9\.png: .*No such file"),
+        (None, "test must hold one of labels.csv and metadata.csv"),
+    ],
+)
+def test_files_of_labels_that_cannot_be_followed(tmp_path, text, message):
+    listed(tmp_path, "train", {"0.png": "cat", "1.png": "dog"})
+    (tmp_path / "test").mkdir()
+    if text is not None:
+        (tmp_path / "test/labels.csv").write_text(text)
+    with pytest.raises(UserError, match=rf"^--dataset[^\n]*{message}[^\n]*$"):
+        load_images(f"folder:{tmp_path}")
+
+
 def test_a_corrupt_file_in_a_folder_tree_is_named(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
