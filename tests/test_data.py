@@ -139,8 +139,8 @@ def listed(folder: Path, part: str, rows: dict[str, object], file: str = "labels
     for number, name in enumerate(rows):
         (folder / part / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / part / name).write_bytes(encoded(number))
-    lines = [f'{number},"{label}",{name}\r\n' for number, (name, label) in enumerate(rows.items())]
-    (folder / part / file).write_text("".join(["\ufeffid,label,file_name\r\n", *lines]), newline="")
+    lines = [f'{name},{number},"{label}"\r\n' for number, (name, label) in enumerate(rows.items())]
+    (folder / part / file).write_text("".join(["\ufefffile_name,id,label\r\n", *lines]), newline="")
 
 
 @pytest.mark.parametrize(
