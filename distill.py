@@ -289,7 +289,7 @@ def next_command(config: DistillConfig, student: str | Path, size: int, alone: b
     name = config.output_dir.rstrip("/") + ("-distilled" if alone else "-alone")
     return (
         f"python distill.py {other} --student {quote(str(student))} --dataset {quote(config.dataset)} "
-        f"--image_size {size} --epochs {config.epochs}{config.class_flags()} --output_dir {quote(name)}"
+        f"--image_size {size} --epochs {config.epochs}{config.flags()} --output_dir {quote(name)}"
     )
 
 

@@ -165,7 +165,7 @@ def next_command(config: TeacherConfig, info: ModelInfo, students: dict[str, dic
         student = str(spec_path(folder, next(iter(students))))
     return (
         f"python distill.py --teacher {quote(str(folder))} --student {quote(student)} --method kd "
-        f"--epochs {config.last_epoch}{config.class_flags()} --output_dir {quote(f'{folder}-student')}"
+        f"--epochs {config.last_epoch}{config.flags()} --output_dir {quote(f'{folder}-student')}"
     )
 
 

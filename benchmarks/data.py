@@ -29,7 +29,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from common import write_atomically
-from data.datasets import DataOptions, load_images
+from data.datasets import load_images
+from data.options import DataOptions
 from data.pipeline import Pipeline
 from data.splits import ImageSet, Split
 from engine.run_folder import machine

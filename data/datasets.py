@@ -1,9 +1,8 @@
 """Image sets: which images there are, how they are parted, and whether they are held in memory."""
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -12,14 +11,13 @@ from tqdm import tqdm
 
 from common import UserError, check_name
 from data.decode import from_cell, read_rgb
+from data.hub import HUB, hub_of, hub_sources, hub_streams
+from data.options import OF_THE_HUB, DataOptions
 from data.sources import (
-    HUB,
     ParquetSource,
     Row,
     Source,
     folder_sources,
-    hub_sources,
-    hub_streams,
     parquet_sources,
     parquet_streams,
 )
@@ -35,61 +33,6 @@ MAX_CLASSES = 1_000_000  # a classifier of more would not fit beside the images
 CHUNK = 1 << 20  # bytes of images whose statistics are counted at once
 
 
-@dataclass
-class DataOptions:
-    """Which images are trained on, and where they come from.
-
-    Args:
-        dataset: digits, a data set by name (cifar10, cifar100, stl10, tiny_imagenet, imagenet, imagenet200),
-            parquet:GLOB or folder:PATH; default: the teacher's, else digits.
-        data_dir: a local copy of the named data set (a clone of its repository, or a saved one).
-        cache_dir: where Hugging Face datasets keeps what it fetches; default: its own place.
-        offline: fetch nothing, take named data sets from the cache.
-        streaming: read while fetching instead of fetching first (imagenet, parquet:GLOB).
-        train_fraction: part of the training split that is used, the same share of every class.
-        exclude_classes: classes (numbers) whose training images are left out; the test keeps them.
-        binary: classes (numbers) that become class 1, and all others class 0: a set of two classes out of any.
-        val_fraction: part of the training split kept apart to choose the best epoch on; 0: none.
-        image_size: side of the images that networks see; default: the data set's own.
-        augment: crop (zero padding, random crop) or resized_crop (random size and shape, for photographs);
-            default: what suits the data set.
-        crop_padding: padding of the random crop; default: an eighth of the side.
-        flip: random horizontal flips; default: what suits the data set (none for digits).
-        cutout: side of a square that is blanked at a random place; 0: none.
-        aa: torchvision's policy for training images, after crop and flip (arXiv 1909.13719, 2103.10158).
-        reprob: probability of random erasing (arXiv 1708.04896), a box in the mean colour.
-        pipeline: device (the whole set as uint8 on the device), workers (images are decoded as they are
-            needed) or auto: device if the set fits.
-        data_workers: processes that decode images for the workers pipeline; default: one for each core but one.
-    """
-
-    title = "data"
-
-    dataset: str | None = None
-    data_dir: str | None = None
-    cache_dir: str | None = None
-    offline: bool = False
-    streaming: bool = False
-    train_fraction: float = 1.0
-    exclude_classes: list[int] = field(default_factory=list)
-    binary: list[int] = field(default_factory=list)
-    val_fraction: float = 0.0
-    image_size: int | None = None
-    augment: Literal["crop", "resized_crop"] | None = None
-    crop_padding: int | None = None
-    flip: bool | None = None
-    cutout: int = 0
-    aa: Literal["none", "randaugment", "trivialaugment"] = "none"
-    reprob: float = 0.0
-    pipeline: Literal["auto", "device", "workers"] = "auto"
-    data_workers: int | None = None
-
-    def class_flags(self) -> str:
-        """The flags that say which classes there are, for a command that goes on from a run; a space before each."""
-        given = {"exclude_classes": self.exclude_classes, "binary": self.binary}
-        return "".join(f" --{name} {' '.join(map(str, classes))}" for name, classes in given.items() if classes)
-
-
 def load_images(
     name: str,
     image_size: int | None = None,
@@ -100,7 +43,7 @@ def load_images(
     """Load a data set.
 
     Args:
-        name: `digits` (scikit-learn's 1,797 handwritten digits, embedded), a name of `HUB`, `parquet:GLOB`
+        name: `digits` (scikit-learn's 1,797 handwritten digits), a name of `HUB`, `hf:ORG/NAME`, `parquet:GLOB`
             (columns image and label; files with "test" or "val" in their name are the test split) or
             `folder:PATH` (PATH/train/CLASS/*.png and PATH/test or PATH/val, or just PATH/CLASS/*.png). A set
             without a test split gets a fixed, stratified one of a fifth.
@@ -115,8 +58,8 @@ def load_images(
             without `image_size`, labels that are not class indices, or an empty split.
     """
     options = options or DataOptions()
-    kind, place = _kind_and_place(name, options)
-    known = HUB.get(kind)
+    kind = _kind(name, options)
+    known = hub_of(name)
     augment = options.augment or ("resized_crop" if known and known.resized_crop else "crop")
     image_size = image_size or (known.size if known else None)
     if options.streaming:
@@ -126,7 +69,7 @@ def load_images(
         if options.pipeline == "workers" or augment == "resized_crop":
             raise UserError("--dataset digits: has no encoded images for workers or resized crops")
     else:
-        sources = _sources(kind, place, options)
+        sources = _sources(name, options)
         names = sources[0].class_names
         sources = [_first_readable(name, source) for source in sources]
         size = image_size or sources[0][1]
@@ -152,14 +95,16 @@ def load_images(
     return ImageSet(name, num_classes, size, train, test, *moments, flip, augment, described, class_names=names)
 
 
-def _kind_and_place(name: str, options: DataOptions) -> tuple[str, str]:
+def _kind(name: str, options: DataOptions) -> str:
     kind, _, place = name.partition(":")
-    check_name("--dataset", kind, ["digits", *HUB, "parquet", "folder"])
-    if bool(place) != (kind in ("parquet", "folder")):
-        raise UserError(f"--dataset {name}: a place follows parquet: and folder: only, and must follow them")
-    if options.data_dir is not None and kind not in HUB:
-        raise UserError(f"--data_dir {options.data_dir}: only for data sets by name ({', '.join(HUB)})")
-    return kind, place
+    check_name("--dataset", kind, ["digits", *HUB, "hf", "parquet", "folder"])
+    if bool(place) != (kind in ("hf", "parquet", "folder")):
+        raise UserError(f"--dataset {name}: a place follows hf:, parquet: and folder: only, and must follow them")
+    for option in OF_THE_HUB:
+        value = getattr(options, option)
+        if value is not None and kind not in ("hf", *HUB):
+            raise UserError(f"--{option} {value}: only for data sets of the hub (hf:ORG/NAME, {', '.join(HUB)})")
+    return kind
 
 
 def hold_out(data: ImageSet, fraction: float, purpose: str) -> tuple[ImageSet, AnySplit | None]:
@@ -185,12 +130,13 @@ def free_memory(device: torch.device | None) -> int:
     return kilobytes * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def _sources(kind: str, place: str, options: DataOptions) -> list[Source]:
+def _sources(name: str, options: DataOptions) -> list[Source]:
+    kind, _, place = name.partition(":")
     if kind == "parquet":
         return parquet_sources(place, options.cache_dir)
     if kind == "folder":
         return folder_sources(place)
-    return hub_sources(kind, options.data_dir, options.cache_dir, options.offline)
+    return hub_sources(name, options)
 
 
 def _first_readable(name: str, source: Source) -> tuple[Source, int]:
@@ -313,10 +259,10 @@ def _stream(name: str, image_size: int | None, augment: str, options: DataOption
         raise UserError("--pipeline device: holds the whole set in memory, which --streaming avoids")
     if kind == "parquet":
         streams = parquet_streams(place, options.cache_dir)
-    elif kind in HUB:
-        streams = hub_streams(kind, options.data_dir, options.cache_dir, options.offline)
+    elif hub_of(name):
+        streams = hub_streams(name, options)
     else:
-        raise UserError(f"--streaming: is for data sets by name and for parquet:, not for {name}")
+        raise UserError(f"--streaming: is for data sets of the hub and for parquet:, not for {name}")
     if len(streams) != 2:
         raise UserError(f"--streaming: {name} needs a test split of its own")
     train, test = streams

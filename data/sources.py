@@ -1,6 +1,8 @@
-"""Where images come from: Hugging Face data sets, parquet files, folder trees. One source is one split."""
+"""Where images come from: tables of Hugging Face datasets, parquet files, folder trees. One source is one split."""
 
+import csv
 import glob
+import io
 import json
 import os
 import re
@@ -12,51 +14,15 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from common import UserError
+from common import UserError, read_text
 from data.decode import from_cell, open_file
 
 TEST_FILE = re.compile(r"(?<![a-z])(test|val|validation)(?![a-z])")
+LABEL_FILES = ("labels.csv", "metadata.csv")  # beside the images of a split: columns file_name and label
+CLASS_NUMBER = re.compile(r"[0-9]{1,18}")
 TEST_SPLITS = ("test", "validation", "valid", "val")
 READ_AT_ONCE = 64  # rows of a parquet file
 READ_BUFFER = 1 << 16  # bytes of a column: without it and with read-ahead, whole files stay in memory
-
-# The classes of Tiny-ImageNet-200 among ImageNet's 1,000, both in the order of their WordNet ids.
-IMAGENET200 = (
-    *(1, 25, 30, 32, 50, 61, 69, 71, 75, 76, 79, 99, 105, 107, 109, 113, 114, 115, 122, 123, 128, 145, 146, 149, 151),
-    *(187, 207, 208, 235, 267, 281, 283, 285, 286, 291, 294, 301, 308, 309, 311, 313, 314, 315, 319, 323, 325, 329),
-    *(338, 341, 345, 347, 349, 353, 354, 365, 367, 372, 386, 387, 398, 400, 406, 411, 414, 421, 424, 425, 427, 430),
-    *(435, 436, 437, 438, 440, 445, 447, 448, 457, 458, 462, 463, 466, 467, 470, 471, 474, 480, 485, 488, 492, 496),
-    *(500, 508, 509, 511, 517, 525, 526, 532, 542, 543, 557, 562, 565, 567, 568, 570, 573, 576, 604, 605, 612, 614),
-    *(619, 621, 625, 627, 635, 645, 652, 655, 675, 677, 678, 682, 683, 687, 704, 707, 716, 720, 731, 733, 734, 735),
-    *(737, 739, 744, 747, 758, 760, 761, 765, 768, 774, 779, 781, 786, 801, 806, 808, 811, 815, 817, 821, 826, 837),
-    *(839, 842, 845, 849, 850, 853, 862, 866, 873, 874, 877, 879, 887, 888, 890, 899, 900, 909, 910, 917, 923, 924),
-    *(928, 929, 932, 935, 938, 945, 947, 950, 951, 954, 957, 962, 963, 964, 967, 970, 972, 973, 975, 978, 988),
-)
-
-
-class Hub(NamedTuple):
-    """A data set of the Hugging Face hub.
-
-    `size`: the side of its images, or of what networks see of them where they differ in size: these are
-    trained on as `resized_crop`. `classes`: the labels that are kept, in the order of their new numbers.
-    """
-
-    path: str
-    image: str
-    label: str
-    size: int
-    resized_crop: bool = False
-    classes: tuple[int, ...] | None = None
-
-
-HUB = {
-    "cifar10": Hub("uoft-cs/cifar10", "img", "label", 32),
-    "cifar100": Hub("uoft-cs/cifar100", "img", "fine_label", 32),
-    "stl10": Hub("tanganke/stl10", "image", "label", 96),
-    "tiny_imagenet": Hub("zh-plus/tiny-imagenet", "image", "label", 64),
-    "imagenet": Hub("ILSVRC/imagenet-1k", "image", "label", 224, resized_crop=True),
-    "imagenet200": Hub("ILSVRC/imagenet-1k", "image", "label", 224, resized_crop=True, classes=IMAGENET200),
-}
 
 
 class Row(NamedTuple):
@@ -115,7 +81,7 @@ class FolderSource:
     """Image files with their labels."""
 
     samples: list[tuple[str, int]]
-    class_names: list[str]
+    class_names: list[str] | None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -227,13 +193,16 @@ def parquet_sources(pattern: str, cache_dir: str | None) -> list[ParquetSource]:
 
 
 def folder_sources(path: str) -> list[FolderSource]:
-    """The sources of PATH/train and PATH/test, or of PATH alone."""
+    """The sources of PATH/train and PATH/test, or of PATH alone: a folder for each class, or a file of labels."""
     from torchvision.datasets import ImageFolder
 
     root = Path(path)
     names = [name for name in ("train", *TEST_SPLITS) if (root / name).is_dir()]
+    places = [root / name for name in names[:2]] if "train" in names else [root]
+    if any((place / file).exists() for place in places for file in LABEL_FILES):
+        return _listed_sources(path, places)
     try:
-        folders = [ImageFolder(root / name) for name in names[:2]] if "train" in names else [ImageFolder(root)]
+        folders = [ImageFolder(place) for place in places]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"--dataset folder:{path}: {str(error).splitlines()[0]}") from None
     if len(folders) == 2 and folders[0].classes != folders[1].classes:
@@ -241,36 +210,38 @@ def folder_sources(path: str) -> list[FolderSource]:
     return [FolderSource(folder.samples, folder.classes) for folder in folders]
 
 
-def hub_sources(name: str, data_dir: str | None, cache_dir: str | None, offline: bool) -> list[TableSource]:
-    """Training and test split of a named data set, from the hub, the cache or a local copy."""
-    splits = _load_hub(name, data_dir, cache_dir, offline, streaming=False)
-    sources = []
-    for split in _split_names(name, splits):
-        table = splits[split]
-        image, label = _columns(name, table.column_names)
-        parts = (undecoded(table, image), image, label, HUB[name].classes, data_dir)
-        sources.append(TableSource(f"{name} {split}", *parts))
-    return sources
+def _listed_sources(path: str, places: list[Path]) -> list[FolderSource]:
+    """The sources of folders with a file of labels each: class numbers if all of them are, else names, sorted."""
+    tables = [_read_labels(path, place) for place in places]
+    if all(CLASS_NUMBER.fullmatch(label) for table in tables for _, label in table):
+        return [FolderSource([(file, int(label)) for file, label in table], None) for table in tables]
+    names = sorted({label for _, label in tables[0]})
+    numbers = {name: number for number, name in enumerate(names)}
+    for place, table in zip(places, tables, strict=True):
+        if unknown := sorted({label for _, label in table} - numbers.keys()):
+            said = f"{place.name} has the class {unknown[0]!r}, which {places[0].name} has not"
+            raise UserError(f"--dataset folder:{path}: {said}")
+    return [FolderSource([(file, numbers[label]) for file, label in table], names) for table in tables]
 
 
-def hub_streams(name: str, data_dir: str | None, cache_dir: str | None, offline: bool) -> list[Stream]:
-    """The same without fetching the set first."""
-    import datasets
-
-    if HUB[name].classes is not None:
-        raise UserError(f"--streaming: {name} is picked out of a larger set by index, which a stream does not have")
-    splits = _load_hub(name, data_dir, cache_dir, offline, streaming=True)
-    streams = []
-    for split in _split_names(name, splits):
-        rows = splits[split]
-        image, label = _columns(name, rows.column_names)
-        kind, known = rows.features[label], (rows.info.splits or {}).get(split)
-        if known is None or not known.num_examples or not isinstance(kind, datasets.ClassLabel):
-            raise UserError(f"--streaming: {name} does not say how many images and classes it has")
-        rows = undecoded(rows, image)
-        counts = known.num_examples, kind.num_classes
-        streams.append(Stream(f"{name} {split}", rows, image, label, *counts, kind.names))
-    return streams
+def _read_labels(path: str, place: Path) -> list[tuple[str, str]]:
+    """Image file and label of each row; the files lie in the folder `place`, or below."""
+    files = [place / name for name in LABEL_FILES if (place / name).exists()]
+    if len(files) != 1:
+        raise UserError(f"--dataset folder:{path}: {place} must hold one of {' and '.join(LABEL_FILES)}")
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(files[0]).removeprefix("\ufeff"), newline="")))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--dataset folder:{path}: cannot read {files[0]} ({error})") from None
+    found = []
+    for number, row in enumerate(rows, 1):
+        name, label = row.get("file_name"), row.get("label")
+        if not name or not label:
+            raise UserError(f"--dataset folder:{path}: {files[0]} row {number} has no file_name or no label")
+        if os.path.isabs(name) or Path(os.path.normpath(name)).parts[0] == os.pardir:
+            raise UserError(f"--dataset folder:{path}: {files[0]} row {number} leads out of the folder ({name})")
+        found.append((str(place / name), label))
+    return found
 
 
 def parquet_streams(pattern: str, cache_dir: str | None) -> list[Stream]:
@@ -296,35 +267,14 @@ def undecoded(table, image: str):
 
 
 def _load(kind: str, source: ParquetSource, **options):
-    datasets = _datasets()
+    datasets = datasets_library()
     try:
         return datasets.load_dataset(kind, split="train", cache_dir=source.cache_dir, **options)
     except Exception as error:  # the library raises many kinds
-        reason = _reason(error)
-        raise UserError(f"--dataset parquet:{source.pattern}: cannot be read ({reason})") from None
+        raise UserError(f"--dataset parquet:{source.pattern}: cannot be read ({reason_of(error)})") from None
 
 
-def _load_hub(name: str, data_dir: str | None, cache_dir: str | None, offline: bool, streaming: bool):
-    datasets = _datasets()
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise UserError(f"--data_dir {data_dir}: is no folder")
-    if offline:
-        _go_offline()
-    try:
-        if data_dir is not None and (Path(data_dir) / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(data_dir)
-        return datasets.load_dataset(data_dir or HUB[name].path, cache_dir=cache_dir, streaming=streaming)
-    except Exception as error:  # the hub client raises many kinds
-        reason = _reason(error)
-        if data_dir is not None:
-            raise UserError(f"--data_dir {data_dir}: cannot be read as {name} ({reason})") from None
-        raise UserError(
-            f"--dataset {name}: cannot fetch '{HUB[name].path}' and no cached copy was found ({reason}). What was "
-            "fetched before is kept: run again, or give a local copy with --data_dir"
-        ) from None
-
-
-def _datasets():
+def datasets_library():
     """The library, which shows its bars and retries on a terminal only, and warns of nothing that is no error here."""
     import datasets
     import huggingface_hub
@@ -336,31 +286,7 @@ def _datasets():
     return datasets
 
 
-def _go_offline() -> None:
-    """As HF_HUB_OFFLINE=1 would, which the library reads only once, when it is first imported."""
-    import datasets.config
-    import huggingface_hub.constants
-
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-
-
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """The first line of what an error of the library goes back to."""
     cause = error.__cause__ or error  # "an error occurred while generating" says less than its cause
     return (str(cause).splitlines() or [type(cause).__name__])[0]
-
-
-def _split_names(name: str, splits) -> list[str]:
-    test = next((split for split in TEST_SPLITS if split in splits), None)
-    if "train" not in splits or test is None:
-        raise UserError(f"--dataset {name}: has the splits {', '.join(splits)}; a training and a test split are needed")
-    return ["train", test]
-
-
-def _columns(name: str, columns: list[str]) -> tuple[str, str]:
-    image = next((column for column in (HUB[name].image, "image", "img") if column in columns), None)
-    label = next((column for column in (HUB[name].label, "label") if column in columns), None)
-    if image is None or label is None:
-        wanted = f"{HUB[name].image} and {HUB[name].label}"
-        raise UserError(f"--dataset {name}: has the columns {', '.join(columns)}; {wanted} are needed")
-    return image, label

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from common import UserError
-from data.datasets import DataOptions
+from data.options import DataOptions
 
 LARGEST = 3e38  # of float32, in which the optimiser computes
 MONTH = 30 * 24 * 3600  # seconds

@@ -8,7 +8,8 @@ from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from common import UserError
-from data.datasets import DataOptions, hold_out
+from data.datasets import hold_out
+from data.options import DataOptions
 from data.splits import AnySplit, ImageSet
 from models import ModelInfo, create_model, load_pretrained, load_weights
 from models.network import Network

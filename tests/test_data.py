@@ -134,6 +134,55 @@ def test_folder_trees(tmp_path, layout):
     )
 
 
+def listed(folder: Path, part: str, rows: dict[str, object], file: str = "labels.csv") -> None:
+    """A folder of images, whose red is their number, and a file that says what each is; with a column to spare."""
+    for number, name in enumerate(rows):
+        (folder / part / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / part / name).write_bytes(encoded(number))
+    lines = [f'{name},{number},"{label}"\r\n' for number, (name, label) in enumerate(rows.items())]
+    (folder / part / file).write_text("".join(["\ufefffile_name,id,label\r\n", *lines]), newline="")
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "names"),
+    [(["owl", "a, b", "cat"], [2, 0, 1], ["a, b", "cat", "owl"]), ([10, 2, 0], [10, 2, 0], None)],
+    ids=["names", "numbers"],
+)
+def test_folders_with_a_file_of_labels(tmp_path, labels, numbers, names):
+    spare = {f"more/{number}.png": number for number in range(11)} if names is None else {}
+    images = {f"{number}.png": label for number, label in enumerate(labels)}
+    listed(tmp_path, "train", images | spare, "metadata.csv")
+    listed(tmp_path, "test", {name: images[name] for name in list(images)[:2]})
+    for place in ("device", "workers"):
+        data = load_images(f"folder:{tmp_path}", 8, options=DataOptions(pipeline=place))
+        assert data.train.labels[:3].tolist() == numbers and data.test.labels.tolist() == numbers[:2]
+        assert data.class_names == names
+    assert load_images(f"folder:{tmp_path}").train.images[:3, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file_name,label\n../0.png,cat\n", "row 1 leads out of the folder"),
+        ("file_name,label\na/../../0.png,cat\n", "row 1 leads out of the folder"),
+        ("file_name,label\n/etc/0.png,cat\n", "row 1 leads out of the folder"),
+        ("file_name,class\n0.png,cat\n", "row 1 has no file_name or no label"),
+        ("file_name,label\n0.png,cat\n1.png\n", "row 2 has no file_name or no label"),
+        ("file_name,label\n0.png,cow\n", "test has the class 'cow', which train has not"),
+        ("file_name,label\n", "a split is empty"),
+        ("file_name,label\n9.png,cat\n", r"cannot read the image .*test/9\.png: .*No such file"),
+        (None, "test must hold one of labels.csv and metadata.csv"),
+    ],
+)
+def test_files_of_labels_that_cannot_be_followed(tmp_path, text, message):
+    listed(tmp_path, "train", {"0.png": "cat", "1.png": "dog"})
+    (tmp_path / "test").mkdir()
+    if text is not None:
+        (tmp_path / "test/labels.csv").write_text(text)
+    with pytest.raises(UserError, match=rf"^--dataset[^\n]*{message}[^\n]*$"):
+        load_images(f"folder:{tmp_path}")
+
+
 def test_a_corrupt_file_in_a_folder_tree_is_named(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
@@ -169,54 +218,6 @@ def bad_parquet(tmp_path, images=None, labels=None) -> str:
 def test_bad_sets_are_refused_with_the_place(tmp_path, changes, named):
     with pytest.raises(UserError, match=named):
         load_images(bad_parquet(tmp_path, **changes))
-
-
-def picture(values: np.ndarray, mode: str | None = None, kind: str = "png") -> bytes:
-    buffer = io.BytesIO()
-    image = Image.fromarray(values)
-    (image.convert(mode) if mode else image).save(buffer, kind)
-    return buffer.getvalue()
-
-
-GREY = np.array([[0, 60], [120, 240]], dtype=np.uint8)
-COLOUR = np.stack([GREY, GREY // 2, GREY // 3], -1)
-ALPHA = np.full((2, 2, 1), 7, dtype=np.uint8)
-PALETTE = np.array([[0, 1], [2, 3]], dtype=np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("cell", "expected"),
-    [
-        (picture(GREY), np.stack([GREY] * 3)),
-        (picture(np.concatenate([GREY[..., None], ALPHA], -1)), np.stack([GREY] * 3)),  # grey and transparency
-        (picture(COLOUR), COLOUR.transpose(2, 0, 1)),
-        (picture(np.concatenate([COLOUR, ALPHA], -1)), COLOUR.transpose(2, 0, 1)),  # colour and transparency
-        (picture(GREY.astype(np.uint16) * 257), np.stack([GREY] * 3)),  # 16 bits: 257 takes 255 to 65535
-        (picture(GREY > 100), np.stack([255 * (GREY > 100)] * 3)),  # 1 bit
-    ],
-    ids=["1 channel", "2 channels", "3 channels", "4 channels", "16 bits", "1 bit"],
-)
-def test_images_of_every_depth_become_8_bit_rgb(tmp_path, cell, expected):
-    write_parquet(tmp_path / "train.parquet", [cell] * 4, [0, 1] * 2)
-    write_parquet(tmp_path / "test.parquet", [cell], [1])
-    data = load_images(f"parquet:{tmp_path}/*.parquet")
-    assert data.train.images.dtype == torch.uint8 and data.train.images.shape == (4, 3, 2, 2)
-    assert data.test.images[0].tolist() == expected.tolist()
-
-
-def test_a_palette_is_looked_up(tmp_path):
-    image = Image.fromarray(PALETTE, "P")
-    image.putpalette([9, 8, 7, 50, 60, 70, 0, 0, 255, 255, 0, 0])
-    buffer = io.BytesIO()
-    image.save(buffer, "png", transparency=0)
-    data = load_images(bad_parquet(tmp_path, images=[buffer.getvalue()] * 10))
-    assert data.test.images[0].permute(1, 2, 0).tolist() == [[[9, 8, 7], [50, 60, 70]], [[0, 0, 255], [255, 0, 0]]]
-
-
-def test_floating_point_images_are_refused_by_name(tmp_path):
-    cells = [encoded(1)] * 4 + [picture(GREY.astype(np.float32), kind="tiff")] + [encoded(1)] * 5
-    with pytest.raises(UserError, match=r"bad\.parquet row 4: its pixels are floating-point numbers"):
-        load_images(bad_parquet(tmp_path, images=cells))
 
 
 @pytest.mark.parametrize(

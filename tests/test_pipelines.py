@@ -311,7 +311,8 @@ def test_a_named_set_from_a_local_copy(files, tmp_path, kind):
 def test_imagenet200_is_200_of_the_1000_classes_numbered_anew(tmp_path):
     import datasets
 
-    from data.sources import IMAGENET200, TableSource
+    from data.hub import IMAGENET200
+    from data.sources import TableSource
 
     assert len(set(IMAGENET200)) == 200 and list(IMAGENET200) == sorted(IMAGENET200)
     labels = [0, 1, 25, 2, 988, 25, 999]  # goldfish, salamander, acorn: 0, 1 and 199 of Tiny-ImageNet

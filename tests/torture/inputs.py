@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from common import derive_seed
-from data.sources import HUB
+from data.hub import HUB
 from distill import DistillConfig
 from engine.command_line import _field_types
 from losses.registry import METHODS
