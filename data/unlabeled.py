@@ -16,7 +16,7 @@ from common import UserError, check_name
 from data.batch import UNLABELED
 from data.datasets import MIN_IMAGES_TO_SAY, decide
 from data.decode import read_rgb
-from data.near_duplicates import NEAR, difference_hash, is_near
+from data.near_duplicates import NEAR, is_near, perceptual_hash
 from data.sources import FolderSource, Row, TableSource, load_parquet, undecoded
 from data.splits import ImageSet, Split, StoredSplit, Unlabeled
 
@@ -32,7 +32,7 @@ def with_unlabeled(data: ImageSet, config, device: torch.device | None = None, p
         UserError: a place without images, one that cannot be read (named), or nothing that is left.
     """
     place = config.unlabeled
-    known = torch.cat([difference_hash(images) for images in _images_of(data.test, data.image_size)])
+    known = torch.cat([perceptual_hash(images) for images in _images_of(data.test, data.image_size)])
     try:
         source = _source(place, config.cache_dir)
         held, where = decide([len(source)], data.image_size, data.augment, config.pipeline, device)
@@ -83,7 +83,7 @@ def _kept(
     for number, images in enumerate(_decoded(rows, side)):
         if held:
             pixels[number * CHUNK :][: len(images)] = images
-        hashes = difference_hash(images)
+        hashes = perceptual_hash(images)
         kept.append(~is_near(hashes, known))
         digest.update((hashes > 0).numpy().tobytes())
     indices = torch.cat(kept).nonzero().squeeze(1)

@@ -4,11 +4,11 @@ import io
 import signal
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
@@ -31,13 +31,13 @@ SIDE = 64
 
 
 def patches() -> list[Image.Image]:
-    """Of two photographs, next to each other."""
+    """Of two photographs, next to each other; of clear sky there would be nothing but a codec's noise to compare."""
     found = []
     for pixels in load_sample_images().images:
         photograph = Image.fromarray(pixels)
         boxes = [(x, y, x + SIDE, y + SIDE) for y in range(0, 384, SIDE) for x in range(0, 640, SIDE)]
         found += [photograph.crop(box) for box in boxes]
-    return found
+    return [image for image in found if np.asarray(image).std() > 25]
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +64,14 @@ def places(tmp_path_factory) -> dict[str, Path]:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=70)
         cells.append({"bytes": buffer.getvalue(), "path": None})
-    pyarrow.parquet.write_table(pyarrow.table({"image": cells}), root / "mixed.parquet")
-    return {name: root / name for name in ("labelled", "new", "copies", "mixed.parquet")}
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells}), root / "both")
+    return {name: root / name for name in ("labelled", "new", "copies", "both")}
 
 
 @pytest.mark.parametrize("pipeline", ["device", "workers"])
 def test_copies_of_test_images_are_left_out_and_no_others(places, pipeline, tmp_path):
     options = {"cache_dir": str(tmp_path / "cache"), "pipeline": pipeline}
-    config = DistillConfig(unlabeled=f"parquet:{places['mixed.parquet']}", unlabeled_ratio=2, **options)
+    config = DistillConfig(unlabeled=f"parquet:{places['both']}", unlabeled_ratio=2, **options)
     data = load_images(f"folder:{places['labelled']}", 32, options=config)
     found = with_unlabeled(data, config).unlabeled
     assert len(data.test) == 20 and found.split.indices.tolist() == list(range(30))
@@ -128,7 +128,8 @@ def test_every_labelled_image_brings_its_unlabelled_ones_whatever_the_number_of_
             rows = shown(batch)
             assert batch.labels.view(-1, 4).tolist() == [[row[0], *[UNLABELED] * 3] for row in rows]
             assert [shown(part) for part in parts] == [rows[0::2], rows[1::2]]
-            assert sum(part.loss_scale / part.labeled for part in parts) / 2 == pytest.approx(2 / 2 / batch.labeled)
+            for part in parts:  # of the mean over processes every image is an equal share
+                assert part.loss_scale / part.labeled / 2 == pytest.approx(1 / batch.labeled)
         others = [image for batch in whole for row in shown(batch) for image in row[1:]]
         assert min(others) >= 50 and max(map(others.count, others)) == (1 if unlabelled == 200 else 3)
     assert shown(next(drawn(0, 1, unlabelled).epoch(0))) != shown(next(drawn(0, 1, unlabelled).epoch(1)))
@@ -161,12 +162,6 @@ def test_the_loss_counts_labels_where_they_are_and_the_teacher_everywhere():
         assert len(parts) == count
         torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
         torch.testing.assert_close(torch.autograd.grad(total, student[1].weight)[0], gradient, rtol=1e-10, atol=1e-14)
-
-
-def test_which_the_cross_entropy_of_pytorch_agrees_with():
-    logits, labels = torch.randn(6, 4), torch.tensor([1, UNLABELED, UNLABELED, 3, UNLABELED, 0])
-    assert UNLABELED == nn.CrossEntropyLoss().ignore_index
-    torch.testing.assert_close(F.cross_entropy(logits, labels), F.cross_entropy(logits[[0, 3, 5]], labels[[0, 3, 5]]))
 
 
 @pytest.fixture(scope="module")
@@ -218,10 +213,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(places, teacher, tmp_pat
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(words, said, places, teacher, tmp_path):
-    words = [
-        word.format(**{k.split(".")[0]: v for k, v in places.items()}) if isinstance(word, str) else word
-        for word in words
-    ]
+    words = [str(word).format(**places) for word in words]
     own = ["--teacher", teacher] if words[-1] in ("none", "dml") and "--methods" not in words else []
     typed = [word for word in command(places, teacher) if not own or word not in own]
     done = here(*typed, *words, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run")
