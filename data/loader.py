@@ -62,7 +62,8 @@ class Loader(ABC):
             raise UserError(f"--batch_size {batch_size}: {world} processes need at least 2 images each")
         self.split, self.batch_size, self.normalise, self.augmentation = split, batch_size, normalise, augmentation
         self.seed, self.rank, self.world, self.copies, self.cycle = seed, rank, world, copies, cycle
-        self.edges, self.group = batch_edges(len(split), batch_size, world), 1
+        self.edges = batch_edges(len(split), batch_size, world)
+        self.fold = 1  # images of the plan for each that the edges count
         self._stream: tuple[int, Iterator[Batch] | None] = (-1, None)  # the number `one` gives next
 
     def __len__(self) -> int:
@@ -88,15 +89,15 @@ class Loader(ABC):
         whole.edges = batch_edges(len(self.split), self.batch_size, 1)[: stop + 1]
         return whole
 
-    def beside(self, other: "Loader", group: int) -> Self:
-        """Batches in step with another loader's: to each of its images, in every process, `group` of these."""
+    def beside(self, other: "Loader", fold: int) -> Self:
+        """Batches in step with another loader's: to each of its images, in every process, `fold` of these."""
         companion = copy_of(self)
-        companion.edges, companion.group = other.edges, group
+        companion.edges, companion.fold = other.edges, fold
         return companion
 
     def share(self, plan: Plan, number: int) -> Plan:
         """This process's part of batch `number` of an epoch's plan."""
-        return plan.part(self.edges[number], self.edges[number + 1], self.rank, self.world, self.group)
+        return plan.part(self.edges[number], self.edges[number + 1], self.rank, self.world, self.fold)
 
     def view_of(self, epoch: int) -> int:
         """The epoch whose draws vary the images of this one."""
@@ -139,7 +140,7 @@ class Loader(ABC):
             images = cut_out(images, holes[:, :2], self.augmentation.cutout)
         if self.augmentation.erasing:
             images = erase(images, holes[:, 2:])
-        loss_scale = len(labels) * self.world / (self.edges[number + 1] - self.edges[number]) / self.group
+        loss_scale = len(labels) * self.world / (self.edges[number + 1] - self.edges[number]) / self.fold
         return Batch(images, labels, loss_scale, indices, views)
 
 
@@ -151,7 +152,7 @@ class DeviceLoader(Loader):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         pixels, indices, padding = self.split.pixels, self.split.indices, self.augmentation.padding
         plans = [self.plan(epoch, copy).to(pixels.device) for copy in range(self.copies)]
-        alone = self.copies == self.group == 1
+        alone = self.copies == self.fold == 1
         views = self.augmentation.view(plans[0].offsets, plans[0].flips) if alone else None
         for number in range(start, len(self)):
             edges = self.edges[number], self.edges[number + 1]
