@@ -121,6 +121,7 @@ def shown(batch: Batch) -> list[list[int]]:
 
 @pytest.mark.parametrize("unlabelled", [200, 60])
 def test_every_labelled_image_brings_its_unlabelled_ones_whatever_the_number_of_processes(unlabelled):
+    seen = set()
     for epoch in (0, 1):
         whole, halves = (
             list(drawn(0, 1, unlabelled).epoch(epoch)),
@@ -133,7 +134,9 @@ def test_every_labelled_image_brings_its_unlabelled_ones_whatever_the_number_of_
             for part in parts:  # of the mean over processes every image is an equal share
                 assert part.loss_scale / part.labeled / 2 == pytest.approx(1 / batch.labeled)
         others = [image for batch in whole for row in shown(batch) for image in row[1:]]
+        seen |= {*others}
         assert min(others) >= 50 and max(map(others.count, others)) == (1 if unlabelled == 200 else 3)
+    assert len(seen) > min(unlabelled - 1, 47 * 3)  # another epoch brings others
     assert shown(next(drawn(0, 1, unlabelled).epoch(0))) != shown(next(drawn(0, 1, unlabelled).epoch(1)))
     tail = list(drawn(0, 1, unlabelled).epoch(1, 2))
     assert [shown(batch) for batch in tail] == [shown(batch) for batch in whole[2:]]
