@@ -16,6 +16,7 @@ import torch
 from common import UserError
 from data.datasets import hold_out
 from data.splits import ImageSet, StreamSplit
+from data.unlabeled import with_unlabeled
 from engine.command_line import parse, set_to_defaults, unread_options
 from engine.config import RunConfig, union
 from engine.distributed import RunError, run_script
@@ -97,14 +98,20 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
     def check(self) -> None:
         if self.pool is not None:
             self.pool.check()
+        if self.unlabeled and (self.mixes or self.streaming):
+            other = (
+                "--streaming, which shows no test images to compare with" if self.streaming else "--mixup or --cutmix"
+            )
+            raise UserError(f"--unlabeled {self.unlabeled}: cannot be combined with {other}")
         if not (self.students or self.methods):
             return
         if self.resume_from_checkpoint not in (None, "latest"):
             raise UserError("--resume_from_checkpoint: of several students it can only be 'latest'")
         names = self.methods or [self.method]
         free = [name for name in names if not any(method.needs_teacher for method in find_methods(name))]
-        if self.cache_teacher == "disk" and free:
-            raise UserError(f"--methods {free[0]}: has no teacher, and --cache_teacher disk decides on its images too")
+        if free and (self.cache_teacher == "disk" or self.unlabeled):
+            other = "--unlabeled" if self.unlabeled else "--cache_teacher disk"
+            raise UserError(f"--methods {free[0]}: has no teacher, and {other} decides on its images too")
         if alone := next((name for name in names if ".py:" in name or "rco" in name.split("+")), None):
             raise UserError(f"--method {alone}: goes with no other; give it to one --student")
 
@@ -146,6 +153,8 @@ def main() -> None:
     teachers = [first.first(build_teacher, each, data, config) if isinstance(each, str) else each for each in teachers]
     data, val = hold_out(fit_to_teachers(data, teachers), config.val_fraction, "validation")
     data, teachers = replace(data, val=val), preprocessed(teachers, data, config)
+    if config.unlabeled:
+        data = first.first(with_unlabeled, data, config, first.accelerator.device, first.is_main)
     shared = SharedOutputs() if len(runs) > 1 else None
     students = [Student(*each, teachers, data, shared) for each in zip(runs, methods, strict=True)]
     with run_with([method for joined in methods for method in joined]):
@@ -208,6 +217,7 @@ class Student:
         lines = [loss, initial and f"initial weights: {initial}", cached]
         lines += map(describe_stages, [self.network, *teachers])
         lines += map(describe_preprocessing, teachers)
+        lines += [data.unlabeled.described] if data.unlabeled else []
         run.introduce(what, data, lines)
 
     def finish(self) -> None:
@@ -244,6 +254,8 @@ def check_methods(config: DistillConfig) -> list[type[Method]]:
     methods = find_methods(config.method)
     if config.method_weights and len(config.method_weights) != len(methods):
         raise UserError(f"--method_weights: {len(config.method_weights)} for the {len(methods)} of --method")
+    if config.unlabeled and not all(method.mixable for method in methods):
+        raise UserError(f"--unlabeled {config.unlabeled}: --method {config.method} needs the label of every image")
     if methods[0].needs_validation and not config.val_fraction:
         raise UserError(f"--method {config.method}: weighs its peers on a validation split; give --val_fraction 0.1")
     return methods

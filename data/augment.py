@@ -53,8 +53,10 @@ class Plan(NamedTuple):
     flips: Tensor  # [N] bool
     holes: Tensor  # [N, 2] int64, rows and columns, centre of the cutout; [N, 6] with the erased box of `erased_boxes`
 
-    def part(self, begin: int, end: int, rank: int, world: int) -> "Plan":
-        return Plan(*(each[begin:end][rank::world] for each in self))
+    def part(self, begin: int, end: int, rank: int, world: int, group: int = 1) -> "Plan":
+        """A process's share of the places from `begin` to `end`; each stands for `group` images in a row."""
+        chosen = (each[begin * group : end * group].unflatten(0, (-1, group))[rank::world] for each in self)
+        return Plan(*(each.flatten(0, 1) for each in chosen))
 
     def to(self, device: torch.device) -> "Plan":
         return Plan(*(each.to(device) for each in self))

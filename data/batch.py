@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+UNLABELED = -100  # the label of images that have none: the cross-entropy leaves them out (kernels.kd_loss)
+
 
 class Batch(NamedTuple):
     """A process's part of a global batch: what the loader gives, objectives take and losses see.
@@ -15,11 +17,17 @@ class Batch(NamedTuple):
     images: Tensor  # [n, 3, H, W] float32, normalised, channels_last
     labels: Tensor  # [n] int64
     loss_scale: float = 1.0
-    indices: Tensor | None = None  # [n] int64: which images of the split; None in a stream, which has no numbers
+    indices: Tensor | None = None  # [n] int64: which images of the split; None where they have no numbers
     views: Tensor | None = None  # [n] int64: which of `Augmentation.views`; None where they are not known
     epoch: int = 0  # the training's, from 0; in a method's warm-up, the warm-up's own
     partners: Tensor | None = None  # [n] int64: of mixed images, the labels of those that they were mixed with
     share: float = 1.0  # of the images' own labels; the partners have the rest
+    unlabeled: int = 0  # so many images of the label UNLABELED stand behind each that has one
+
+    @property
+    def labeled(self) -> int:
+        """How many images have a label: what batch sizes, sums of losses and images a second count."""
+        return len(self.labels) // (1 + self.unlabeled)
 
     def parts(self, count: int, world: int = 1) -> list["Batch"]:
         """`count` batches that together are this one, in all of `world` processes alike, and fewer where it is
@@ -27,17 +35,21 @@ class Batch(NamedTuple):
         """
         if count == 1:
             return [self]
-        images = len(self.labels)
+        images, group = self.labeled, 1 + self.unlabeled
         smallest = round(images * world / self.loss_scale) // world  # of the processes' parts of the global batch
         count = max(1, min(count, smallest // 2))
-        copies = self.images.unflatten(0, (-1, images)).tensor_split(count, dim=1)
-        labels, *numbers, partners = (
-            [None] * count if each is None else each.tensor_split(count)
-            for each in (self.labels, self.indices, self.views, self.partners)
-        )
+        copies = self.images.unflatten(0, (-1, images, group)).tensor_split(count, dim=1)
+        given = {name: getattr(self, name) for name in ("labels", "indices", "views", "partners")}
+        split = {
+            name: each.unflatten(0, (images, group)).tensor_split(count)
+            for name, each in given.items()
+            if each is not None
+        }
         return [
-            Batch(
-                each.flatten(0, 1), label, self.loss_scale * len(label) / images, *which, self.epoch, others, self.share
+            self._replace(
+                images=copy.flatten(0, 2),
+                loss_scale=self.loss_scale * copy.shape[1] / images,
+                **{name: parts[place].flatten() for name, parts in split.items()},
             )
-            for each, label, *which, others in zip(copies, labels, *numbers, partners, strict=True)
+            for place, copy in enumerate(copies)
         ]

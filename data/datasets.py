@@ -73,7 +73,7 @@ def load_images(
         names = sources[0].class_names
         sources = [_first_readable(name, source) for source in sources]
         size = image_size or sources[0][1]
-        held, described = _decide([len(source) for source, _ in sources], size, augment, options.pipeline, device)
+        held, described = decide([len(source) for source, _ in sources], size, augment, options.pipeline, device)
         if not held and image_size is None:
             raise UserError(f"--image_size: give the side that networks shall see ({described})")
         if held:
@@ -147,7 +147,7 @@ def _first_readable(name: str, source: Source) -> tuple[Source, int]:
     return source, read_rgb(first.open, first.where).size[0]
 
 
-def _decide(counts: list[int], size: int, augment: str, pipeline: str, device) -> tuple[bool, str]:
+def decide(counts: list[int], size: int, augment: str, pipeline: str, device) -> tuple[bool, str]:
     """Whether the images are held in memory, and the reason in words."""
     place = device.type if device is not None else "cpu"
     needed, free = sum(counts) * 3 * size * size, free_memory(device)

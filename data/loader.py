@@ -63,6 +63,7 @@ class Loader(ABC):
         self.split, self.batch_size, self.normalise, self.augmentation = split, batch_size, normalise, augmentation
         self.seed, self.rank, self.world, self.copies, self.cycle = seed, rank, world, copies, cycle
         self.edges = batch_edges(len(split), batch_size, world)
+        self.fold = 1  # images of the plan for each that the edges count
         self._stream: tuple[int, Iterator[Batch] | None] = (-1, None)  # the number `one` gives next
 
     def __len__(self) -> int:
@@ -87,6 +88,16 @@ class Loader(ABC):
         whole.rank, whole.world, whole._stream = 0, 1, (-1, None)
         whole.edges = batch_edges(len(self.split), self.batch_size, 1)[: stop + 1]
         return whole
+
+    def beside(self, other: "Loader", fold: int) -> Self:
+        """Batches in step with another loader's: to each of its images, in every process, `fold` of these."""
+        companion = copy_of(self)
+        companion.edges, companion.fold = other.edges, fold
+        return companion
+
+    def share(self, plan: Plan, number: int) -> Plan:
+        """This process's part of batch `number` of an epoch's plan."""
+        return plan.part(self.edges[number], self.edges[number + 1], self.rank, self.world, self.fold)
 
     def view_of(self, epoch: int) -> int:
         """The epoch whose draws vary the images of this one."""
@@ -129,7 +140,7 @@ class Loader(ABC):
             images = cut_out(images, holes[:, :2], self.augmentation.cutout)
         if self.augmentation.erasing:
             images = erase(images, holes[:, 2:])
-        loss_scale = len(labels) * self.world / (self.edges[number + 1] - self.edges[number])
+        loss_scale = len(labels) * self.world / (self.edges[number + 1] - self.edges[number]) / self.fold
         return Batch(images, labels, loss_scale, indices, views)
 
 
@@ -141,10 +152,11 @@ class DeviceLoader(Loader):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         pixels, indices, padding = self.split.pixels, self.split.indices, self.augmentation.padding
         plans = [self.plan(epoch, copy).to(pixels.device) for copy in range(self.copies)]
-        views = self.augmentation.view(plans[0].offsets, plans[0].flips) if self.copies == 1 else None
+        alone = self.copies == self.fold == 1
+        views = self.augmentation.view(plans[0].offsets, plans[0].flips) if alone else None
         for number in range(start, len(self)):
             edges = self.edges[number], self.edges[number + 1]
-            parts = [plan.part(*edges, self.rank, self.world) for plan in plans]
+            parts = [self.share(plan, number) for plan in plans]
             chosen = parts[0].order
             originals = select(pixels, chosen if indices is None else indices[chosen])
             copies = [augment(originals, part.offsets, part.flips, padding) for part in parts]
@@ -173,6 +185,34 @@ class DeviceLoader(Loader):
             flips = torch.full((len(indices),), bool(flip), device=device)
             varied = augment(select(self.split.pixels, chosen), offset.expand(len(indices), 2), flips, padding)
             yield indices, self.normalise(varied)
+
+
+class LoaderWithUnlabeled:
+    """A loader's batches with `ratio` images of another, which have no labels, behind each of its own.
+
+    So a part of a batch has its share of both. An epoch is as long as the first loader's, and draws its unlabelled
+    images anew from all of them.
+    """
+
+    def __init__(self, labeled: Loader, unlabeled: Loader, ratio: int):
+        self.labeled, self.unlabeled, self.ratio = labeled, unlabeled.beside(labeled, ratio), ratio
+
+    def __len__(self) -> int:
+        return len(self.labeled)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """As the loader's."""
+        pairs = zip(self.labeled.epoch(epoch, start), self.unlabeled.epoch(epoch, start), strict=True)
+        for batch, others in pairs:
+            both = (each.images.permute(0, 2, 3, 1) for each in (batch, others))
+            labels = _interleaved(batch.labels, others.labels)
+            images = _interleaved(*both).permute(0, 3, 1, 2)
+            yield Batch(images, labels, batch.loss_scale, unlabeled=self.ratio)
+
+
+def _interleaved(first: Tensor, others: Tensor) -> Tensor:
+    """[n, ...] and [n k, ...] -> [n (1 + k), ...]: behind each of the first k of the others."""
+    return torch.cat([first[:, None], others.unflatten(0, (len(first), -1))], 1).flatten(0, 1)
 
 
 def batch_edges(images: int, batch_size: int, world: int) -> list[int]:

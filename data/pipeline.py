@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from common import UserError
+from common import UserError, derive_seed
 from data.augment import Augmentation, Normalise
-from data.loader import DeviceLoader, Loader, evaluation_batches, evaluation_parts
-from data.splits import AnySplit, ImageSet, Split, StoredSplit
+from data.loader import DeviceLoader, Loader, LoaderWithUnlabeled, evaluation_batches, evaluation_parts
+from data.splits import AnySplit, ImageSet, Split, StoredSplit, Unlabeled
 from data.stream import StreamLoader, stream_evaluation_batches
 from data.workers import WorkerLoader, worker_evaluation_batches
 
@@ -42,10 +42,26 @@ class Pipeline:
         self.workers = max(1, cores - 1) if config.data_workers is None else config.data_workers
         self._moved: dict[int, Tensor] = {}
 
-    def training(self, split: AnySplit, batch_size: int, copies: int = 1, cycle: int | None = None) -> Loader:
+    def training(
+        self,
+        split: AnySplit,
+        batch_size: int,
+        copies: int = 1,
+        cycle: int | None = None,
+        unlabeled: Unlabeled | None = None,
+    ) -> Loader | LoaderWithUnlabeled:
+        """Batches of `batch_size` images of a split, and beside them unlabelled ones, if there are any."""
+        loader = self._loader(split, batch_size, copies, cycle, self.seed)
+        if unlabeled is None:
+            return loader
+        others = unlabeled.repeated(len(split) * unlabeled.ratio)
+        seed = derive_seed(self.seed, "unlabeled")
+        return LoaderWithUnlabeled(loader, self._loader(others, batch_size, 1, None, seed), unlabeled.ratio)
+
+    def _loader(self, split: AnySplit, batch_size: int, copies: int, cycle: int | None, seed: int) -> Loader:
         if copies > 1 and not isinstance(split, Split):
             raise UserError("--method: networks that see copies of their own need the data set in memory")
-        arguments = (self._on_device(split), batch_size, self.normalise, self.augmentation, self.seed)
+        arguments = (self._on_device(split), batch_size, self.normalise, self.augmentation, seed)
         if isinstance(split, Split):
             return DeviceLoader(*arguments, **self.where, copies=copies, cycle=cycle)
         kind = WorkerLoader if isinstance(split, StoredSplit) else StreamLoader

@@ -149,7 +149,7 @@ class ParquetSource:
 
     def indexed(self) -> TableSource:
         """The same rows as a memory-mapped table in the cache of Hugging Face datasets."""
-        table = undecoded(_load("parquet", self, data_files=self.files), "image")
+        table = undecoded(load_parquet(self.pattern, self.files, self.cache_dir), "image")
         return TableSource(self.pattern, table, "image", "label")
 
 
@@ -251,7 +251,7 @@ def parquet_streams(pattern: str, cache_dir: str | None) -> list[Stream]:
         labels = source.labels()
         if not labels or any(type(label) is not int for label in labels):
             raise UserError(f"--dataset parquet:{pattern}: labels must be whole numbers, in every row")
-        rows = undecoded(_load("parquet", source, data_files=source.files, streaming=True), "image")
+        rows = undecoded(load_parquet(pattern, source.files, cache_dir, streaming=True), "image")
         counts = len(labels), max(labels) + 1
         streams.append(Stream(pattern, rows, "image", "label", *counts, source.class_names))
     return streams
@@ -266,12 +266,13 @@ def undecoded(table, image: str):
     return table
 
 
-def _load(kind: str, source: ParquetSource, **options):
+def load_parquet(pattern: str, files: list[str], cache_dir: str | None, **options):
+    """All rows of parquet files, as a Hugging Face data set. Raises UserError for files that cannot be read."""
     datasets = datasets_library()
     try:
-        return datasets.load_dataset(kind, split="train", cache_dir=source.cache_dir, **options)
+        return datasets.load_dataset("parquet", split="train", cache_dir=cache_dir, data_files=files, **options)
     except Exception as error:  # the library raises many kinds
-        raise UserError(f"--dataset parquet:{source.pattern}: cannot be read ({reason_of(error)})") from None
+        raise UserError(f"--dataset parquet:{pattern}: cannot be read ({reason_of(error)})") from None
 
 
 def datasets_library():

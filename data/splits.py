@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from data.sources import Source, Stream
@@ -61,12 +62,31 @@ AnySplit = Split | StoredSplit | StreamSplit
 
 
 @dataclass
+class Unlabeled:
+    """Images without labels: a step sees `ratio` of them with every labelled one.
+
+    split: the images, their labels UNLABELED. digest: of what they look like. described: how many there are, and why
+    not more.
+    """
+
+    split: Split | StoredSplit
+    ratio: int
+    digest: str
+    described: str
+
+    def repeated(self, wanted: int) -> Split | StoredSplit:
+        """The images, all of them as often as it takes for `wanted` or more."""
+        count = len(self.split)
+        return self.split.take(torch.arange(-(-wanted // count) * count) % count)
+
+
+@dataclass
 class ImageSet:
     """A data set ready for training: `val` is a part kept apart from `train`, or None.
 
     `mean` and `std` normalise RGB values in [0, 1]; `flip` says whether mirrored images keep their class;
     `augment` is crop or resized_crop; `described` says where the images are and why; `class_names` in the order of
-    the labels, where the set has any.
+    the labels, where the set has any; `unlabeled` images that are trained on beside `train`, or None.
     """
 
     name: str
@@ -81,6 +101,7 @@ class ImageSet:
     described: str = ""
     val: AnySplit | None = None
     class_names: list[str] | None = None
+    unlabeled: Unlabeled | None = None
 
     def fingerprint(self) -> str:
         """Sizes and labels in words: two sets that differ in these are not the same set."""
@@ -90,4 +111,6 @@ class ImageSet:
             if not isinstance(split, StreamSplit):
                 digest = f" (labels {hashlib.sha256(split.labels.numpy().tobytes()).hexdigest()[:12]})"
             parts.append(f"{len(split):,} {name} images{digest}")
+        if self.unlabeled is not None:
+            parts.append(f"{len(self.unlabeled.split):,} without labels (hashes {self.unlabeled.digest})")
         return f"{', '.join(parts)} of {self.image_size}x{self.image_size}, {self.num_classes} classes"

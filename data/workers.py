@@ -35,7 +35,7 @@ class WorkerLoader(Loader):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         plan = self.plan(epoch)
         numbers = range(start, len(self))
-        jobs = [plan.part(self.edges[n], self.edges[n + 1], self.rank, self.world) for n in numbers]
+        jobs = [self.share(plan, number) for number in numbers]
         images = _Images(self.split, self.augmentation, (self.seed, self.view_of(epoch)))
         batches = zip(numbers, jobs, _read(images, jobs, self.workers, self.device), strict=True)
         for number, job, (pixels, labels, holes) in batches:

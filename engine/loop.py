@@ -96,7 +96,7 @@ class Loop:
                 f"over {self.world} process(es) does not leave 2 images for each part"
             )
         self.pipeline = Pipeline(data, config, self.accelerator.device, self.rank, self.world)
-        kinds = (self.objective.copies, self.objective.cycle)
+        kinds = (self.objective.copies, self.objective.cycle, data.unlabeled)
         self.train = self.pipeline.training(data.train, config.batch_size, *kinds)
         self.own_images = {
             phase.name: self.pipeline.training(phase.split, min(config.batch_size, len(phase.split)))
@@ -228,7 +228,7 @@ class Loop:
         phase = objective.phase(iteration)
         if self.config.mixes and phase is None:
             batch = mix(batch, self.config, iteration, self.rank)
-        steady = len(batch.labels) * self.world == self.config.batch_size
+        steady = batch.labeled * self.world == self.config.batch_size
         with self._eager_unless(steady):
             if self.graph is not None and steady and phase is None:
                 losses = self.graph(batch, self.progress.epoch)
@@ -253,7 +253,7 @@ class Loop:
                 terms = network(part, self.progress.iteration)
                 loss = weighted_sum(self.objective, terms) * part.loss_scale
                 self.accelerator.backward(loss, inputs=phase.grad_inputs() if phase else None)
-            losses.append(({name: term.detach() for name, term in terms.items()}, len(part.labels)))
+            losses.append(({name: term.detach() for name, term in terms.items()}, part.labeled))
         if averager:
             averager.finish()
         if phase is not None:

@@ -76,7 +76,8 @@ class Method(nn.Module):
         warmup_student: whether the warm-up trains the student; its terms are then weighted like the method's own.
         ce_weight, kd_weight: of the cross-entropy with the labels and of T^2 KL on logits beside this method.
         anchors: whether the teacher takes the weights of its own training's checkpoints, one after the other.
-        mixable: whether it makes sense for images that are mixed from two: not where it needs each image's one label.
+        mixable: whether it makes sense for images that are mixed from two, or have no label (data.batch.UNLABELED): not
+            where it needs each image's one label.
         peers: whether it is no loss between a student and a teacher, but networks that train together.
         needs_validation: whether it learns from a validation split (--val_fraction).
         needs_teacher: False for none at all.

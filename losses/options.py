@@ -68,6 +68,10 @@ class TeacherOptions(LabelOptions, KLOptions):
         cache_folder: of the files; default: runs/logits.
         cache_top_k: keep the logits of so many classes an image; the others get the one value that leaves them their
             probability at temperature 1; default: all.
+        unlabeled: images without labels that the student learns from as well, folder:PATH (all there are, however deep)
+            or parquet:GLOB (column image), for methods that need no label of an image; near-duplicates of test images
+            are left out.
+        unlabeled_ratio: so many of them come with each labelled image of a batch.
         stop_kd_epoch: after this many epochs the labels alone, with weight 1; default: the teacher to the end.
     """
 
@@ -86,6 +90,8 @@ class TeacherOptions(LabelOptions, KLOptions):
     cache_views: int | None = None
     cache_folder: str | None = None
     cache_top_k: int | None = None
+    unlabeled: str | None = None
+    unlabeled_ratio: int = 1
     stop_kd_epoch: int | None = None
 
     def check(self) -> None:
@@ -103,6 +109,10 @@ class TeacherOptions(LabelOptions, KLOptions):
                 raise UserError(f"--{name} {' '.join(map(str, values))}: must be three numbers from {least:g} to 1e+06")
         if self.teacher_image_size is not None and not 8 <= self.teacher_image_size <= 4096:
             raise UserError(f"--teacher_image_size {self.teacher_image_size}: must be from 8 to 4096")
+        if self.unlabeled_ratio != 1 and self.unlabeled is None:
+            raise UserError(f"--unlabeled_ratio {self.unlabeled_ratio}: goes with --unlabeled")
+        if not 1 <= self.unlabeled_ratio <= 1024:
+            raise UserError(f"--unlabeled_ratio {self.unlabeled_ratio}: must be from 1 to 1024")
         if self.stop_kd_epoch is not None and self.stop_kd_epoch < 1:
             raise UserError(f"--stop_kd_epoch {self.stop_kd_epoch}: must be at least 1; --method none has no teacher")
 

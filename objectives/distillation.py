@@ -128,6 +128,7 @@ class Distillation(Objective):
             "the method needs more of its teacher than logits": bool(self.teacher_features or self.rotations),
             "the teacher changes during training": bool(self.anchors),
             "images are mixed from two": bool(self.options and self.options.mixes),
+            "images without a label are drawn anew for every epoch": bool(self.options and self.options.unlabeled),
         }
         return next((reason for reason, applies in reasons.items() if applies), None)
 

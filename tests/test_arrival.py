@@ -289,6 +289,12 @@ JOINED: Table = {
 WARMUP: Table = {
     "method": ("ft", lambda loop: type(loop.objective.methods[1]).__name__, "FT"),
     "warmup_epochs": ("3", lambda loop: loop.warmup, 3),
+    "unlabeled": (
+        "folder:{images}",
+        lambda loop: sorted(set(loop.train.unlabeled.split.indices.tolist())),
+        [*range(40)],
+    ),
+    "unlabeled_ratio": ("2", lambda loop: (next(loop.train.epoch(0)).labels == -100).sum().item(), 128),
 }
 PEERS: Table = {
     "method": ("dml", lambda loop: type(loop.objective).__name__, "Peers"),
