@@ -28,6 +28,6 @@ def test_sckd_sees_small_gradients(dtype, agree, size):
     kl = nn.functional.kl_div((logits / 4).log_softmax(1), (sure.double() / 4).softmax(1), reduction="batchmean")
     first, second = (torch.autograd.grad(each, weight, retain_graph=True)[0].flatten() for each in (ce, kl))
     assert ((first @ second).item() > 0) is agree and (size == 1.0 or second.abs().max() < 5e-8)
-    method = SCKD(SimpleNamespace(student=SimpleNamespace(blocks=[block]), options=SimpleNamespace(temperature=4.0)))
+    method = SCKD(SimpleNamespace(student=SimpleNamespace(last_block=block), options=SimpleNamespace(temperature=4.0)))
     found = method(student, Outputs(sure.float()), Batch(images, labels))["sckd"].item()
     assert found == pytest.approx(kl.item() if agree else 0.0, rel=1e-2)
