@@ -80,7 +80,7 @@ STUDENT_MISTAKES = {
     "method": (["--method", "dk"], ("--method", "did you mean dkd or kd")),
     "temperature": (["--temperature", "-1"], ("--temperature -1",)),
     "alpha": (["--alpha", "2"], ("--alpha 2",)),
-    "image size": (["--image_size", "16"], ("--image_size 16", "8")),
+    "image size": (["--image_size", "7"], ("--image_size 7", "from 8 to 4096")),
     "pointless teacher": (["--method", "none"], ("--method none",)),
 }
 
