@@ -81,7 +81,7 @@ def test_datasets_shows_no_bar_beside_the_line(tmp_path):
 
 def test_the_hubs_client_says_nothing_beside_the_line():
     """It tries five times, and says so each time."""
-    code = "import logging; from data.sources import _datasets; _datasets(); "
+    code = "import logging; from data.sources import datasets_library; datasets_library(); "
     code += "logging.getLogger('huggingface_hub.utils._http').warning('Retrying')"
     assert not forked("-c", code).stderr
 
