@@ -118,7 +118,7 @@ def picture() -> bytes:
 def test_a_teacher_of_other_classes(run, tmp_path):
     write_images(tmp_path / "x.parquet", [picture()] * 30, [0, 1, 2] * 10)
     arguments = ["--teacher", run, "--dataset", f"parquet:{tmp_path}/x.parquet", "--output_dir", tmp_path / "run"]
-    refused("distill.py", *arguments, words=("3 classes", "10"))
+    refused("distill.py", *arguments, words=("has 10 classes, the images 3", "--teacher_classes"))
     assert not (tmp_path / "run").exists()
 
 
