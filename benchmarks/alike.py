@@ -7,20 +7,14 @@ last epoch; the differences are to float32 without options, of the same seed.
 """
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common import write_atomically
-from engine.run_folder import machine
+from benchmarks.seeds import report, top1
 
-ROOT = Path(__file__).parents[1]
 OPTIONS = {
     "float32": [],
     "bf16": ["--mixed_precision", "bf16"],
@@ -51,26 +45,7 @@ def main() -> None:
             for name, flags in choices.items():
                 run = f"{folder}/{seed}-{name.replace(' ', '-')}"
                 found[name].append(top1("distill.py", [*student, *flags, "--seed", str(seed)], run))
-    rows = {}
-    for name, each in found.items():
-        differences = [a - b for a, b in zip(each, found["float32"], strict=True)]
-        error = statistics.stdev(differences) / len(differences) ** 0.5
-        rows[name] = {"top1": each, "mean": statistics.mean(each), "stdev": statistics.stdev(each)}
-        rows[name] |= {"difference": statistics.mean(differences), "standard_error": error}
-    report = {"command": "python -m benchmarks.alike", **machine(), "epochs": options.epochs, "rows": rows}
-    write_atomically(Path(options.output), json.dumps(report, indent=1) + "\n")
-    print(f"resnet20 -> resnet8 on digits, {options.epochs} epochs, {options.seeds} seeds, on {report['device']}")
-    for name, row in rows.items():
-        apart = f"{row['difference']:+.2f} ± {row['standard_error']:.2f}"
-        print(f"  {name:<34} {row['mean']:.2f} ± {row['stdev']:.2f} %, to float32 {apart}")
-    print(f"written: {options.output}")
-
-
-def top1(script: str, flags: list[str], run: str) -> float:
-    """Run a script; its top-1 on the test split at the last epoch."""
-    command = [sys.executable, script, *flags, "--output_dir", run]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    return json.loads((Path(run) / "summary.json").read_text())["top1"]
+    report(found, "float32", options.epochs, "benchmarks.alike", Path(options.output))
 
 
 if __name__ == "__main__":

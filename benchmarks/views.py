@@ -8,19 +8,13 @@ of the same seed.
 """
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
 
-from common import write_atomically
-from engine.run_folder import machine
+from benchmarks.seeds import report, top1
 
-ROOT = Path(__file__).parents[1]
 FIXED = ["--image_size", "16", "--batch_size", "64", "--lr_schedule", "cosine"]
 JOINT = "joint"
 
@@ -38,39 +32,16 @@ def main() -> None:
     few[f"{options.epochs} views, top {options.top_k} logits"] = ["--cache_top_k", str(options.top_k)]
     found: dict[str, list[float]] = {name: [] for name in (JOINT, *few)}
     with tempfile.TemporaryDirectory() as folder:
-        train("train_teacher.py", ["--model", "resnet20", "--epochs", "12"], f"{folder}/teacher")
-        fixed = ["--teacher", f"{folder}/teacher", "--student", "resnet8", "--epochs", str(options.epochs)]
+        top1("train_teacher.py", [*FIXED, "--model", "resnet20", "--epochs", "12"], f"{folder}/teacher")
+        fixed = [*FIXED, "--teacher", f"{folder}/teacher", "--student", "resnet8", "--epochs", str(options.epochs)]
         fixed += ["--train_fraction", options.train_fraction]
         disk = ["--cache_teacher", "disk", "--cache_folder", f"{folder}/logits"]
         for seed in tqdm(range(options.seeds), desc="seeds", leave=False, disable=None):
             for name in found:
                 flags = ["--cache_teacher", "no"] if name == JOINT else [*disk, *few[name]]
                 run = f"{folder}/{seed}-{name.replace(' ', '-')}"
-                found[name].append(train("distill.py", [*fixed, *flags, "--seed", str(seed)], run))
-    rows = {name: row(each, found[JOINT]) for name, each in found.items()}
-    command = f"python -m benchmarks.views {' '.join(sys.argv[1:])}".strip()
-    report = {"command": command, **machine(), "epochs": options.epochs, "rows": rows}
-    write_atomically(Path(options.output), json.dumps(report, indent=1) + "\n")
-    print(f"resnet20 -> resnet8 on digits, {options.epochs} epochs, {options.seeds} seeds, on {report['device']}")
-    for name, each in rows.items():
-        apart = f"{each['difference']:+.2f} ± {each['standard_error']:.2f}"
-        print(f"  {name:<24} {each['mean']:.2f} ± {each['stdev']:.2f} %, to joint {apart}")
-    print(f"written: {options.output}")
-
-
-def row(top1: list[float], joint: list[float]) -> dict:
-    """Means over seeds, and of the differences to joint runs."""
-    apart = [one - other for one, other in zip(top1, joint, strict=True)]
-    error = statistics.stdev(apart) / len(apart) ** 0.5
-    described = {"top1": top1, "mean": statistics.mean(top1), "stdev": statistics.stdev(top1)}
-    return described | {"difference": statistics.mean(apart), "standard_error": error}
-
-
-def train(script: str, flags: list[str], run: str) -> float:
-    """Run a script; its top-1 on the test split at the last epoch."""
-    command = [sys.executable, script, *FIXED, *flags, "--output_dir", run]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    return json.loads((Path(run) / "summary.json").read_text())["top1"]
+                found[name].append(top1("distill.py", [*fixed, *flags, "--seed", str(seed)], run))
+    report(found, JOINT, options.epochs, "benchmarks.views", Path(options.output))
 
 
 if __name__ == "__main__":

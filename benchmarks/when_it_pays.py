@@ -4,7 +4,7 @@ python -m benchmarks.when_it_pays
 
 A point is what students gain if their teacher was made generic: the mean of their top-1 minus that of the same student,
 seed and images from the vanilla teacher, with its 95% interval (Student's t) over students and seeds. Runs that are not
-recorded yet are left out.
+recorded yet are left out, and panels without any.
 """
 
 import statistics
@@ -99,11 +99,15 @@ PANELS = {
 
 
 def main() -> None:
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    axes = figure.subplots(1, len(PANELS), sharey=True)
-    for axis, (xlabel, lines) in zip(axes, PANELS.items(), strict=True):
-        for number, line in enumerate(lines):
-            points = list(line.points())
+    found = {
+        xlabel: [(line, points) for line in lines if (points := list(line.points()))]
+        for xlabel, lines in PANELS.items()
+    }
+    found = {xlabel: lines for xlabel, lines in found.items() if lines}
+    figure = Figure(figsize=(0.5 + 3.5 * len(found), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axis, (xlabel, lines) in zip(axes, found.items(), strict=True):
+        for number, (line, points) in enumerate(lines):
             print(xlabel, "|", line.label)
             for x, gains in points:
                 low, high = student_interval(gains) or (float("nan"), float("nan"))

@@ -151,7 +151,8 @@ class DeviceLoader(Loader):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         pixels, indices, padding = self.split.pixels, self.split.indices, self.augmentation.padding
-        plans = [self.plan(epoch, copy).to(pixels.device) for copy in range(self.copies)]
+        drawn = [self.plan(epoch, copy) for copy in range(self.copies)]
+        plans = [plan.to(pixels.device) for plan in drawn]
         alone = self.copies == self.fold == 1
         views = self.augmentation.view(plans[0].offsets, plans[0].flips) if alone else None
         for number in range(start, len(self)):
@@ -161,15 +162,16 @@ class DeviceLoader(Loader):
             originals = select(pixels, chosen if indices is None else indices[chosen])
             copies = [augment(originals, part.offsets, part.flips, padding) for part in parts]
             if self.augmentation.policy != "none":
-                copies = [self._by_policy(each, chosen, epoch, copy) for copy, each in enumerate(copies)]
+                rows = self.share(drawn[0], number).order.tolist()  # on the host: asking the device would wait for it
+                copies = [self._by_policy(each, rows, epoch, copy) for copy, each in enumerate(copies)]
             images = copies[0] if len(copies) == 1 else torch.cat(copies)
             holes = parts[0].holes if len(parts) == 1 else torch.cat([part.holes for part in parts])
             seen = None if views is None else views[slice(*edges)][self.rank :: self.world]
             yield self.finish(images, self.split.labels[chosen], holes, number, chosen, seen)
 
-    def _by_policy(self, images: Tensor, rows: Tensor, epoch: int, copy: int) -> Tensor:
+    def _by_policy(self, images: Tensor, rows: list[int], epoch: int, copy: int) -> Tensor:
         again = ("copy", copy) if copy else ()
-        seeds = [derive_seed(self.seed, self.view_of(epoch), "crop", row, *again) for row in rows.tolist()]
+        seeds = [derive_seed(self.seed, self.view_of(epoch), "crop", row, *again) for row in rows]
         policy = self.augmentation.policy
         varied = [apply_policy(image, policy, seed) for image, seed in zip(images, seeds, strict=True)]
         return torch.stack(varied).contiguous(memory_format=torch.channels_last)

@@ -2,12 +2,10 @@
 
 import glob
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,12 +13,10 @@ from tqdm import tqdm
 from common import UserError, check_name
 from data.batch import UNLABELED
 from data.datasets import MIN_IMAGES_TO_SAY, decide
-from data.decode import read_rgb
+from data.images import CHUNK, decoded, images_of
 from data.near_duplicates import NEAR, is_near, perceptual_hash
 from data.sources import FolderSource, Row, TableSource, load_parquet, undecoded
 from data.splits import ImageSet, Split, StoredSplit, Unlabeled
-
-CHUNK = 1024  # images that are decoded and hashed at once
 
 
 def with_unlabeled(data: ImageSet, config, device: torch.device | None = None, progress: bool = True) -> ImageSet:
@@ -32,7 +28,7 @@ def with_unlabeled(data: ImageSet, config, device: torch.device | None = None, p
         UserError: a place without images, one that cannot be read (named), or nothing that is left.
     """
     place = config.unlabeled
-    known = torch.cat([perceptual_hash(images) for images in _images_of(data.test, data.image_size)])
+    known = torch.cat([perceptual_hash(images) for images in images_of(data.test, data.image_size)])
     try:
         source = _source(place, config.cache_dir)
         held, where = decide([len(source)], data.image_size, data.augment, config.pipeline, device)
@@ -80,7 +76,7 @@ def _kept(
     count, kept, digest = len(source), [], hashlib.sha256()
     shape = (count if held else 0, 3, side, side)
     pixels = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-    for number, images in enumerate(_decoded(rows, side)):
+    for number, images in enumerate(decoded(rows, side)):
         if held:
             pixels[number * CHUNK :][: len(images)] = images
         hashes = perceptual_hash(images)
@@ -90,16 +86,3 @@ def _kept(
     labels = torch.full((len(indices),), UNLABELED)
     split = Split(pixels, labels, indices) if held else StoredSplit(source, labels, indices)
     return split, digest.hexdigest()[:12]
-
-
-def _images_of(split: Split | StoredSplit, side: int) -> Iterator[Tensor]:
-    """A split's images uint8 [n, 3, side, side], CHUNK at a time."""
-    if isinstance(split, StoredSplit):
-        return _decoded(map(split.source.row, split.indices.tolist()), side)
-    return (split.take(rows).images for rows in torch.arange(len(split)).split(CHUNK))
-
-
-def _decoded(rows: Iterable[Row], side: int) -> Iterator[Tensor]:
-    rows = iter(rows)
-    while images := [np.asarray(read_rgb(row.open, row.where, side)) for row in islice(rows, CHUNK)]:
-        yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

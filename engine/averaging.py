@@ -23,6 +23,7 @@ class WeightAverage(nn.Module):
         super().__init__()
         self.decay = decay
         self._model = (model,)  # in a tuple, as it is a part of the objective already
+        self._together: list[tuple[Tensor, Tensor]] = []  # see _pairs
         for name, tensor in model.state_dict().items():
             self.register_buffer(name.replace(".", "/"), tensor.detach().clone())
 
@@ -30,7 +31,7 @@ class WeightAverage(nn.Module):
     def update(self, step: int) -> None:
         """After step `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (WARMUP + step))
-        pairs = list(self._pairs())
+        pairs = self._pairs()
         floating = [(average, now) for average, now in pairs if average.is_floating_point()]
         torch._foreach_lerp_([a for a, _ in floating], [now for _, now in floating], 1 - decay)
         for average, now in pairs:
@@ -54,8 +55,13 @@ class WeightAverage(nn.Module):
             now.copy_(average)
             average.copy_(kept)
 
-    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(average, the network's own tensor)."""
-        now = self._model[0].state_dict()
-        for name, average in self.named_buffers():
-            yield average, now[name.replace("/", ".")]
+    def _apply(self, fn, recurse: bool = True) -> "WeightAverage":
+        self._together = []  # what is moved are other tensors
+        return super()._apply(fn, recurse)
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """(average, the network's own tensor), found once: a step would take longer to find than to average them."""
+        if not self._together:
+            now = self._model[0].state_dict()
+            self._together = [(average, now[name.replace("/", ".")]) for name, average in self.named_buffers()]
+        return self._together

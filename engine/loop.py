@@ -26,7 +26,7 @@ from engine.distributed import Interrupted, RunError, StopSignals, keep_freed_me
 from engine.evaluate import evaluate
 from engine.gradients import GradientAverager
 from engine.objective import Objective, Phase, weighted_sum
-from engine.optimiser import make_optimizer
+from engine.optimiser import make_optimizer, parameters_of
 from engine.run_folder import RunFolder
 from engine.schedule import learning_rate
 from engine.totals import Totals
@@ -259,7 +259,7 @@ class Loop:
         if phase is not None:
             phase.before_update(self._average)
         elif self.config.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.objective.weight_parameters(), self.config.clip_grad)
+            self.accelerator.clip_grad_norm_(parameters_of(self.optimizers["weights"]), self.config.clip_grad)
         stepper = self.steppers[phase.name if phase else "weights"]
         stepper.step()
         stepper.zero_grad()

@@ -10,6 +10,11 @@ from common import UserError
 from engine.config import RunConfig
 
 
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All that it steps."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def make_optimizer(config: RunConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
     """SGD, as the papers have it, or one of timm's choice.
 

@@ -15,7 +15,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from common import UserError
-from data.datasets import DataOptions, hold_out, load_images
+from data.datasets import hold_out, load_images
+from data.options import DataOptions
 from data.sources import TableSource
 from tests.runs import forked
 

@@ -15,7 +15,8 @@ from torchvision.transforms import v2
 
 from common import UserError
 from data.augment import Augmentation
-from data.datasets import DataOptions, load_images
+from data.datasets import load_images
+from data.options import DataOptions
 from data.pipeline import Pipeline
 from data.stream import StreamLoader
 from data.workers import WorkerLoader, transform

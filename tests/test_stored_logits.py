@@ -10,8 +10,9 @@ from accelerate import Accelerator
 
 from common import UserError
 from data.augment import Augmentation, Normalise
-from data.datasets import DataOptions, load_images
+from data.datasets import load_images
 from data.loader import DeviceLoader
+from data.options import DataOptions
 from data.workers import WorkerLoader
 from engine.console import Console
 from objectives import stored_logits
