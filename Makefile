@@ -59,10 +59,12 @@ gpu-check: .venv/installed
 		tests/test_loop.py tests/test_triton.py::test_both_scripts_train_alike_with_either_implementation
 	$(BIN)/python -m benchmarks.kernels
 
-# DATA is a parquet glob of 100 classes, for example parquet:data/tin100-*.parquet; each call goes on for 9 minutes.
+# DATA is a parquet glob of 100 classes, for example parquet:data/tin100-*.parquet; TEACHER is resnet32x4 or wrn40_2. Each
+# call goes on for 9 minutes.
+TEACHER ?= resnet32x4
 gpu-evidence: .venv/installed
-	$(BIN)/python compare.py benchmarks/plans/gpu_resnet32x4.yaml --data "tin100=$(DATA)" --minutes 8.5 \
-		--records benchmarks/results/evidence/gpu_resnet32x4 --output_dir runs/gpu-evidence
+	$(BIN)/python compare.py benchmarks/plans/gpu_$(TEACHER).yaml --data "tin100=$(DATA)" --minutes 8.5 \
+		--records benchmarks/results/evidence/gpu_$(TEACHER) --output_dir runs/gpu-evidence-$(TEACHER)
 
 .venv/installed: requirements.txt requirements-timm.txt
 	$(PYTHON) -m venv .venv
