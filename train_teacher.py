@@ -108,7 +108,8 @@ def main() -> None:
         """Anchor i of K is the model after epoch i E / K; a teacher that falls behind the vanilla one is named."""
         if epoch in [-(-i * config.last_epoch // config.anchors) for i in range(1, config.anchors + 1)]:
             save_pretrained(objective.trained_model(), info, run.folder.path / "anchors" / f"{epoch:04d}")
-        if reference and (behind := reference.behind(row["accuracy"]["teacher"], epoch / config.epochs)):
+        top1 = row["accuracy"].get("teacher")
+        if reference and top1 is not None and (behind := reference.behind(top1, epoch / config.epochs)):
             run.console.print(f"warning: {behind}")
 
     loop = run.loop(objective, data, after_epoch=after_epoch)
@@ -207,7 +208,7 @@ class Reference:
         try:
             self.top1 = float(json.loads(read_text(Path(run) / "summary.json"))["top1"])
             rows = [json.loads(line) for line in read_text(Path(run) / "metrics.jsonl").splitlines()]
-            self.curve = [float(row["accuracy"]["teacher"]) for row in rows]
+            self.curve = [float(row["accuracy"]["teacher"]) for row in rows if row["accuracy"]]
             if not self.curve or not all(map(math.isfinite, (self.top1, *self.curve))):
                 raise ValueError("no accuracy")
         except (OSError, ValueError, KeyError, TypeError, RecursionError):

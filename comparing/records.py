@@ -3,7 +3,7 @@
 import json
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -41,24 +41,24 @@ def describe(run: PlannedRun, runs: Path) -> dict:
     """The record of a run whose folder below `runs` is finished.
 
     `run` is its name, `source` the kind of teacher that it is or has ("alone": none), `variant` how it was distilled,
-    `options` what the plan asks, `curve` the test accuracy by epoch, `kl_curve` the training loss's KL in nats, before
-    its weight, by epoch, where there is one, `branches` the accuracy of each branch by epoch, `gates` their
-    probabilities at the end, `transfer` top-1 of linear classifiers by data set, `test` measures on the test images
-    (KL, entropy and likelihood in nats). The rest is of the run's own summary.json.
+    `options` what the plan asks, `curve` the test accuracy by epoch (None where it was not evaluated), `kl_curve` the
+    training loss's KL in nats, before its weight, by epoch, where there is one, `branches` the accuracy of each branch
+    by epoch, `gates` their probabilities at the end, `transfer` top-1 of linear classifiers by data set, `test`
+    measures on the test images (KL, entropy and likelihood in nats). The rest is of the run's own summary.json.
     """
     folder = runs / run.folder
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last, epochs = rows[-1], [row for row in rows if row["accuracy"]]
+    last, epochs = rows[-1], [row for row in rows if row["epoch"] >= 1]  # up to 0 they are the warm-up's
     record = {"run": run.name, "key": run.key, "source": run.source, "student": run.student, "script": run.script}
     record |= {"variant": run.method, "command": shlex.join(["python", *run.command(runs)]), "folder": str(folder)}
     record |= {"options": run.options, **{name: summary[name] for name in KEPT}}
     record |= {"losses": last["losses"], "accuracy": last["accuracy"]}
     name, *branches = last["accuracy"]
-    record |= {"curve": [round(row["accuracy"][name], 2) for row in epochs]}
+    record |= {"curve": accuracies(epochs, name)}
     if "kl" in last["losses"]:
         record["kl_curve"] = [round(row["losses"]["kl"], 4) for row in epochs]
-    record |= {"branches": {each: [round(row["accuracy"][each], 2) for row in epochs] for each in branches}}
+    record |= {"branches": {each: accuracies(epochs, each) for each in branches}}
     if "val_accuracy" in last:
         record["val_accuracy"] = last["val_accuracy"]
     if "gate_entropy" in last:
@@ -69,6 +69,11 @@ def describe(run: PlannedRun, runs: Path) -> dict:
     if run.transfer:
         record["transfer"] = transferred(folder, run.transfer)
     return record | {"test": on_test_images(folder, [each for each in taught_by if each.is_dir()][:1])}
+
+
+def accuracies(rows: Iterable[dict], name: str) -> list[float | None]:
+    """Top-1 of a network by the rows of metrics.jsonl; None where it was not evaluated."""
+    return [round(row["accuracy"][name], 2) if row["accuracy"] else None for row in rows]
 
 
 def transferred(folder: Path, sets: Mapping[str, int]) -> dict[str, float]:

@@ -83,6 +83,8 @@ class PlaceOptions:
         overwrite: replace what an earlier run left in output_dir.
         resume_from_checkpoint: a checkpoint file, or "latest" for the one in output_dir.
         checkpointing_epochs: epochs between checkpoints.
+        evaluation_epochs: epochs between two looks at the test split (and at the validation split, on which the best
+            epoch is chosen); the last one is always evaluated.
         mixed_precision: no, fp16 or bf16; default: what accelerate launch says.
         process_timeout: seconds that a process waits for the others before it gives up; default: PyTorch's.
         compile: compile the networks' blocks with torch.compile, each once, when they first run.
@@ -101,6 +103,7 @@ class PlaceOptions:
     overwrite: bool = False
     resume_from_checkpoint: str | None = None
     checkpointing_epochs: int = 1
+    evaluation_epochs: int = 1
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     process_timeout: float | None = None
     compile: bool = False
@@ -172,6 +175,7 @@ class RunConfig(DataOptions, TrainingOptions, PlaceOptions, ScriptOptions):
             "model_ema_decay": (0 <= self.model_ema_decay < 1, "at least 0 and below 1"),
             "lr_gamma": (0 < self.lr_gamma <= 1, "in (0, 1]"),
             "checkpointing_epochs": (self.checkpointing_epochs >= 1, "at least 1"),
+            "evaluation_epochs": (self.evaluation_epochs >= 1, "at least 1"),
             "process_timeout": (
                 self.process_timeout is None or 0 < self.process_timeout <= MONTH,
                 f"above 0 seconds and at most {MONTH} (30 days)",
@@ -202,6 +206,10 @@ class RunConfig(DataOptions, TrainingOptions, PlaceOptions, ScriptOptions):
     def last_epoch(self) -> int:
         """Epochs that are trained."""
         return self.stop_after or self.epochs
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether accuracies are measured after this epoch, counted from 1; up to 0 they are a warm-up's."""
+        return epoch >= 1 and (epoch % self.evaluation_epochs == 0 or epoch == self.last_epoch)
 
     @property
     def mixes(self) -> bool:

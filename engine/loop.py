@@ -320,7 +320,7 @@ class Loop:
             "seconds": totals.seconds,
         }
         with self.objective.averaged():
-            better = progress.epoch >= self.warmup and self._judge(row)
+            better = config.evaluates(row["epoch"]) and self._judge(row)
         progress.history.append(row)
         progress.epoch, progress.batch, progress.partial = progress.epoch + 1, 0, {}
         if (

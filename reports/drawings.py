@@ -131,8 +131,8 @@ def _printed(paper: Sequence[dict], figure: str, source: str, student: str = "",
     return max(found, default=None)
 
 
-def _by_epoch(seeds: Sequence[Sequence[float]]) -> list[list[float]]:
-    return [list(values) for values in zip(*seeds, strict=True)]
+def _by_epoch(seeds: Sequence[Sequence[float | None]]) -> list[list[float]]:
+    return [[each for each in values if each is not None] for values in zip(*seeds, strict=True)]
 
 
 def _panel(title: str, ylabel: str, places: list[str] | None, lines: dict, paper: dict | None = None) -> dict:

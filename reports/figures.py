@@ -42,14 +42,15 @@ def points(rows: Sequence[dict], sources: Sequence[str]) -> str:
     return svg(draw, (7.5, 1.2 + 0.2 * len(rows) * max(2, len(sources))), "points")
 
 
-def curves(lines: Mapping[str, Sequence[float]], ylabel: str, name: str) -> str:
-    """Values by epoch, from 1."""
+def curves(lines: Mapping[str, Sequence[float | None]], ylabel: str, name: str) -> str:
+    """Values by epoch, from 1; None where there is none."""
 
     def draw(figure: Figure) -> None:
         axis = figure.add_subplot()
         for number, (label, values) in enumerate(lines.items()):
             style = {"color": COLOURS[number % len(COLOURS)], "marker": ".", "markersize": 4}
-            axis.plot(range(1, len(values) + 1), values, label=label, **style)
+            known = {epoch: value for epoch, value in enumerate(values, start=1) if value is not None}
+            axis.plot(known.keys(), known.values(), label=label, **style)
         axis.set(xlabel="epoch", ylabel=ylabel)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)

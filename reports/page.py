@@ -53,9 +53,9 @@ def run_page(folder: Path) -> str:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: holds no finished run ({error})") from None
-    epochs = [row for row in rows if row["accuracy"]]
-    accuracy = {name: [row["accuracy"][name] for row in epochs] for name in epochs[-1]["accuracy"]}
-    losses = {name: [row["losses"][name] for row in epochs if name in row["losses"]] for name in epochs[-1]["losses"]}
+    epochs = [row for row in rows if row["epoch"] >= 1]  # up to 0 they are the warm-up's
+    accuracy = {name: [row["accuracy"].get(name) for row in epochs] for name in epochs[-1]["accuracy"]}
+    losses = {name: [row["losses"].get(name) for row in epochs] for name in epochs[-1]["losses"]}
     plots = [
         figures.curves(accuracy, "top-1 on the test split, %", "accuracy"),
         figures.curves(losses, "nats", "losses"),

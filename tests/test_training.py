@@ -163,6 +163,19 @@ def test_checkpoints_hold_the_best_the_last_and_every_second_epoch(tmp_path):
     assert held == [1, 2, 2, 4, 5]  # the third epoch is none of these
 
 
+@pytest.mark.parametrize(("every", "seen"), [(2, [2, 4, 5]), (5, [5]), (7, [5])])
+def test_only_every_so_many_epochs_and_the_last_are_evaluated(tmp_path, every, seen):
+    """The best is the best of those; what was not evaluated has no accuracy, and the history still loads."""
+    loop = scripted_loop(tmp_path, True, evaluation_epochs=every)
+    progress = loop.run()
+    assert [row["epoch"] for row in progress.history if row["accuracy"]] == seen
+    assert [epoch + 1 for epoch, _ in loop.objective.observed] == seen
+    assert all(set(row["accuracy"]) == {"first", "second"} for row in progress.history if row["epoch"] in seen)
+    assert progress.best == {"top1": 80, "epoch": 5, "chosen_on": "val"}  # and not the third, as good
+    assert load_file(loop.folder.best)["objective/trained"].item() == 5
+    progress.check()
+
+
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 
