@@ -25,8 +25,9 @@ from engine.console import Console
 from engine.distributed import keep_freed_memory, run_script, start_accelerator
 from engine.run_folder import machine
 from models import describe_models
+from models.preprocessing import fitted_to
 from reports.evaluation import Evaluation
-from reports.subject import ImageOptions, Subject, load_subject, part_of
+from reports.subject import ImageOptions, Subject, learnt_from, load_subject, part_of
 from reports.transfer import TransferOptions, embed, linear_probe
 
 LISTINGS = {"models": describe_models}
@@ -117,7 +118,10 @@ def main() -> None:
         with accelerator.main_process_first():
             data = subject.build(load_data(config, subject, accelerator))
         split, pipeline = part_of(data, config.split, subject.options), pipeline_of(data, subject, accelerator)
-        evaluation = Evaluation(subject.network, teacher, accelerator.device, config.binary)
+        fitting = (
+            fitted_to(teacher, subject.network, **learnt_from(subject.folder, config.teacher)) if teacher else None
+        )
+        evaluation = Evaluation(subject.network, fitting, accelerator.device, config.binary)
         run(evaluation, pipeline, split, config, console)
         evaluation.add_up(lambda sums: accelerator.reduce(sums, "sum"))
         results = evaluation.results() | seen_and_unseen(evaluation, subject, data)

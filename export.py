@@ -39,7 +39,6 @@ from exporters.proof import Function, Proof, latency, prove
 from exporters.pt2 import load_pt2, write_pt2
 from exporters.quantized import Quantized
 from models.network import Network, count_parameters
-from models.preprocessing import fitted
 from reports.subject import Subject, load_subject, run_options
 
 CPU = torch.device("cpu")
@@ -208,21 +207,19 @@ def teachers_of(subject: Subject, config: ExportConfig) -> list[Network]:
     places = config.teacher or run_options(subject.folder, FinetuneOptions).teacher
     if not places:
         raise UserError(f"{what}: the run {subject.folder} had no teacher; name one with --teacher")
-    return load_teachers(places, subject.info, summary.get("teachers", []), what)
+    return load_teachers(subject, places, summary.get("teachers", []), what)
 
 
 def finetuned(
     subject: Subject, teachers: list[Network], pipeline: Pipeline, train: AnySplit, config: ExportConfig
 ) -> Quantized:
     """The network with the int8 file's roundings, distilled with them."""
-    options, network, info = run_options(subject.folder, FinetuneOptions), Quantized(subject.network), subject.info
+    options, network = run_options(subject.folder, FinetuneOptions), Quantized(subject.network)
     network.calibrate(calibration(Deployed(subject.network, False), pipeline, train, config.calibration_images))
     loader = pipeline.training(train, options.batch_size)
     steps = config.finetune_epochs * len(loader)
     batches = (batch for epoch in range(config.finetune_epochs) for batch in loader.epoch(epoch))
     shown = Console(True).through(batches, steps, "fine-tuning")
-
-    teachers = [fitted(teacher, info.mean, info.std, info.image_size) for teacher in teachers]
 
     def taught(images: Tensor) -> Tensor:
         return torch.stack([teacher(images) for teacher in teachers]).mean(0)

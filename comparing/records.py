@@ -17,8 +17,9 @@ from data.pipeline import Pipeline
 from engine.config import RunConfig
 from evaluate import EvaluateConfig, transfer
 from models import load_pretrained
+from models.preprocessing import fitted_to
 from reports import metrics
-from reports.subject import load_subject
+from reports.subject import learnt_from, load_subject
 
 KEPT = ("method", "model", "parameters", "seed", "top1", "top5", "best", "epochs", "seconds", "images_per_second")
 KEPT += ("peak_memory_bytes", "warnings", "device", "versions", "git_commit")
@@ -96,7 +97,9 @@ def on_test_images(folder: Path, teachers: Sequence[Path]) -> dict[str, float]:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     options = RunConfig(**{name: config[name] for name in RunConfig.__dataclass_fields__ if name in config})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = [load_pretrained(each).to(device) for each in (folder, *teachers)]
+    student = load_pretrained(folder).to(device)
+    fitting = [fitted_to(load_pretrained(each), student, **learnt_from(folder, each)) for each in teachers]
+    models = [student, *(each.to(device) for each in fitting)]
     images = load_images(config["dataset"], models[0].info.image_size, progress=False, options=options)
     images.mean, images.std = models[0].info.mean, models[0].info.std
     seen: list[list[tuple]] = [[] for _ in models]

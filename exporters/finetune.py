@@ -10,8 +10,10 @@ from torch import Tensor
 from common import UserError
 from exporters.quantized import Quantized
 from kernels import kd_loss
-from models import ModelInfo, load_pretrained
+from models import load_pretrained
 from models.network import Network
+from models.preprocessing import Preprocessed, fitted_to
+from reports.subject import Subject, learnt_from
 
 
 @dataclass
@@ -24,17 +26,17 @@ class FinetuneOptions:
     batch_size: int = 64
 
 
-def load_teachers(places: Sequence[str], info: ModelInfo, before: Sequence, what: str) -> list[Network]:
-    """The teachers in run folders.
+def load_teachers(subject: Subject, places: Sequence[str], before: Sequence, what: str) -> list[Network | Preprocessed]:
+    """The teachers in run folders, as the network knows its images and classes.
 
     Args:
+        subject: the network that they are to teach.
         places: the run folders.
-        info: of the network that they are to teach.
         before: the rows of its run's summary on the teachers that it had.
         what: what error messages begin with.
 
     Raises:
-        UserError: one that is gone, another one by now, or that knows other classes or images.
+        UserError: one that is gone, another one by now, or that knows other classes.
     """
     checksums = {each.get("path"): each.get("sha256") for each in before if isinstance(each, dict)}
     teachers = []
@@ -45,10 +47,7 @@ def load_teachers(places: Sequence[str], info: ModelInfo, before: Sequence, what
             raise UserError(f"{what}: {error}; name the teacher's run folder with --teacher") from None
         if checksums.get(place, teacher.info.sha256) != teacher.info.sha256:
             raise UserError(f"{what}: the teacher in {place} is another one than the run's; name one with --teacher")
-        for fact in ("num_classes", "image_size"):
-            if (his := getattr(teacher.info, fact)) != (own := getattr(info, fact)):
-                raise UserError(f"{what}: the teacher in {place} has {fact} {his}, the network {own}")
-        teachers.append(teacher)
+        teachers.append(fitted_to(teacher, subject.network, **learnt_from(subject.folder, place)))
     return teachers
 
 

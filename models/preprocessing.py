@@ -157,6 +157,15 @@ def fitted(
     return Preprocessed(network, own, mean, std, order)
 
 
+def fitted_to(
+    teacher: Network, student: Network, where: str, mapping: dict | None = None, interpolation: str | None = None
+) -> Network | Preprocessed:
+    """A teacher for the images and classes of a student, by the `info` of both; see `fitted` and `class_order`."""
+    own, theirs = student.info, teacher.info
+    order = class_order(theirs.class_names, theirs.num_classes, own.class_names, own.num_classes, mapping, where)
+    return fitted(teacher, own.mean, own.std, own.image_size, order, interpolation)
+
+
 def class_order(
     names: Sequence[str] | None,
     count: int,

@@ -10,7 +10,7 @@ from torch import Tensor
 from common import UserError
 from data.datasets import check_binary
 from models.network import Network
-from models.preprocessing import class_order, fitted
+from models.preprocessing import Preprocessed
 from reports import latency, metrics
 from reports.latency import Stopwatch
 from reports.measures import Classification, Resemblance, reduce_to_two
@@ -20,19 +20,19 @@ class Evaluation:
     """What is measured of a network (with its `info`, in eval mode) and, where there is one, of it and its teacher.
 
     Args:
-        network, teacher: images come as `network` knows them; the teacher may know them, and classes, otherwise.
+        network, teacher: images come as `network` knows them, to the teacher too (models.preprocessing.fitted_to).
         device: where both are moved.
         positive: classes that count as class 1, all others as class 0; empty: classes as they are. Of a network for
             more than two classes the probabilities are summed.
     """
 
-    def __init__(self, network: Network, teacher: Network | None, device: torch.device, positive: Sequence[int] = ()):
-        info = network.info
-        if teacher:
-            theirs = teacher.info
-            names = (theirs.class_names, theirs.num_classes, info.class_names, info.num_classes)
-            order = class_order(*names, None, "--teacher")
-            teacher = fitted(teacher, info.mean, info.std, info.image_size, order)
+    def __init__(
+        self,
+        network: Network,
+        teacher: Network | Preprocessed | None,
+        device: torch.device,
+        positive: Sequence[int] = (),
+    ):
         if network.info.num_classes > 2:
             check_binary(list(positive), network.info.num_classes)
         self.network = network.to(device).eval()

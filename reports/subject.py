@@ -1,5 +1,6 @@
 """What is evaluated: a trained network, where it came from, and the images for it."""
 
+import os
 import types
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from data.options import DataOptions
 from data.splits import AnySplit, ImageSet
 from models import ModelInfo, create_model, load_pretrained, load_weights
 from models.network import Network
-from models.preprocessing import published_preprocessing
+from models.preprocessing import published_preprocessing, read_mapping
 
 Options = TypeVar("Options")
 
@@ -110,6 +111,28 @@ def run_options(folder: Path, kind: type[Options] = ImageOptions) -> Options:
         if not _fits(value, hints[name]):
             raise UserError(f"{path}: '{name}' cannot be {value!r}")
     return kind(**found)
+
+
+@dataclass
+class LearntFrom:
+    """What a run's options say of its teachers."""
+
+    teacher: list[str] = field(default_factory=list)
+    teacher_classes: str | None = None
+    teacher_interpolation: str | None = None
+
+
+def learnt_from(folder: Path, teacher: str | Path) -> dict:
+    """How a run saw a teacher, if it is one that it learnt from: arguments of models.preprocessing.fitted_to.
+
+    Raises:
+        UserError: a --teacher_classes of the run that is gone, or is no mapping.
+    """
+    options, where = run_options(folder, LearntFrom), f"--teacher {teacher}"
+    if os.path.realpath(teacher) not in map(os.path.realpath, options.teacher):
+        return {"where": where}
+    mapping = read_mapping(options.teacher_classes) if options.teacher_classes else None
+    return {"where": where, "mapping": mapping, "interpolation": options.teacher_interpolation}
 
 
 def _fits(value: object, hint: object) -> bool:

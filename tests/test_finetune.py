@@ -164,7 +164,7 @@ def test_an_int8_file_that_loses_too_much_is_distilled_once_more(runs, tmp_path)
         ("gone", "holds no trained model (model.json and model.safetensors); name the teacher's run folder with"),
         ("replaced", "is another one than the run's; name one with --teacher"),
         ("none", "had no teacher; name one with --teacher"),
-        ("classes", "has num_classes 3, the network 10"),
+        ("classes", "has 3 classes, the images 10, and names are not known on both sides"),
         ("no int8", "--finetune_epochs 1: goes with --quantize int8"),
         ("no epochs", "goes with --finetune_epochs"),
     ],

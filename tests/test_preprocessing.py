@@ -9,14 +9,17 @@ from PIL import Image
 from torch import nn
 
 from common import UserError
+from comparing.records import on_test_images
 from data.datasets import load_images
 from distill import DistillConfig
-from models import ModelInfo, create_model, save_pretrained
+from exporters.finetune import load_teachers
+from models import ModelInfo, create_model, load_pretrained, save_pretrained
 from models.preprocessing import (
     Preprocessed,
     Preprocessing,
     class_order,
     fitted,
+    fitted_to,
     published_classes,
     published_preprocessing,
     read_mapping,
@@ -24,7 +27,8 @@ from models.preprocessing import (
 from objectives.distillation import Distillation
 from objectives.teachers import build_teacher, preprocessed
 from reports.evaluation import Evaluation
-from tests.runs import forked, read_json, succeeded
+from reports.subject import load_subject
+from tests.runs import forked, here, read_json, succeeded
 
 BATCH = ([0.3, 0.4, 0.5], [0.2, 0.3, 0.4])
 OWN = ([0.5, 0.45, 0.4], [0.25, 0.2, 0.3])
@@ -189,7 +193,8 @@ def test_a_teacher_by_name_has_its_files_classes_and_its_own_size(tmp_path):
 def test_a_student_is_compared_with_a_teacher_of_another_size_and_order_of_classes():
     """KL(teacher || student) written out."""
     student, other = teacher(seed=1, names=list("abcde")), teacher(5, 24, *BATCH, list("edcba"))
-    evaluation, images = Evaluation(student, other, torch.device("cpu")), torch.randn(6, 3, 16, 16)
+    evaluation = Evaluation(student, fitted_to(other, student, "--teacher"), torch.device("cpu"))
+    images = torch.randn(6, 3, 16, 16)
     evaluation.run([(images, torch.zeros(6, dtype=torch.long))])
     (mean, std), (own_mean, own_std) = ((torch.tensor(each).view(3, 1, 1) for each in pair) for pair in (OWN, BATCH))
     with torch.no_grad():
@@ -209,3 +214,31 @@ def test_a_student_learns_from_teachers_of_two_sizes(tmp_path):
     assert "teacher resnet8: images of 8x8 (bilinear), normalised its own way\n" in done.stdout
     info = read_json(tmp_path / "s/model.json")
     assert (info["image_size"], info["mean"]) == (8, BATCH[0])
+
+
+def test_a_teacher_is_seen_later_as_its_student_saw_it(tmp_path):
+    """By evaluate.py, compare.py's records and export.py's fine-tuning: its size, interpolation, order of classes."""
+    torch.manual_seed(0)
+    model = create_model("resnet8", 12)
+    model.info = ModelInfo("resnet8", "digits", 12, 16, *map(list, BATCH))
+    save_pretrained(model, model.info, tmp_path / "t")
+    (tmp_path / "classes.json").write_text(json.dumps({str(digit): 11 - digit for digit in range(10)}))
+    learn = ["--student", "resnet8", "--image_size", "8", "--epochs", "1", "--train_fraction", "0.1"]
+    learn += ["--teacher", tmp_path / "t", "--teacher_classes", tmp_path / "classes.json"]
+    learn += ["--teacher_interpolation", "bicubic", "--output_dir", tmp_path / "s"]
+    succeeded(forked("distill.py", *learn))
+    succeeded(here("evaluate.py", tmp_path / "s", "--teacher", tmp_path / "t", "--latency", "false"))
+    subject = load_subject(str(tmp_path / "s"))
+    (later,) = load_teachers(subject, [str(tmp_path / "t")], [], "--finetune_epochs 1")
+    pixels = load_images("digits", 8).test.images.float() / 255
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in BATCH)
+    images = (pixels - mean) / std
+    with torch.no_grad():
+        large = F.interpolate(images, 16, mode="bicubic", antialias=True)
+        p = load_pretrained(tmp_path / "t")(large)[:, [11 - digit for digit in range(10)]]
+        q = load_pretrained(tmp_path / "s")(images).log_softmax(1)
+        torch.testing.assert_close(later(images), p, atol=1e-4, rtol=1e-4)
+    p = p.log_softmax(1)
+    kl = pytest.approx((p.exp() * (p - q)).sum(1).mean().item(), rel=1e-3)
+    assert read_json(tmp_path / "s/evaluation.json")["kl"] == kl
+    assert on_test_images(tmp_path / "s", [tmp_path / "t"])["kl"] == kl
