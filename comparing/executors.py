@@ -14,7 +14,7 @@ def check_executor(name: str, options: dict, verbose: bool) -> None:
     """Raise UserError for an executor that cannot be started, before anything is done."""
     if name == "local":
         if options:
-            raise UserError(f"--executor_options {min(options)}: --executor local has none; --jobs says what goes on")
+            raise UserError(f"--executor_options {min(options)}: --executor local has none")
         return
     check_package(f"--executor {name}", EXECUTORS[name], name)
     if verbose:

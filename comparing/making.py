@@ -23,7 +23,8 @@ MAINS = {"train_teacher.py": train_teacher.main, "distill.py": distill.main}
 
 
 def make(run: PlannedRun, places: Places) -> None:
-    """Train the run unless its folder is finished, and write its record; go on from its checkpoint if there is one."""
+    """Train the run unless its folder is finished, and write its record if that is wanted; go on from its checkpoint if
+    there is one."""
     folder = places.runs / run.folder
     with _locked(folder):
         if finished(run, places.runs):
@@ -35,7 +36,7 @@ def make(run: PlannedRun, places: Places) -> None:
             sys.argv = words
             run_script(MAINS[run.script])
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only its model is needed from now on
-        if recorded(run, places.records) is None:
+        if places.records and recorded(run, places.records) is None:
             record = describe(run, places.runs)
             write_atomically(places.records / f"{run.name}.json", json.dumps(record, indent=1) + "\n")
 

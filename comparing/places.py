@@ -10,10 +10,10 @@ from comparing.records import recorded
 
 @dataclass(frozen=True)
 class Places:
-    """Where a comparison's run folders and records are, and whether the user sees what runs print."""
+    """Where run folders are, and their records if any are wanted, and whether the user sees what runs print."""
 
     runs: Path
-    records: Path
+    records: Path | None
     verbose: bool = False
 
 

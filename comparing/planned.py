@@ -46,6 +46,7 @@ class PlannedRun:
         weights: the run that it starts from.
         transfer: sets on whose frozen embeddings a linear classifier is trained when it is done, with the epochs.
         dataset: where the images are, where the plan's name for them is another; the key has the plan's.
+        place: the name of its run folder, where that is not to tell its key.
     """
 
     name: str
@@ -59,6 +60,7 @@ class PlannedRun:
     weights: "PlannedRun | None" = None
     dataset: str | None = None
     transfer: dict[str, int] = field(default_factory=dict)
+    place: str | None = None
 
     @property
     def needs(self) -> list["PlannedRun"]:
@@ -97,6 +99,8 @@ class PlannedRun:
     @property
     def folder(self) -> str:
         """The name of its run folder."""
+        if self.place:
+            return self.place
         config = self.weights.config if self.weights and not getattr(self.config, "model", "student") else self.config
         model = getattr(config, "model", None) or config.student or "model"
         return f"{plain(model)}-{plain(self.config.method)}-{self.key}"

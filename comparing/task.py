@@ -11,15 +11,16 @@ from comparing.planned import PlannedRun
 
 def task_of(run: PlannedRun, places: Places) -> Task:
     """What a job of a cluster is told."""
-    places = Places(places.runs.resolve(), places.records.resolve())
-    content = {"run": asdict(run), "runs": str(places.runs), "records": str(places.records)}
+    records = str(places.records.resolve()) if places.records else None
+    content = {"run": asdict(run), "runs": str(places.runs.resolve()), "records": records}
     return Task(json.dumps(content), str(log_of(run, places.runs)), str(Path.cwd()))
 
 
 def read_task(text: str) -> tuple[PlannedRun, Places]:
     """The run of a task's text, and where it is made."""
     content = json.loads(text)
-    return _run(content["run"]), Places(Path(content["runs"]), Path(content["records"]))
+    records = Path(content["records"]) if content["records"] else None
+    return _run(content["run"]), Places(Path(content["runs"]), records)
 
 
 def _run(content: dict) -> PlannedRun:

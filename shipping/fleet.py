@@ -1,7 +1,9 @@
 """What a fleet is made by: search.py, distill.py and export.py, each for what is still to be done."""
 
+import math
 import os
 import shlex
+import signal
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +12,14 @@ import distill
 import export
 import search
 from common import UserError, check_writable
+from comparing.executors import create_executor
+from comparing.order import execute
+from comparing.places import Places
+from comparing.plan import assignments
+from comparing.planned import PlannedRun
 from engine.command_line import parse
 from engine.config import NOT_COMPUTED
-from engine.distributed import Interrupted
+from engine.distributed import Interrupted, RunError
 from engine.run_folder import plain
 from models.pool import Pool
 from reports.subject import load_subject
@@ -20,6 +27,8 @@ from searching.budget import parse_budgets
 from shipping.folder import SEARCH, STUDENTS, begin, check_folder, read_record
 from shipping.options import FleetConfig
 
+GOES_ON = "interrupted; all is saved, and the same command goes on"
+ELSEWHERE = {"executor", "executor_options"}  # another one makes the same students
 MAINS = {"search.py": search.main, "distill.py": distill.main, "export.py": export.main}
 
 
@@ -50,7 +59,7 @@ class Fleet:
         parse(search.SearchConfig, "", {}, self.search_command[1:])  # before what takes long
         parse(export.ExportConfig, "", {}, self.export_command("STUDENT")[1:])
         self.budgets = {budget.name: budget for budget in parse_budgets(config.budgets)}
-        options = {name: value for name, value in config.as_dict().items() if name not in NOT_COMPUTED}
+        options = {name: value for name, value in config.as_dict().items() if name not in NOT_COMPUTED | ELSEWHERE}
         self._lock = begin(self.folder, options | {"teacher's sha256": self.info.sha256}, config.overwrite)
 
     @property
@@ -100,17 +109,45 @@ class Fleet:
             run(self.search_command)
 
     def distil(self) -> None:
-        """Train the students that are not done, in one pass of the teacher."""
+        """Train the students that are not done: in one pass of the teacher, or each by itself elsewhere."""
         names = dict.fromkeys(self.students.values())
-        if left := [name for name in names if not (self.folder / STUDENTS / name / "summary.json").is_file()]:
+        left = [name for name in names if not (self.folder / STUDENTS / name / "summary.json").is_file()]
+        if left and self.config.executor != "local":
+            self._distil_elsewhere(left)
+        elif left:
             begun = any((self.folder / STUDENTS / name).exists() for name in left)
             run(self.distill_command(left) + (["--resume_from_checkpoint", "latest"] if begun else []))
+
+    def _distil_elsewhere(self, names: list[str]) -> None:
+        """Hand the students to a cluster. Raises RunError where one fails, Interrupted by Ctrl-C."""
+        places, options = Places(self.folder / STUDENTS, None), self.config.executor_options
+        runs = [self.planned(name) for name in names]
+        for each in runs:
+            print(f"\n$ python {shlex.join(each.command(places.runs))}  ({self.config.executor})", flush=True)
+        executor = create_executor(self.config.executor, 1, assignments("--executor_options", options), places)
+        outcome = execute(runs, places, executor, math.inf, tell)
+        if outcome.interrupted:
+            raise Interrupted(signal.SIGINT, GOES_ON)
+        if outcome.failed:
+            raise RunError(f"{len(outcome.failed)} of {len(runs)} students failed; the same command tries them again")
+
+    def planned(self, name: str) -> PlannedRun:
+        """A student distilled by itself: to the same weights as with the others, on the same kind of machine."""
+        given = self.config.given(distill.DistillConfig)
+        options = {each: value for each, value in given.items() if each not in ("output_dir", "overwrite", "pool")}
+        options |= {"teacher": [self.teacher], "student": str(self.spec(name)), "seed": self.config.seed}
+        return PlannedRun(name, "distill.py", options, source="teacher", seed=self.config.seed, place=name)
 
     def export(self) -> None:
         """Write and prove the files of the students that have none."""
         for name in dict.fromkeys(self.students.values()):
             if not (self.folder / STUDENTS / name / "export/export.json").is_file():
                 run(self.export_command(name))
+
+
+def tell(run: PlannedRun, reason: str | None) -> None:
+    """Say that a student has ended."""
+    print(f"{run.name}: {reason or 'distilled'}", flush=True)
 
 
 def run(words: list[str]) -> None:
@@ -120,6 +157,6 @@ def run(words: list[str]) -> None:
     try:
         MAINS[words[0]]()
     except Interrupted as interruption:
-        raise Interrupted(interruption.signum, "interrupted; all is saved, and the same command goes on") from None
+        raise Interrupted(interruption.signum, GOES_ON) from None
     finally:
         sys.argv = before

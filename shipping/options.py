@@ -1,9 +1,11 @@
 """The options of fleet.py: those of distill.py, which it is checked as, and some of search.py and export.py."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from common import UserError
+from comparing.executors import check_executor
+from comparing.plan import assignments
 from comparing.planned import flags
 from distill import DistillConfig
 from engine.command_line import default_of
@@ -42,6 +44,8 @@ class FleetConfig(DistillConfig, SearchOptions):
         finetune_epochs: where it loses more, distil the student for so many further epochs, with its roundings in the
             forward pass; 0: never.
         license: for the model cards, for example apache-2.0.
+        executor: where students are distilled: all together here, or each by itself on a Ray cluster or by Slurm.
+        executor_options: NAME=VALUE of ray.remote, or of submitit's AutoExecutor.
         output_dir: folder of all that is made.
         overwrite: replace an earlier fleet there.
         seed: seeds everything random.
@@ -56,6 +60,8 @@ class FleetConfig(DistillConfig, SearchOptions):
     max_drop: float = 1.0
     finetune_epochs: int = 0
     license: str | None = None
+    executor: Literal["local", "ray", "slurm"] = "local"
+    executor_options: list[str] = field(default_factory=list)
 
     @classmethod
     def rows(cls) -> dict[str, tuple[type, ...]]:
@@ -68,10 +74,14 @@ class FleetConfig(DistillConfig, SearchOptions):
             raise UserError(f"--teacher{given}: name the run folder of one trained teacher")
         if self.output_dir is None:
             raise UserError("--output_dir: name the folder of the fleet, for example runs/fleet")
+        check_executor(self.executor, assignments("--executor_options", self.executor_options), False)
+
+    def given(self, config_class: type[ScriptOptions]) -> dict:
+        """The options of a script that are not at its defaults."""
+        usual = {each.name: default_of(each) for each in fields(config_class.with_method(self.method))}
+        return {name: value for name, value in self.as_dict().items() if name in usual and value != usual[name]}
 
     def words(self, script: str, config_class: type[ScriptOptions], run: str = "", **own) -> list[str]:
         """What follows `python`: the script, a run folder, its options that are not at their defaults, and its own."""
-        given = {name: value for name, value in self.as_dict().items() if name not in own}
-        usual = {each.name: default_of(each) for each in fields(config_class.with_method(self.method))}
-        given = {name: value for name, value in given.items() if name in usual and value != usual[name]}
+        given = {name: value for name, value in self.given(config_class).items() if name not in own}
         return [script, *([run] if run else []), *flags(given | own)]

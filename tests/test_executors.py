@@ -13,7 +13,7 @@ from comparing.executors import EXECUTORS, check_executor
 from comparing.places import Places
 from comparing.plan import assignments, make_plan
 from comparing.task import read_task, task_of
-from tests.runs import PATIENCE, ROOT, Fork, forked, here, read_json, succeeded
+from tests.runs import PATIENCE, ROOT, TINY_GTN, Fork, forked, here, read_json, succeeded
 from tests.test_compare import PLAN
 
 MATRIX = ["--teachers", "vanilla", "mse", "--students", "resnet8", "--teacher_options", "model=resnet8"]
@@ -43,6 +43,11 @@ def test_a_task_is_the_run_that_was_planned(tmp_path):
     for run in make_plan(PLAN, "here").runs({"tiny": "digits"}):
         again, there = read_task(task_of(run, places).run)
         assert again == run and (again.key, again.command(there.runs)) == (run.key, run.command(places.runs))
+    run.place, nowhere = "student", Places(tmp_path, None)
+    again, there = read_task(task_of(run, nowhere).run)
+    assert (again.folder, there.records) == ("student", None) and again.command(tmp_path)[-1] == str(
+        tmp_path / "student"
+    )
 
 
 def test_what_cannot_be_started_is_one_line(monkeypatch):
@@ -111,6 +116,25 @@ def test_submitit_makes_runs_and_a_stopped_comparison_goes_on(tmp_path):
     assert len(logs) == 5 and any("--resume_from_checkpoint latest" in log for log in logs), done.stdout
     found = read_json(tmp_path / "out/comparison.json")
     assert (found["planned"], found["done"], found["failed"]) == (5, 5, {})
+
+
+def test_a_fleets_students_are_the_same_by_jobs_of_their_own(tmp_path):
+    """By submitit's local executor, the first attempt stopped by Ctrl-C, and in one pass of the teacher here."""
+    pytest.importorskip("submitit", reason="pip install -r requirements-slurm.txt")
+    succeeded(forked("train_teacher.py", *TINY_GTN, "--share_branches", "--output_dir", tmp_path / "t"))
+    words = ["fleet.py", "--teacher", tmp_path / "t", "--budgets", "500params", "100kparams", "--rank", "macs"]
+    words += ["--epochs", "20", "--batch_size", "32", "--output_dir"]
+    succeeded(forked(*words, tmp_path / "here"))
+    jobs = ["--executor", "slurm", "--executor_options", "cluster=local"]
+    fleet = Fork(*words, tmp_path / "jobs", *jobs)
+    until(lambda: list(tmp_path.glob("jobs/students/*/checkpoints/*")), fleet)
+    fleet.send_signal(signal.SIGINT)
+    assert fleet.wait() == 130 and "the same command goes on" in fleet.communicate()[1]
+    done = succeeded(forked(*words, tmp_path / "jobs", *jobs))
+    made = [{each.parent.name: each.read_bytes() for each in tmp_path.glob(f"{name}/students/*/model.safetensors")}
+            for name in ("here", "jobs")]  # fmt: skip
+    assert len(made[0]) == 2 and made[0] == made[1], done.stdout
+    assert any("resuming from" in log.read_text() for log in tmp_path.glob("jobs/students/*.log"))
 
 
 def test_a_job_whose_time_is_over_is_queued_again_and_goes_on(tmp_path):

@@ -154,6 +154,7 @@ def test_a_limit_is_one_of_every_file():
             "--student pool:1 (for distill.py)",
         ),
         (("--teacher", "T", "--budgets", "1Mparams", "--max_drop", "-1", "OUT"), "--max_drop -1.0: "),
+        (("--teacher", "T", "--executor_options", "num_cpus=2", "OUT"), "num_cpus: --executor local has none"),
         (("--teacher", "T", "--budgets", "1Mparams", "--paths", "1", "OUT"), "--paths 1: "),
         (("--teacher", "T", "--budgets", "1Mparams", "--epochs", "0", "OUT"), "--epochs 0: "),
         (("--teacher", "T", "--budgets", "1Mparams", "--image_size", "16", "OUT"), "--image_size 16: "),
