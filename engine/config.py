@@ -20,6 +20,8 @@ class TrainingOptions:
         pretrained: start from torchvision's ImageNet weights, or for timm:NAME and hf-hub:ORG/NAME from timm's.
         weights: start from the weights in this run folder, or .safetensors, .pth or .pt file. From a run folder,
             train_teacher.py also takes the model, data set, image size and normalisation.
+        freeze: submodules, or parameters, of the network that keep these weights, without gradients and with BatchNorm
+            in eval mode: names as named_modules() gives them, for example conv1 bn1 layer1.
         epochs: passes over the training split.
         stop_after: stop after this many epochs of a schedule that is made for all of them (early-stopped teachers).
         batch_size: images a step over all processes together.
@@ -52,6 +54,7 @@ class TrainingOptions:
 
     pretrained: bool = False
     weights: str | None = None
+    freeze: list[str] = field(default_factory=list)
     epochs: int = 30
     stop_after: int | None = None
     batch_size: int = 64
