@@ -27,15 +27,15 @@ class TrainingOptions:
         batch_size: images a step over all processes together.
         gradient_accumulation_steps: compute a step's gradient in this many parts of its batch, one after the other, in
             about as many times less memory. BatchNorm, and losses that compare images, see a part at a time.
-        opt: sgd (the papers'), adamw, or timm's lamb or lion, which leave biases and normalisations without weight
-            decay.
+        opt: sgd (the papers'), adamw, or timm's lamb, lion, nadamw, adan, muon or rmsproptf; all but sgd leave biases
+            and normalisations without weight decay.
         lr: peak learning rate.
         lr_batch_size: the batch size that lr is for: it is multiplied by batch_size over this (linear scaling, Goyal et
             al., arXiv 1706.02677; warm-ups of methods keep theirs); default: lr as it is.
-        momentum: momentum of SGD.
+        momentum: momentum of sgd, muon and rmsproptf.
         weight_decay: weight decay of the optimiser.
         nesterov: Nesterov momentum.
-        lr_schedule: multistep (x lr_gamma at lr_milestones), cosine (to 0 over all epochs) or constant.
+        lr_schedule: multistep (x lr_gamma at lr_milestones), cosine or linear (to 0 over all epochs), or constant.
         lr_milestones: epochs after which the learning rate falls, for multistep.
         lr_gamma: factor of each fall, for multistep.
         lr_restarts: run the schedule this many times, each in its share of the epochs; default: once (--method rco:
@@ -59,13 +59,13 @@ class TrainingOptions:
     stop_after: int | None = None
     batch_size: int = 64
     gradient_accumulation_steps: int = 1
-    opt: Literal["sgd", "adamw", "lamb", "lion"] = "sgd"
+    opt: Literal["sgd", "adamw", "lamb", "lion", "nadamw", "adan", "muon", "rmsproptf"] = "sgd"
     lr: float = 0.05
     lr_batch_size: int | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
     nesterov: bool = False
-    lr_schedule: Literal["multistep", "cosine", "constant"] = "cosine"
+    lr_schedule: Literal["multistep", "cosine", "linear", "constant"] = "cosine"
     lr_milestones: list[int] = field(default_factory=lambda: [150, 180, 210])
     lr_gamma: float = 0.1
     lr_restarts: int | None = None
