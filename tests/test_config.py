@@ -73,7 +73,7 @@ def test_a_students_pool_is_optional_and_can_be_given_in_parts():
         (["--epochs", "9" * 5000], "--epochs: Exceeds the limit (4300 digits)"),
         (["--method", "gtn", "--pool", "8"], "--pool: takes no value itself; give its parts: --pool.candidates, "),
         (["--epochs", "1.5"], "--epochs 1.5: expected int"),
-        (["--lr_schedule", "linear"], "--lr_schedule linear: expected one of"),
+        (["--lr_schedule", "plateau"], "--lr_schedule plateau: expected one of"),
         (["--image_size", "big"], "--image_size big: expected int"),
         (["--epochs"], "--epochs"),
         (["stray"], "stray"),
