@@ -25,6 +25,7 @@ from engine.console import Console
 from engine.distributed import keep_freed_memory, run_script, start_accelerator
 from engine.run_folder import machine
 from models import describe_models
+from models.preprocessing import read_mapping
 from reports.evaluation import Evaluation
 from reports.subject import ImageOptions, Subject, load_subject, part_of
 from reports.transfer import TransferOptions, embed, linear_probe
@@ -43,6 +44,7 @@ class EvaluateConfig(TransferOptions, ScriptOptions):
         weights: a .safetensors, .pth or .pt file, or a run folder, with the weights of --model.
         pretrained: the published weights of --model.
         teacher: a run folder; adds KL, agreement and CKA between its network and each of the others.
+        teacher_classes: a JSON file with an object from the networks' classes to the teacher's, as for distill.py.
         dataset: as for train_teacher.py; default: the run's.
         data_dir: a local copy of the named data set; default: the run's.
         cache_dir: where Hugging Face datasets keeps what it fetches; default: the run's.
@@ -67,6 +69,7 @@ class EvaluateConfig(TransferOptions, ScriptOptions):
     weights: str | None = None
     pretrained: bool = False
     teacher: str | None = None
+    teacher_classes: str | None = None
     dataset: str | None = None
     data_dir: str | None = None
     cache_dir: str | None = None
@@ -91,6 +94,8 @@ class EvaluateConfig(TransferOptions, ScriptOptions):
             raise UserError(f"--model {self.model}: needs --dataset{'' if self.weights else ' and --output FILE'}")
         if self.output and len(self.runs) > 1:
             raise UserError(f"--output {self.output}: is one file, for one run; {len(self.runs)} are named")
+        if self.teacher_classes and not self.teacher:
+            raise UserError(f"--teacher_classes {self.teacher_classes}: there is no teacher")
         least = 8 if self.teacher else 1  # CKA needs batches of 4, and the last ones may be half as large
         limits = {
             "batch_size": (least <= self.batch_size <= 2**24, f"from {least} to 2^24"),
@@ -110,6 +115,7 @@ def main() -> None:
     config = parse(EvaluateConfig, __doc__, LISTINGS)
     subjects = find_subjects(config)
     teacher = load_subject(config.teacher, "--teacher").network if config.teacher else None
+    mapping = read_mapping(config.teacher_classes) if config.teacher_classes else None
     accelerator = start_accelerator("no", None, ".")
     console = Console(accelerator.is_main_process)
     keep_freed_memory(accelerator.device)
@@ -117,7 +123,7 @@ def main() -> None:
         with accelerator.main_process_first():
             data = subject.build(load_data(config, subject, accelerator))
         split, pipeline = part_of(data, config.split, subject.options), pipeline_of(data, subject, accelerator)
-        evaluation = Evaluation(subject.network, teacher, accelerator.device, config.binary)
+        evaluation = Evaluation(subject.network, teacher, accelerator.device, config.binary, mapping)
         run(evaluation, pipeline, split, config, console)
         evaluation.add_up(lambda sums: accelerator.reduce(sums, "sum"))
         results = evaluation.results() | seen_and_unseen(evaluation, subject, data)

@@ -22,16 +22,24 @@ class Evaluation:
     Args:
         network, teacher: images come as `network` knows them; the teacher may know them, and classes, otherwise.
         device: where both are moved.
+        mapping: from the network's classes to the teacher's (models.preprocessing.class_order).
         positive: classes that count as class 1, all others as class 0; empty: classes as they are. Of a network for
             more than two classes the probabilities are summed.
     """
 
-    def __init__(self, network: Network, teacher: Network | None, device: torch.device, positive: Sequence[int] = ()):
+    def __init__(
+        self,
+        network: Network,
+        teacher: Network | None,
+        device: torch.device,
+        positive: Sequence[int] = (),
+        mapping: dict | None = None,
+    ):
         info = network.info
         if teacher:
             theirs = teacher.info
             names = (theirs.class_names, theirs.num_classes, info.class_names, info.num_classes)
-            order = class_order(*names, None, "--teacher")
+            order = class_order(*names, mapping, "--teacher")
             teacher = fitted(teacher, info.mean, info.std, info.image_size, order)
         if network.info.num_classes > 2:
             check_binary(list(positive), network.info.num_classes)
