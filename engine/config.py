@@ -196,6 +196,8 @@ class RunConfig(DataOptions, TrainingOptions, PlaceOptions, ScriptOptions):
             raise UserError("--streaming: cannot be combined with --aa or --reprob, drawn by an image's number")
         if self.mixes and self.cuda_graph:
             raise UserError("--cuda_graph: cannot be combined with --mixup or --cutmix, which differ from step to step")
+        if self.cuda_graph and self.opt != "sgd":
+            raise UserError(f"--cuda_graph: is for --opt sgd, not {self.opt}, which counts its steps on the host")
         if self.nesterov and self.opt != "sgd":
             raise UserError(f"--nesterov: is for --opt sgd, not {self.opt}")
         if self.pretrained and self.weights is not None:
