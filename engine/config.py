@@ -90,7 +90,8 @@ class PlaceOptions:
         process_timeout: seconds that a process waits for the others before it gives up; default: PyTorch's.
         compile: compile the networks' blocks with torch.compile, each once, when they first run.
         cuda_graph: record the steady step as a CUDA graph and replay it: one launch instead of hundreds. On one GPU,
-            not for gtn, and for methods of your own only if they decide nothing on the host within an epoch.
+            with --opt sgd, not for gtn, and for methods of your own only if they decide nothing on the host within an
+            epoch.
         kernels: triton or reference (plain PyTorch) for losses and gates; auto is Triton on an NVIDIA GPU.
         with_tracking: also log to the trackers of --report_to.
         report_to: tracker names known to Accelerate, comma-separated.
