@@ -44,6 +44,7 @@ benchmark: .venv/installed
 	$(BIN)/python -m benchmarks.alike
 	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.together
+	$(BIN)/python -m benchmarks.recipe_cost
 
 browser-check: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt

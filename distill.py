@@ -35,6 +35,7 @@ from models import (
 )
 from models.compiled import compile_regions
 from models.foreign import check_classes, describe_stages
+from models.freezing import freeze
 from models.network import Network, count_parameters
 from models.own import trust
 from models.pool import Pool
@@ -195,6 +196,7 @@ class Student:
         self.network = create_model(config.student, data.num_classes, self.pool, **student)
         check_classes(self.network, data.num_classes, "--student")
         initial = run.first(initial_weights, self.network, config.pretrained, config.weights)
+        frozen = freeze(self.network, config.freeze, initial, f"--student {config.student}")
         others = (config.peers or [config.student]) if methods[0].peers else []
         peers = [create_model(name, data.num_classes, self.pool, "--peers", data.image_size) for name in others]
         if config.compile:
@@ -214,7 +216,7 @@ class Student:
         self.weights = objective.term_weights
         loss = f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in self.weights.items())}"
         loss += f"; after epoch {config.stop_kd_epoch} the labels alone" if self.taught and config.stop_kd_epoch else ""
-        lines = [loss, initial and f"initial weights: {initial}", cached]
+        lines = [loss, initial and f"initial weights: {initial}", frozen, cached]
         lines += map(describe_stages, [self.network, *teachers])
         lines += map(describe_preprocessing, teachers)
         lines += [data.unlabeled.described] if data.unlabeled else []

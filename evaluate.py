@@ -25,7 +25,7 @@ from engine.console import Console
 from engine.distributed import keep_freed_memory, run_script, start_accelerator
 from engine.run_folder import machine
 from models import describe_models
-from models.preprocessing import fitted_to
+from models.preprocessing import fitted_to, read_mapping
 from reports.evaluation import Evaluation
 from reports.subject import ImageOptions, Subject, learnt_from, load_subject, part_of
 from reports.transfer import TransferOptions, embed, linear_probe
@@ -44,6 +44,7 @@ class EvaluateConfig(TransferOptions, ScriptOptions):
         weights: a .safetensors, .pth or .pt file, or a run folder, with the weights of --model.
         pretrained: the published weights of --model.
         teacher: a run folder; adds KL, agreement and CKA between its network and each of the others.
+        teacher_classes: a JSON file with an object from the networks' classes to the teacher's, as for distill.py.
         dataset: as for train_teacher.py; default: the run's.
         data_dir: a local copy of the named data set; default: the run's.
         cache_dir: where Hugging Face datasets keeps what it fetches; default: the run's.
@@ -68,6 +69,7 @@ class EvaluateConfig(TransferOptions, ScriptOptions):
     weights: str | None = None
     pretrained: bool = False
     teacher: str | None = None
+    teacher_classes: str | None = None
     dataset: str | None = None
     data_dir: str | None = None
     cache_dir: str | None = None
@@ -92,6 +94,8 @@ class EvaluateConfig(TransferOptions, ScriptOptions):
             raise UserError(f"--model {self.model}: needs --dataset{'' if self.weights else ' and --output FILE'}")
         if self.output and len(self.runs) > 1:
             raise UserError(f"--output {self.output}: is one file, for one run; {len(self.runs)} are named")
+        if self.teacher_classes and not self.teacher:
+            raise UserError(f"--teacher_classes {self.teacher_classes}: there is no teacher")
         least = 8 if self.teacher else 1  # CKA needs batches of 4, and the last ones may be half as large
         limits = {
             "batch_size": (least <= self.batch_size <= 2**24, f"from {least} to 2^24"),
@@ -111,6 +115,7 @@ def main() -> None:
     config = parse(EvaluateConfig, __doc__, LISTINGS)
     subjects = find_subjects(config)
     teacher = load_subject(config.teacher, "--teacher").network if config.teacher else None
+    mapping = read_mapping(config.teacher_classes) if config.teacher_classes else None
     accelerator = start_accelerator("no", None, ".")
     console = Console(accelerator.is_main_process)
     keep_freed_memory(accelerator.device)
@@ -118,9 +123,8 @@ def main() -> None:
         with accelerator.main_process_first():
             data = subject.build(load_data(config, subject, accelerator))
         split, pipeline = part_of(data, config.split, subject.options), pipeline_of(data, subject, accelerator)
-        fitting = (
-            fitted_to(teacher, subject.network, **learnt_from(subject.folder, config.teacher)) if teacher else None
-        )
+        seen = learnt_from(subject.folder, config.teacher, mapping) if teacher else {}
+        fitting = fitted_to(teacher, subject.network, **seen) if teacher else None
         evaluation = Evaluation(subject.network, fitting, accelerator.device, config.binary)
         run(evaluation, pipeline, split, config, console)
         evaluation.add_up(lambda sums: accelerator.reduce(sums, "sum"))

@@ -28,6 +28,7 @@ from engine.run import Run
 from models import ModelInfo, create_model, describe_models, find_spec, load_pretrained, rebuilt_by, save_pretrained
 from models.compiled import compile_regions
 from models.foreign import check_classes, describe_stages
+from models.freezing import freeze
 from models.network import count_parameters
 from models.own import trust
 from models.pool import pool_of
@@ -97,6 +98,7 @@ def main() -> None:
     teacher = create_model(config.model, data.num_classes, config.pool, "--model", data.image_size, **known)
     check_classes(teacher, data.num_classes, "--model")
     initial = run.first(initial_weights, teacher, config.pretrained, config.weights)
+    frozen = freeze(teacher, config.freeze, initial, f"--model {config.model}")
     objective = TEACHERS[config.method].build(teacher, config, data.image_size, gate_split)
     if config.compile:
         compile_regions(objective)
@@ -115,7 +117,8 @@ def main() -> None:
     loop = run.loop(objective, data, after_epoch=after_epoch)
     parameters = count_parameters(teacher)
     what = f"{config.method} teacher {config.model} ({parameters:,} parameters)"
-    lines = [initial and f"initial weights: {initial}", describe_stages(teacher), *objective.advice(data.image_size)]
+    lines = [initial and f"initial weights: {initial}", frozen, describe_stages(teacher)]
+    lines += objective.advice(data.image_size)
     run.introduce(what, data, lines)
     progress = loop.run()
     warnings = list(objective.warnings(progress.history).values())

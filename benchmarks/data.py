@@ -98,13 +98,13 @@ def main() -> None:
     print(f"written: {options.output}")
 
 
-def random_set(images: int) -> ImageSet:
+def random_set(images: int, side: int = SIDE) -> ImageSet:
     """Noise: neither pipeline looks at what is in the pictures."""
     generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 256, (images, SIDE, SIDE, 3), dtype=np.uint8)
+    pixels = generator.integers(0, 256, (images, side, side, 3), dtype=np.uint8)
     labels = torch.from_numpy(generator.integers(0, 100, images))
     train = Split(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels)
-    return ImageSet("noise", 100, SIDE, train, train, MEAN, STD, flip=True)
+    return ImageSet("noise", 100, side, train, train, MEAN, STD, flip=True)
 
 
 def speed(images: int, rounds: int, device: torch.device) -> dict:

@@ -125,7 +125,7 @@ def save_checkpoint(
         "param_groups": groups,
         "others": {name: other.state_dict() for name, other in others.items()},
     }
-    document = json.dumps(state)
+    document = json.dumps(state, default=Tensor.item)  # LAMB counts its steps in a tensor of the group
     metadata = {"state": document, "sha256": _digest(tensors, document)}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 

@@ -20,20 +20,22 @@ class TrainingOptions:
         pretrained: start from torchvision's ImageNet weights, or for timm:NAME and hf-hub:ORG/NAME from timm's.
         weights: start from the weights in this run folder, or .safetensors, .pth or .pt file. From a run folder,
             train_teacher.py also takes the model, data set, image size and normalisation.
+        freeze: submodules, or parameters, of the network that keep these weights, without gradients and with BatchNorm
+            in eval mode: names as named_modules() gives them, for example conv1 bn1 layer1.
         epochs: passes over the training split.
         stop_after: stop after this many epochs of a schedule that is made for all of them (early-stopped teachers).
         batch_size: images a step over all processes together.
         gradient_accumulation_steps: compute a step's gradient in this many parts of its batch, one after the other, in
             about as many times less memory. BatchNorm, and losses that compare images, see a part at a time.
-        opt: sgd (the papers'), adamw, or timm's lamb or lion, which leave biases and normalisations without weight
-            decay.
+        opt: sgd (the papers'), adamw, or timm's lamb, lion, nadamw, adan, muon or rmsproptf; all but sgd leave biases
+            and normalisations without weight decay.
         lr: peak learning rate.
         lr_batch_size: the batch size that lr is for: it is multiplied by batch_size over this (linear scaling, Goyal et
             al., arXiv 1706.02677; warm-ups of methods keep theirs); default: lr as it is.
-        momentum: momentum of SGD.
+        momentum: momentum of sgd, muon and rmsproptf.
         weight_decay: weight decay of the optimiser.
         nesterov: Nesterov momentum.
-        lr_schedule: multistep (x lr_gamma at lr_milestones), cosine (to 0 over all epochs) or constant.
+        lr_schedule: multistep (x lr_gamma at lr_milestones), cosine or linear (to 0 over all epochs), or constant.
         lr_milestones: epochs after which the learning rate falls, for multistep.
         lr_gamma: factor of each fall, for multistep.
         lr_restarts: run the schedule this many times, each in its share of the epochs; default: once (--method rco:
@@ -52,17 +54,18 @@ class TrainingOptions:
 
     pretrained: bool = False
     weights: str | None = None
+    freeze: list[str] = field(default_factory=list)
     epochs: int = 30
     stop_after: int | None = None
     batch_size: int = 64
     gradient_accumulation_steps: int = 1
-    opt: Literal["sgd", "adamw", "lamb", "lion"] = "sgd"
+    opt: Literal["sgd", "adamw", "lamb", "lion", "nadamw", "adan", "muon", "rmsproptf"] = "sgd"
     lr: float = 0.05
     lr_batch_size: int | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
     nesterov: bool = False
-    lr_schedule: Literal["multistep", "cosine", "constant"] = "cosine"
+    lr_schedule: Literal["multistep", "cosine", "linear", "constant"] = "cosine"
     lr_milestones: list[int] = field(default_factory=lambda: [150, 180, 210])
     lr_gamma: float = 0.1
     lr_restarts: int | None = None
@@ -89,7 +92,8 @@ class PlaceOptions:
         process_timeout: seconds that a process waits for the others before it gives up; default: PyTorch's.
         compile: compile the networks' blocks with torch.compile, each once, when they first run.
         cuda_graph: record the steady step as a CUDA graph and replay it: one launch instead of hundreds. On one GPU,
-            not for gtn, and for methods of your own only if they decide nothing on the host within an epoch.
+            with --opt sgd, not for gtn, and for methods of your own only if they decide nothing on the host within an
+            epoch.
         kernels: triton or reference (plain PyTorch) for losses and gates; auto is Triton on an NVIDIA GPU.
         with_tracking: also log to the trackers of --report_to.
         report_to: tracker names known to Accelerate, comma-separated.
@@ -197,6 +201,8 @@ class RunConfig(DataOptions, TrainingOptions, PlaceOptions, ScriptOptions):
             raise UserError("--streaming: cannot be combined with --aa or --reprob, drawn by an image's number")
         if self.mixes and self.cuda_graph:
             raise UserError("--cuda_graph: cannot be combined with --mixup or --cutmix, which differ from step to step")
+        if self.cuda_graph and self.opt != "sgd":
+            raise UserError(f"--cuda_graph: is for --opt sgd, not {self.opt}, which counts its steps on the host")
         if self.nesterov and self.opt != "sgd":
             raise UserError(f"--nesterov: is for --opt sgd, not {self.opt}")
         if self.pretrained and self.weights is not None:

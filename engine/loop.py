@@ -67,8 +67,8 @@ class Loop:
         # DDP averages weight gradients over processes, except where they come and go.
         sparse = objective.sparse_gradients
         self.network = accelerator.prepare_model(self.objective, evaluation_mode=sparse)
-        self.averager = GradientAverager(objective.weight_parameters()) if sparse and self.world > 1 else None
-        weights = make_optimizer(config, objective.weight_parameters())
+        self.averager = GradientAverager(objective.trained_parameters()) if sparse and self.world > 1 else None
+        weights = make_optimizer(config, objective.trained_parameters())
         self.optimizers = {"weights": weights} | {phase.name: phase.optimizer for phase in objective.phases}
         self.steppers = {name: accelerator.prepare_optimizer(each) for name, each in self.optimizers.items()}
         self.scalers = {"scaler": accelerator.scaler} if accelerator.scaler else {}

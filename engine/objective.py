@@ -48,7 +48,7 @@ class Objective(nn.Module, ABC):
 
     The loop asks of every iteration (a count of batches over the whole run) which `phase` it belongs to, calls the
     objective for the terms, sums them with `term_weights`, and steps the phase's optimiser. Most iterations belong to
-    no phase of the objective's own: the loop's SGD then trains `weight_parameters()`.
+    no phase of the objective's own: the loop's optimiser then trains `trained_parameters()`.
 
     Randomness inside `forward` must be a function of the run's seed and `iteration`, so that every process does the
     same and a resumed run repeats it.
@@ -105,6 +105,10 @@ class Objective(nn.Module, ABC):
 
     def weight_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Those of `weight_parameters` that are not frozen (--freeze) when training begins."""
+        return [parameter for parameter in self.weight_parameters() if parameter.requires_grad]
 
     def averaged(self) -> AbstractContextManager:
         """Within it the trained network has the weights that are evaluated and kept."""

@@ -38,4 +38,4 @@ def make_optimizer(config: RunConfig, parameters: Iterable[nn.Parameter]) -> Opt
         from timm.optim import create_optimizer_v2
     except ImportError:
         raise UserError(f"--opt {config.opt}: needs timm; pip install -r requirements-timm.txt") from None
-    return create_optimizer_v2(groups, opt=config.opt, lr=lr, weight_decay=decay)
+    return create_optimizer_v2(groups, opt=config.opt, lr=lr, weight_decay=decay, momentum=config.momentum)

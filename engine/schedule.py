@@ -18,4 +18,6 @@ def _scheduled(config: RunConfig, epoch: int) -> float:
         return config.peak_lr * config.lr_gamma ** sum(epoch >= milestone for milestone in config.lr_milestones)
     if config.lr_schedule == "cosine":
         return config.peak_lr * (1 + math.cos(math.pi * epoch / length)) / 2
+    if config.lr_schedule == "linear":
+        return config.peak_lr * (1 - epoch / length)
     return config.peak_lr

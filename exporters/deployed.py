@@ -1,8 +1,12 @@
 """The network as it is shipped: one input, one output."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
+from common import UserError
 from models.network import Network
 
 
@@ -40,3 +44,15 @@ class Deployed(nn.Module):
         """Random images of the right shape and type."""
         side = self.network.info.image_size
         return self.given(torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0)))
+
+
+@contextmanager
+def becoming(kind: str) -> Iterator[None]:
+    """Within it, what an exporter raises is a UserError: of networks that are not the zoo's it may not know a part."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the exporter's, or the network's own under its tracer
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(f"--formats {kind}: the network cannot be written ({reason})") from None

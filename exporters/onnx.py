@@ -13,12 +13,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 from torch.onnx import symbolic_helper
 
-from exporters.deployed import Deployed
+from common import UserError
+from exporters.deployed import Deployed, becoming
 
 OPSET = 18
 QUANTIZED = ["Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool"]
@@ -45,7 +47,7 @@ def trace(module: nn.Module, example: Tensor, output: str) -> onnx.ModelProto:
     """
     torch.onnx.register_custom_op_symbolic("aten::channel_shuffle", _channel_shuffle, OPSET)  # it knows none
     file = io.BytesIO()
-    with quiet(), torch.no_grad():
+    with becoming("onnx"), quiet(), torch.no_grad():
         torch.onnx.export(
             module,
             (example,),
@@ -77,11 +79,25 @@ def write_int8(source: Path, path: Path, batches: Iterable[Tensor]) -> None:
 
 
 def load_onnx(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
-    """The file as a function of the images that it is fed, on the CPU."""
+    """The file as a function of the images that it is fed, on the CPU.
+
+    The function raises UserError for numbers of images that the file does not take.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # what fails is said below
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    def run(images: Tensor) -> Tensor:
+        try:
+            return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        except (Fail, InvalidArgument):
+            raise UserError(
+                f"{path.name}: fails on {len(images)} images; a network that makes their number a constant does that: "
+                "in its forward pass x.shape[0] stays free where len(x) does not"
+            ) from None
+
+    return run
 
 
 @symbolic_helper.parse_args("v", "i")

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporters.deployed import Deployed
+from exporters.deployed import Deployed, becoming
 
 
 def write_pt2(deployed: Deployed, path: Path, metadata: dict) -> None:
     """Write `deployed` with a free batch size; `metadata` as JSON beside the graph."""
     batch = torch.export.Dim("batch", min=1, max=2**16)
-    with warnings.catch_warnings(), torch.no_grad():
+    with becoming("pt2"), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.export.export(deployed, (deployed.example(),), dynamic_shapes=({0: batch},))
         torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})

@@ -153,7 +153,7 @@ class Towers(nn.Module):
         super().__init__()
         self.towers = nn.ModuleList()
         for first in range(1, len(network.blocks)):
-            later = copy.deepcopy(network).requires_grad_(True).train().blocks[first:]
+            later = copy.deepcopy(network.blocks[first:])
             *stage, classifier = later[-1]
             if not isinstance(classifier, nn.Linear):
                 raise UserError("--method hsakd: needs a network of the zoo, which ends in a linear layer")
@@ -161,7 +161,7 @@ class Towers(nn.Module):
             for part in tower.modules():
                 if hasattr(part, "reset_parameters"):
                     part.reset_parameters()
-            self.towers.append(tower)
+            self.towers.append(tower.requires_grad_(True).train())
         self.last = nn.Linear(network.fc.in_features, classes)
 
     def forward(self, outputs: Outputs) -> list[Tensor]:

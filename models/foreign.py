@@ -198,8 +198,8 @@ class Foreign(Network):
         weight = next(self.net.parameters(), torch.empty(0))
         shape = (2, 3, self.image_size, self.image_size)
         images = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
-        training = self.net.training
-        self.net.eval()
+        training = self.training
+        self.eval()
         try:
             return function(images.to(weight))
         except (UserError, MemoryError, torch.OutOfMemoryError):
@@ -209,7 +209,7 @@ class Foreign(Network):
             side = self.image_size
             raise UserError(f"{self.argument} {self.name}: fails on images of {side}x{side}: {reason}") from None
         finally:
-            self.net.train(training)
+            self.train(training)
 
 
 def describe_stages(network: Network) -> str | None:

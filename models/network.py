@@ -31,13 +31,28 @@ class Network(nn.Module):
     Where those call the classifier otherwise, `fc` is a property.
 
     `published` names the weights that `--pretrained` loads (models/weights.py); None: there are none. `named_stages`
-    and `architecture` are those that `create_model` was given, for networks of other libraries.
+    and `architecture` are those that `create_model` was given, for networks of other libraries. `frozen` are parts that
+    stay without gradients and in eval mode, whatever the network as a whole is told (models/freezing.py).
     """
 
     fc: nn.Linear
     published: str | None = None
     named_stages: tuple[str, ...] = ()
     architecture: dict | None = None
+    frozen: tuple[nn.Module | nn.Parameter, ...] = ()
+
+    def train(self, mode: bool = True) -> "Network":
+        super().train(mode)
+        for part in self.frozen:
+            if isinstance(part, nn.Module):
+                part.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Network":
+        super().requires_grad_(requires_grad)
+        for part in self.frozen:
+            part.requires_grad_(False)
+        return self
 
     def set_stages(
         self,

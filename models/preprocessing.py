@@ -220,7 +220,8 @@ def _place(name: str, places: dict[str, int]) -> int | None:
 
 def _mapped(mapping: dict, place: int, wanted: Sequence[str] | None, places: dict, count: int, where: str) -> int:
     keys = [str(place), *([wanted[place]] if wanted else [])]
-    found = next((mapping[key] for key in reversed(keys) if key in mapping), None)
+    known = {_ways(key)[0]: output for key, output in mapping.items()}
+    found = next((known[_ways(key)[0]] for key in reversed(keys) if _ways(key)[0] in known), None)
     output = _place(found, places) if isinstance(found, str) else found
     if type(output) is not int or not 0 <= output < count:
         said = "is not there" if found is None else f"cannot be {str(found)[:60]!r}"
@@ -233,6 +234,8 @@ def read_mapping(path: str) -> dict:
     """--teacher_classes: a JSON object from the data's classes to the teacher's. Raises UserError for anything else."""
     try:
         found = json.loads(read_text(path))
+    except FileNotFoundError:
+        raise UserError(f"--teacher_classes {path}: there is no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--teacher_classes {path}: cannot be read as JSON ({reason})") from None

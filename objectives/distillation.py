@@ -145,7 +145,7 @@ class Distillation(Objective):
             here = -length <= epoch < 0
             for module in method.warmup_only():
                 module.requires_grad_(here)
-            for parameter in method.warmup_parameters() if here else ():
+            for parameter in self._warmed_up(method) if here else ():
                 parameter.requires_grad_(True)
         if epoch < 0:
             groups = iter(self.phases[0].optimizer.param_groups)
@@ -216,7 +216,7 @@ class Distillation(Objective):
 
     def _warmup_phase(self) -> tuple[Phase, ...]:
         groups = [
-            {"params": method.warmup_parameters()}
+            {"params": self._warmed_up(method)}
             for method, length in zip(self.methods, self.lengths, strict=True)
             if length
         ]
@@ -226,9 +226,14 @@ class Distillation(Objective):
         sgd = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
         return (Phase("warm-up", sgd, self._warmup_inputs, self._average_warmup),)
 
+    def _warmed_up(self, method: Method) -> list[nn.Parameter]:
+        """What its warm-up trains, but for what is frozen of the student (--freeze)."""
+        kept = {id(parameter) for parameter in self.student.parameters() if not parameter.requires_grad}
+        return [parameter for parameter in method.warmup_parameters() if id(parameter) not in kept]
+
     def _warmup_inputs(self) -> list[Tensor]:
         active = zip(self.methods, self.lengths, strict=True)
-        return [p for method, length in active if self.epoch >= -length for p in method.warmup_parameters() if length]
+        return [p for method, length in active if self.epoch >= -length for p in self._warmed_up(method) if length]
 
     def _average_warmup(self, average: Average) -> None:
         for parameter in self._warmup_inputs():

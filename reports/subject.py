@@ -122,17 +122,21 @@ class LearntFrom:
     teacher_interpolation: str | None = None
 
 
-def learnt_from(folder: Path, teacher: str | Path) -> dict:
+def learnt_from(folder: Path, teacher: str | Path, mapping: dict | None = None) -> dict:
     """How a run saw a teacher, if it is one that it learnt from: arguments of models.preprocessing.fitted_to.
+
+    Args:
+        mapping: of the user's own, instead of the run's --teacher_classes.
 
     Raises:
         UserError: a --teacher_classes of the run that is gone, or is no mapping.
     """
-    options, where = run_options(folder, LearntFrom), f"--teacher {teacher}"
-    if os.path.realpath(teacher) not in map(os.path.realpath, options.teacher):
-        return {"where": where}
-    mapping = read_mapping(options.teacher_classes) if options.teacher_classes else None
-    return {"where": where, "mapping": mapping, "interpolation": options.teacher_interpolation}
+    options, seen = run_options(folder, LearntFrom), {"where": f"--teacher {teacher}", "mapping": mapping}
+    if os.path.realpath(teacher) in map(os.path.realpath, options.teacher):
+        seen["interpolation"] = options.teacher_interpolation
+        if mapping is None and options.teacher_classes:
+            seen["mapping"] = read_mapping(options.teacher_classes)
+    return seen
 
 
 def _fits(value: object, hint: object) -> bool:

@@ -353,6 +353,7 @@ ELSEWHERE = {  # option: the test that follows it, as here it would need more th
     "offline": "test_data.py: cifar without a network",
     "streaming": "test_pipelines.py: a stream holds every image once",
     "checkpointing_epochs": "test_training.py: what a checkpoint holds after each epoch",
+    "freeze": "test_freezing.py: what stays as it came",
     "evaluation_epochs": "test_training.py: what is evaluated",
     "compile": "test_compiled.py: regions are compiled",
     "cuda_graph": "test_loop.py: needs a GPU, else is refused",

@@ -8,7 +8,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 
-from benchmarks import baselines
+from benchmarks import baselines, recipe_cost
 from benchmarks import cost as cost_benchmark
 from benchmarks import data as data_benchmark
 from benchmarks import methods as methods_benchmark
@@ -115,6 +115,18 @@ def test_the_methods_benchmark_times_every_method():
     assert {row["method"] for row in rows} == {name for name, method in METHODS.items() if method.needs_teacher}
     assert all(row["milliseconds"] > 0 for row in rows)
     assert next(row["over_kd"] for row in rows if row["method"] == "kd") == 1
+
+
+def test_the_recipe_benchmark_times_every_recipe_and_a_generic_epoch(monkeypatch):
+    seen = []
+    monkeypatch.setattr(recipe_cost, "clocks", lambda run, device: seen.append(run()) or (float(len(seen)), 1.0))
+    rows = {row["recipe"]: row for row in recipe_cost.measure("resnet8", "resnet8", 4, 2)}
+    assert rows.keys() == recipe_cost.RECIPES.keys() and rows["plain"]["overhead"] == 0
+    count = len(rows)  # the first round warms up; then every step takes a second more than the one before
+    assert rows["ema"]["overhead"] == pytest.approx(((-2 / (2 * count)) + 2 / (2 * count + 1)) / 2, abs=1e-9)
+    pytest.importorskip("timm")
+    epoch = recipe_cost.vit_epoch("timm:test_vit", 32, 80)
+    assert epoch["images"] == 80 and epoch["training_seconds"] > 0
 
 
 def test_the_cost_benchmark_sums_over_students(tmp_path):

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from onnx import numpy_helper
 from PIL import Image
 
+from common import UserError
 from data.datasets import load_images
 from data.pipeline import Pipeline
 from data.splits import ImageSet, Split
@@ -19,6 +20,7 @@ from exporters import onnx as exporters_onnx
 from exporters.deployed import Deployed
 from exporters.onnx import load_onnx, write_onnx
 from exporters.proof import Proof, prove
+from exporters.pt2 import write_pt2
 from models import ModelInfo, create_model, load_pretrained, save_pretrained
 from models.pool import Pool
 from reports.subject import ImageOptions
@@ -67,6 +69,29 @@ def test_an_onnx_file_computes_the_network_for_any_batch_size(name, preprocessin
     kept = onnx.load(tmp_path / "model.onnx")
     assert {each.key: each.value for each in kept.metadata_props} == {"mean": json.dumps(MEAN), "name": name}
     assert kept.opset_import[0].version >= 18
+
+
+class OfTwo(torch.nn.Module):
+    """Makes the number of images a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.fc = torch.nn.Parameter(torch.randn(1, 4)), torch.nn.Linear(4 + 3 * 64, 5)
+        self.info = ModelInfo("mine", "digits", 5, 8, MEAN, STD)
+
+    def forward(self, x):
+        return self.fc(torch.cat([self.token.expand(len(x), -1), x.flatten(1)], 1))
+
+
+def test_a_network_of_ones_own_whose_files_would_take_one_number_of_images_is_one_line(tmp_path):
+    deployed = Deployed(OfTwo(), False)
+    write_onnx(deployed, tmp_path / "model.onnx", {})
+    function = load_onnx(tmp_path / "model.onnx", 1)
+    torch.testing.assert_close(function(deployed.example()), deployed(deployed.example()).detach())
+    with pytest.raises(UserError, match=r"^model.onnx: fails on 3 images; .* x.shape\[0\] stays free where len"):
+        function(deployed.example(3))
+    with pytest.raises(UserError, match=r"^--formats pt2: the network cannot be written \(UserError: Constraints viol"):
+        write_pt2(deployed, tmp_path / "model.pt2", {})
 
 
 def test_what_a_file_is_fed_are_the_bytes_of_the_images():

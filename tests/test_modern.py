@@ -2,6 +2,7 @@
 
 import math
 import signal
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from common import UserError
 from data.batch import Batch
 from data.mixing import mix
 from engine.averaging import WeightAverage
+from engine.checkpoint import Progress, load_checkpoint, save_checkpoint
+from engine.config import TrainingOptions
 from engine.optimiser import make_optimizer
 from engine.schedule import learning_rate
 from engine.totals import Totals
@@ -19,7 +22,7 @@ from tests.test_loop import Linear, loop_of, make
 from train_teacher import TeacherConfig
 
 
-@pytest.mark.parametrize("opt", ["adamw", "lamb", "lion"])
+@pytest.mark.parametrize("opt", ["adamw", "lamb", "lion", "nadamw", "muon"])
 def test_other_optimisers_leave_biases_and_normalisations_without_decay(opt):
     """With gradients of zero nothing moves but what is decayed: w (1 - lr decay) a step."""
     network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
@@ -35,6 +38,56 @@ def test_other_optimisers_leave_biases_and_normalisations_without_decay(opt):
     # LAMB's decay is part of a step whose length is that of the weights: lr |w| along w / |w|.
     expected = 0.5 * (1 - 0.1) if opt == "lamb" else 0.5 * (1 - 0.1 * 0.2)
     assert weight.flatten()[0].item() == pytest.approx(expected, rel=1e-5)
+
+
+class Sometimes(nn.Module):
+    """A convolution, a normalisation, and a layer that takes part in every other step, as a path of a supernet does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten())
+        self.branch, self.last = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, step: int):
+        generator = torch.Generator().manual_seed(step)
+        images, labels = torch.randn(8, 3, 3, 3, generator=generator), torch.randint(0, 4, (8,), generator=generator)
+        x = self.first(images)
+        return nn.functional.cross_entropy(self.last(self.branch(x) if step % 2 else x), labels)
+
+
+@pytest.mark.parametrize("opt", get_args(get_type_hints(TrainingOptions)["opt"]))
+def test_every_optimiser_is_saved_and_goes_on_to_the_same_bits(opt, tmp_path):
+    config, networks = TeacherConfig(opt=opt, lr=0.01, weight_decay=0.05, clip_grad=1.0), []
+    for stop in (None, 5):
+        network = Sometimes()
+        optimizer = make_optimizer(config, network.parameters())
+        for step in range(9):
+            if step == stop:
+                save_checkpoint(tmp_path / "c", network, {"weights": optimizer}, {}, Progress(), {})
+                network = Sometimes()
+                optimizer = make_optimizer(config, network.parameters())
+                load_checkpoint(tmp_path / "c", network, {"weights": optimizer}, {}, {}, set())
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * (1 - step / 9)
+            network(step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        networks.append(network.state_dict())
+    start = Sometimes().state_dict()
+    for name, tensor in networks[0].items():
+        assert torch.equal(tensor, networks[1][name]) and not torch.equal(tensor, start[name]), name
+
+
+def test_schedules_are_their_formulas():
+    def rates(schedule, **options):
+        config = TeacherConfig(lr=0.2, epochs=6, lr_schedule=schedule, **options)
+        return [learning_rate(config, epoch) for epoch in range(6)]
+
+    assert rates("constant") == [0.2] * 6
+    assert rates("linear") == pytest.approx([0.2 * (6 - epoch) / 6 for epoch in range(6)])
+    assert rates("linear", lr_restarts=2) == pytest.approx([0.2, 0.4 / 3, 0.2 / 3] * 2)
+    assert rates("multistep", lr_milestones=[2, 5], lr_gamma=0.5) == pytest.approx([0.2, 0.2, 0.1, 0.1, 0.1, 0.05])
 
 
 def test_the_learning_rate_rises_to_where_the_schedule_is():

@@ -127,6 +127,7 @@ ABC, MAPPING = ["a", "b", "c"], {"a": 2, "1": "x_y", "c": "B"}
         (["x", "y", "z"], 3, ABC, None, None),
         (["b", "x y", "z", "q"], 4, ABC, MAPPING, [2, 1, 0]),
         (None, 4, None, {"0": 3, "1": 0, "2": 2}, [3, 0, 2]),
+        (None, 4, ["red_fox", "b", "c"], {"Red fox": 3, "1": 0, "C": 2}, [3, 0, 2]),
         (None, 4, ABC, None, "has 4 classes, the images 3, and names are not known on both sides; --teacher_classes"),
         (["b", "a", "d"], 3, ABC, None, "1 of the 3 classes' names are not the teacher's, as 'c'; --teacher_classes"),
         (["a", "b", "d"], 3, ABC, None, None),  # what they have in common is in place
@@ -155,6 +156,8 @@ def test_a_mapping_that_is_none_is_one_line(tmp_path, content):
     (tmp_path / "m.json").write_text(content)
     with pytest.raises(UserError, match=r"--teacher_classes .*m.json: "):
         read_mapping(str(tmp_path / "m.json"))
+    with pytest.raises(UserError, match=r"--teacher_classes .*n.json: there is no such file"):
+        read_mapping(str(tmp_path / "n.json"))
 
 
 def test_published_weights_say_what_they_expect():
@@ -190,10 +193,11 @@ def test_a_teacher_by_name_has_its_files_classes_and_its_own_size(tmp_path):
         preprocessed([built], data, DistillConfig(**options))
 
 
-def test_a_student_is_compared_with_a_teacher_of_another_size_and_order_of_classes():
+@pytest.mark.parametrize(("names", "mapping"), [("edcba", None), ("vwxyz", dict(zip("abcde", "zyxwv", strict=True)))])
+def test_a_student_is_compared_with_a_teacher_of_another_size_and_order_of_classes(names, mapping):
     """KL(teacher || student) written out."""
-    student, other = teacher(seed=1, names=list("abcde")), teacher(5, 24, *BATCH, list("edcba"))
-    evaluation = Evaluation(student, fitted_to(other, student, "--teacher"), torch.device("cpu"))
+    student, other = teacher(seed=1, names=list("abcde")), teacher(5, 24, *BATCH, list(names))
+    evaluation = Evaluation(student, fitted_to(other, student, "--teacher", mapping), torch.device("cpu"))
     images = torch.randn(6, 3, 16, 16)
     evaluation.run([(images, torch.zeros(6, dtype=torch.long))])
     (mean, std), (own_mean, own_std) = ((torch.tensor(each).view(3, 1, 1) for each in pair) for pair in (OWN, BATCH))
