@@ -57,7 +57,8 @@ executors-check: .venv-executors/installed
 gpu-check: .venv/installed
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 12 tests/triton_grid.py \
-		tests/test_loop.py tests/test_triton.py::test_both_scripts_train_alike_with_either_implementation
+		tests/test_loop.py tests/test_piece_graphs.py \
+		tests/test_triton.py::test_both_scripts_train_alike_with_either_implementation
 	$(BIN)/python -m benchmarks.kernels
 
 # DATA is a parquet glob of 100 classes, for example parquet:data/tin100-*.parquet; TEACHER is resnet32x4 or wrn40_2. Each

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common import UserError
 from data.batch import Batch
+from engine.objective import Phase
 
 Terms = list[tuple[dict[str, Tensor], int]]  # loss terms of a batch's parts, and the images of each
 
@@ -47,7 +48,9 @@ class StepGraph:
         self.key: tuple | None = None  # what the graph is, or will be, captured for
         self.replay: Callable[[], None] | None = None
 
-    def __call__(self, batch: Batch, epoch: int) -> Terms:
+    def __call__(self, batch: Batch, phase: Phase | None, epoch: int) -> Terms:
+        if phase is not None:
+            return self.update(batch, phase)
         key = (epoch, batch.images.shape, batch.loss_scale)
         if key != self.key:
             self.key, self.replay = key, None

@@ -21,12 +21,13 @@ from engine.averaging import WeightAverage
 from engine.checkpoint import Progress, copy_checkpoint, load_checkpoint, save_checkpoint
 from engine.config import NOT_COMPUTED, RunConfig
 from engine.console import Console
-from engine.cuda_graph import CudaGraphCapture, StepGraph, Terms, check_capturable
+from engine.cuda_graph import Terms
 from engine.distributed import Interrupted, RunError, StopSignals, keep_freed_memory
 from engine.evaluate import evaluate
 from engine.gradients import GradientAverager
 from engine.objective import Objective, Phase, weighted_sum
 from engine.optimiser import make_optimizer, parameters_of
+from engine.piece_graphs import recorded_steps
 from engine.run_folder import RunFolder
 from engine.schedule import learning_rate
 from engine.totals import Totals
@@ -74,10 +75,7 @@ class Loop:
         self.scalers = {"scaler": accelerator.scaler} if accelerator.scaler else {}
         if config.mixes and not objective.mixable:
             raise UserError(f"--mixup, --cutmix: --method {config.method} needs images of one label each")
-        self.graph = None
-        if config.cuda_graph:
-            check_capturable(accelerator, objective.capturable)
-            self.graph = StepGraph(self._update, CudaGraphCapture())
+        self.graph = recorded_steps(self._update, objective, config, accelerator) if config.cuda_graph else None
         self._load_data(data)
         self.progress = Progress()
         self.signs: dict[str, int] = {}  # of failure, and for how many epochs they have been there
@@ -230,8 +228,8 @@ class Loop:
             batch = mix(batch, self.config, iteration, self.rank)
         steady = batch.labeled * self.world == self.config.batch_size
         with self._eager_unless(steady):
-            if self.graph is not None and steady and phase is None:
-                losses = self.graph(batch, self.progress.epoch)
+            if self.graph is not None and steady:
+                losses = self.graph(batch, phase, self.progress.epoch)
             else:
                 losses = self._update(batch, phase)
         for terms, images in losses:

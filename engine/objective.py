@@ -110,6 +110,13 @@ class Objective(nn.Module, ABC):
         """Those of `weight_parameters` that are not frozen (--freeze) when training begins."""
         return [parameter for parameter in self.weight_parameters() if parameter.requires_grad]
 
+    def pieces(self) -> list[list[nn.Module]]:
+        """Of steps that are not `capturable`: the modules that can be, Tensor to Tensor each, by place.
+
+        A step differentiates one module of a place at the most, and runs that one once (engine/piece_graphs.py).
+        """
+        return []
+
     def averaged(self) -> AbstractContextManager:
         """Within it the trained network has the weights that are evaluated and kept."""
         return nullcontext() if self.average is None else self.average.applied()

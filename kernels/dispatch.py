@@ -76,7 +76,17 @@ def refuse_second_derivative(ctx, *grads):
     Raises:
         RuntimeError: always.
     """
-    raise RuntimeError("the gradients of kd_loss, cross_entropy and gated_mix cannot be differentiated a second time")
+    raise RuntimeError("the gradients of losses and gated_mix cannot be differentiated a second time")
+
+
+class Final(torch.autograd.Function):
+    """The first `count` of `tensors`, gradients that depend on the others: differentiating them raises RuntimeError."""
+
+    backward = staticmethod(refuse_second_derivative)
+
+    @staticmethod
+    def forward(ctx, count: int, *tensors: Tensor | None):
+        return tensors[:count]
 
 
 def on_device_of(tensor: Tensor):

@@ -1,4 +1,4 @@
-"""Triton kernels of the losses between students and teacher: two launches forward, one backward.
+"""Triton kernels of the losses between students and teacher: two or three launches forward, one backward.
 
 Bytes: the forward pass reads every logit once, the backward pass reads it again and writes its gradient:
 3 (K + 1) N C elements, the least there is without keeping probabilities. Rows of up to TILE classes stay in
@@ -28,7 +28,7 @@ from kernels.dispatch import on_device_of
 
 TILE = 4096  # classes that a program holds in registers
 LOOP_TILE = 8192  # classes that it takes at a time when there are more
-MEAN_BLOCK = 8192  # rows whose losses a program of mean_rows has on their way to it
+MEAN_BLOCK = 8192  # rows whose losses a program sums; of more there are several programs
 LN2 = tl.constexpr(math.log(2))
 LOG2E = tl.constexpr(1 / math.log(2))
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite: below a maximum of -inf there is only NaN
@@ -411,21 +411,55 @@ def forward_loop(
             _store_row(rows, LOG_SUM_1, k, n, K, N, log_sum_1)
 
 
+@triton.jit
+def _plane_of(part):
+    """Of the losses 0: ce, 1: kl, 2: target."""
+    return tl.where(part == 0, CE, tl.where(part == 1, KL, TARGET))
+
+
 @triton.jit(do_not_specialize=["N", "ignore_index"])
+def sum_rows(rows, labels, sums, counts, N, ignore_index, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums of the losses of BLOCK rows, a program a student, loss and block, and how many of the rows count: for
+    mean_rows, which finds them where it would find N losses and labels."""
+    k, part, block, blocks = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    n = block * BLOCK + tl.arange(0, BLOCK)
+    row = _plane_of(part) * K + k
+    total = tl.sum(tl.load(rows + row * tl.cast(N, tl.int64) + n, mask=n < N, other=0.0), 0)
+    tl.store(sums + row * blocks + block, total)
+    if labels is not None:
+        counted = tl.load(labels + n, mask=n < N, other=ignore_index) != ignore_index
+        tl.store(counts + block, tl.sum(counted.to(tl.int64), 0), mask=k + part == 0)
+
+
+@triton.jit(do_not_specialize=["N", "length", "summed", "ignore_index"])
 def mean_rows(
-    rows, labels, ce, kl, target, N, ignore_index, K: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr
+    losses,  # [PLANES, K, length]: N losses, or their sums by block
+    labels,  # [length]: labels, or with `summed` numbers of rows that count; or None
+    rows,
+    ce,
+    kl,
+    target,
+    N,
+    length,
+    summed,
+    ignore_index,
+    K: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Batch means [K] of the losses, a program a student and loss; the last number of `rows` is how many rows count."""
-    k, part = tl.program_id(0), tl.program_id(1)  # 0: ce, 1: kl, 2: target
-    losses = rows + (tl.where(part == 0, CE, tl.where(part == 1, KL, TARGET)) * K + k) * tl.cast(N, tl.int64)
+    k, part = tl.program_id(0), tl.program_id(1)
+    losses += (_plane_of(part) * K + k) * tl.cast(length, tl.int64)
     total, counted = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     start = 0
-    while start < N:  # and not range: the interpreter takes no range of a tensor with NumPy 2.4
+    while start < length:  # and not range: the interpreter takes no range of a tensor with NumPy 2.4
         n = start + tl.arange(0, BLOCK)
         start += BLOCK
-        inside = n < N
+        inside = n < length
         if labels is not None:
-            counted += (tl.load(labels + n, mask=inside, other=ignore_index) != ignore_index).to(tl.float32)
+            label = tl.load(labels + n, mask=inside, other=0)
+            counts = tl.where(summed != 0, label.to(tl.float32), (label != ignore_index).to(tl.float32))
+            counted += tl.where(inside, counts, 0.0)
         total += tl.load(losses + n, mask=inside, other=0.0)
     of_all = N * 1.0
     count = of_all
@@ -596,14 +630,27 @@ def forward(
         if mean:
             losses = [rows.new_empty(count if there else 0) for there in wanted]
             given = [loss if there else None for loss, there in zip(losses, wanted, strict=True)]
-            mean_rows[plan.mean_grid](
-                rows, labels, *given, batch, ignore_index, K=count, PLANES=plan.planes, BLOCK=MEAN_BLOCK, num_warps=16
-            )
+            _launch_means(rows, labels, given, batch, ignore_index, plan)
         else:
             parts = zip((CE.value, KL.value, TARGET.value), wanted, strict=True)
             by_plane = rows.view(plan.planes, count, batch)
             losses = [by_plane[plane].clone() if there else rows.new_empty(0) for plane, there in parts]
     return *losses, rows
+
+
+def _launch_means(rows, labels, losses, batch: int, ignore_index: int, plan: "_Plan") -> None:
+    """One launch, or for more than a block two, in which the order of the sums does not change either."""
+    constants = {"K": plan.mean_grid[0], "BLOCK": MEAN_BLOCK, "num_warps": 16}
+    blocks = -(-batch // MEAN_BLOCK)
+    values, counted, length = rows, labels, batch
+    if blocks > 1:
+        length = blocks
+        values = rows.new_empty(plan.planes * plan.mean_grid[0] * blocks)
+        counted = None if labels is None else labels.new_empty(blocks)
+        sum_rows[(*plan.mean_grid, blocks)](rows, labels, values, counted, batch, ignore_index, **constants)
+    mean_rows[plan.mean_grid](
+        values, counted, rows, *losses, batch, length, int(blocks > 1), ignore_index, PLANES=plan.planes, **constants
+    )
 
 
 def backward(
@@ -719,10 +766,10 @@ def forward_shape(classes: int) -> tuple[int, int, int]:
 
 
 def backward_shape(classes: int) -> tuple[int, int, int]:
-    """The same for the backward pass, where the classes of a row need not meet."""
-    block_c = min(triton.next_power_of_2(classes), 1024)
-    block_n = max(1, min(32, 512 // block_c))
-    return block_n, block_c, max(1, block_n * block_c // 512)
+    """The same for the backward pass, where the classes of a row need not meet: a warp, few of it past the end."""
+    block_c = min(triton.next_power_of_2(classes), 512)
+    block_n = min(32, 512 // block_c)
+    return block_n, block_c, 1
 
 
 def _rows_contiguous(logits: Tensor | None) -> Tensor | None:

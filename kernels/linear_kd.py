@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from kernels.dispatch import Final
 from kernels.kd import Direction, _check_labels, _checked_options, _run_backward, _run_forward, _shape
 
 ELEMENTS = 2**22  # of a network's logits at a time, unless the caller says how many rows
@@ -49,7 +50,7 @@ def linear_kd_loss(
     Raises:
         ValueError: shapes that do not belong together, a teacher that requires a gradient, or options that `kd_loss`
             refuses.
-        RuntimeError: a second derivative.
+        RuntimeError: its gradients are differentiated a second time.
     """
     _check_pair("", embedding, weight, bias)
     _check_pair("teacher_", teacher_embedding, teacher_weight, teacher_bias)
@@ -93,27 +94,35 @@ class _LinearKD(torch.autograd.Function):
         return torch.cat(ce), torch.cat(kl)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_ce, grad_kl):
-        embedding, weight, bias, *teacher, labels = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        d_embedding = torch.empty_like(embedding) if wanted[0] else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
-        d_bias = torch.zeros_like(bias, dtype=wide) if wanted[2] else None
-        parts = _logits((embedding, weight, bias), teacher, ctx.dtype, ctx.rows)
-        for (part, *logits), kept in zip(parts, ctx.kept, strict=True):
-            grads = grad_ce[None, part].contiguous(), grad_kl[None, part].contiguous(), None
-            gradient, _ = _run_backward(*grads, *logits, labels[part], kept, *ctx.options, True, False)
-            gradient = gradient[0]
-            if d_embedding is not None:
-                d_embedding[part] = gradient @ weight.to(gradient.dtype)
-            if d_weight is not None:
-                _add_product(d_weight, gradient.T, embedding[part].to(gradient.dtype))
-            if d_bias is not None:
-                d_bias += gradient.sum(0, dtype=wide)
-        narrow = (None if each is None else each.to(weight.dtype) for each in (d_weight, d_bias))
-        return d_embedding, *narrow, *[None] * 6
+        with torch.no_grad():
+            gradients = _gradients(ctx, grad_ce, grad_kl)
+        if torch.is_grad_enabled():  # a graph is made of the gradients
+            gradients = Final.apply(len(gradients), *gradients, grad_ce, grad_kl, *ctx.saved_tensors)
+        return *gradients, *[None] * 6
+
+
+def _gradients(ctx, grad_ce: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of embedding, weight and bias, as far as they are wanted."""
+    embedding, weight, bias, *teacher, labels = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:3]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    d_embedding = torch.empty_like(embedding) if wanted[0] else None
+    d_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+    d_bias = torch.zeros_like(bias, dtype=wide) if wanted[2] else None
+    parts = _logits((embedding, weight, bias), teacher, ctx.dtype, ctx.rows)
+    for (part, *logits), kept in zip(parts, ctx.kept, strict=True):
+        grads = grad_ce[None, part].contiguous(), grad_kl[None, part].contiguous(), None
+        gradient, _ = _run_backward(*grads, *logits, labels[part], kept, *ctx.options, True, False)
+        gradient = gradient[0]
+        if d_embedding is not None:
+            d_embedding[part] = gradient @ weight.to(gradient.dtype)
+        if d_weight is not None:
+            _add_product(d_weight, gradient.T, embedding[part].to(gradient.dtype))
+        if d_bias is not None:
+            d_bias += gradient.sum(0, dtype=wide)
+    narrow = (None if each is None else each.to(weight.dtype) for each in (d_weight, d_bias))
+    return d_embedding, *narrow
 
 
 def _logits(

@@ -162,6 +162,18 @@ class GTN(Grafted):
     def weight_parameters(self) -> list[nn.Parameter]:
         return [*self.teacher.parameters(), *self.branches.parameters()]
 
+    def pieces(self) -> list[list[nn.Module]]:
+        """The teacher's blocks and, of every branch, its transform, its layers' candidates and its head."""
+        if self.options.share_branches:
+            raise UserError("--cuda_graph: cannot be combined with --share_branches, whose layers run more than once")
+        cuttable = type(self.teacher).run_blocks is Network.run_blocks
+        places = [[block] for block in self.teacher.blocks] if cuttable else []
+        for branch in self.branches:
+            supernet = branch.supernet
+            candidates = (list(layer.candidates.values()) for layer in supernet.layers)
+            places += [[branch.transform], [supernet.stem], *candidates, [supernet.head]]
+        return places
+
     def _gate_phase(self, split: AnySplit | None) -> Phase:
         # beta1 = 0, as in ProxylessNAS: a candidate that is not drawn must not move.
         adam = torch.optim.Adam([self.gates.phi], lr=self.options.gate_lr, betas=(0.0, 0.999), weight_decay=0.0)

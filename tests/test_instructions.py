@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.instructions import basic_blocks, budget, executed
+from benchmarks.instructions import basic_blocks, budget, executed, load_width
 
 # 2 instructions, then rounds of 5 with 3 more that can be left out and a loop of 2 within, then 2 more.
 LISTING = """
@@ -34,6 +34,13 @@ def test_loops_are_counted_as_often_as_they_go_round_and_what_can_be_left_out_is
     times = {name: sum(n for each, n in code if name in each) for name in ("LDG.E.64", "LDG.E.128", "EX2", "EXIT")}
     assert times == {"LDG.E.64": 1, "LDG.E.128": 3, "EX2": 15, "EXIT": 3}
     assert sum(n for _, n in code) == 2 + 3 * 5 + 15 * 2
+
+
+def test_the_width_of_loads_is_that_of_the_logits():
+    wide, word, narrow = (f"LDG.E{size} R4, desc[UR14][R4.64]" for size in (".128", "", ".U16"))
+    code = [(wide, 1), (word, 9), (narrow, 16)]  # 128, 288 and 256 bits
+    assert [load_width(code, bits) for bits in (256, 258, 576)] == [128, 16, 32]
+    assert load_width([(narrow, 8), ("LDS.128 R4, [R2]", 9)], 128) == 16
 
 
 def test_the_budget_of_a_card():

@@ -113,6 +113,18 @@ def test_batches_of_all_sizes_take_the_same_code(launched, mean, classes):
     assert set.union(*compiled) == compiled[0] and len(compiled[0]) == (3 if mean else 2)
 
 
+@each_target
+def test_means_of_more_than_a_block_compile_and_take_no_other_code(launched, arch, dtype):
+    students, labels = torch.zeros(1, 20000, 4, dtype=dtype), torch.zeros(20000, dtype=torch.int64)
+    kd_triton.forward(students, students[0], labels, **FORMS["decoupled"], ignore_index=-100, mean=True)
+    assert [launch[0].__name__ for launch in launched] == ["forward_tile", "sum_rows", "mean_rows"]
+    check(launched[1:], arch)
+    many = specialisations(launched[2:])
+    launched.clear()
+    kd_triton.forward(students[:, :7], students[0, :7], labels[:7], **FORMS["decoupled"], ignore_index=-100, mean=True)
+    assert specialisations(launched[1:]) == many
+
+
 def test_batches_of_all_sizes_are_mixed_by_the_same_code(launched):
     compiled = []
     for batch in range(1, 201):

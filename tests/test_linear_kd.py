@@ -58,6 +58,14 @@ def test_under_autocast_products_are_in_its_type_and_gradients_in_the_weights():
         assert (ours - theirs).norm() < 0.01 * theirs.norm()  # bfloat16 has 8 bits
 
 
+def test_a_second_derivative_is_refused():
+    student, teacher, labels = tensors(6, 7, 4)
+    gradients = torch.autograd.grad(linear_kd_loss(*student, *teacher, labels)[1], student, create_graph=True)
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
+            gradient.square().sum().backward(retain_graph=True)
+
+
 class Largest(TorchDispatchMode):
     """The most numbers that any result of an operation has."""
 

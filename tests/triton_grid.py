@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import kernels
 from data.batch import Batch
 from engine.objective import weighted_sum
-from kernels import decoupled_kd_loss, gated_mix, kd_loss
+from kernels import decoupled_kd_loss, gated_mix, kd_loss, kd_triton
 from kernels import kd as kd_module
 from kernels.gates import _mix, _mix_backward
 from models import create_model
@@ -308,6 +308,30 @@ def test_strided_logits():
     teachers = [logits(5, 100, seed=1).detach(), logits(100, 5, seed=5).detach().T, logits(5, 107).detach()[:, 7:]]
     for s, t in itertools.product((students, padded, expanded, every_other), teachers):
         compare(s.requires_grad_(), t.requires_grad_(), labels_of(5, 100), "forward", 4.0)
+
+
+@pytest.mark.parametrize(("n", "c"), [(3, 7), (3, 9), (3, 1271), (2, 4097), (1, 32001)])
+@pytest.mark.parametrize("form", ["forward", "reverse", "decoupled"] if GPU else ["decoupled"])
+def test_rows_that_begin_anywhere(form, n, c):
+    """Rows begin where no wide load could, in the middle of what is not a number and must not be read."""
+    around = torch.full((3 * n * c + 16,), math.nan, dtype=BF16, device=DEVICE)
+    students, teacher = around[: 2 * n * c].view(2, n, c), around[2 * n * c + 9 : 3 * n * c + 9].view(n, c)
+    students.copy_(logits(2, n, c, seed=c).detach()), teacher.copy_(logits(n, c, seed=1).detach())
+    compare(students, teacher, labels_of(n, c), form, 4.0, smoothing=0.1)
+
+
+@pytest.mark.parametrize("form", ["forward", "decoupled", "none"])
+def test_means_over_several_blocks(form, monkeypatch):
+    """Eleven blocks of sums, which are themselves more than a block; some rows do not count."""
+    monkeypatch.setattr(kd_triton, "MEAN_BLOCK", 4)
+    students, teacher, labels = logits(2, 41, 6), logits(41, 6, seed=1), labels_of(41, 6)
+    if form != "none":
+        compare(students, teacher, labels, form, 2.0, ignore=3)
+        compare(students, teacher, labels.fill_(3), form, 2.0, ignore=3)
+        if form == "forward":
+            compare(students, teacher, None, form, 2.0)
+    else:
+        assert error(kernels.cross_entropy(teacher, labels), F.cross_entropy(teacher.double(), labels)) < LOSS_LIMIT
 
 
 def test_students_and_teacher_may_differ_in_type():
