@@ -14,7 +14,7 @@ from reports.comparison import ALONE, PEERS
 from reports.transfer import TransferOptions
 
 SHORT_EPOCHS, SHORT_IMAGES = 1 / 24, 1 / 10  # 10 of 240 epochs, a tenth of the training images
-EPOCHS = ("epochs", "stop_after", "freeze_teacher_epochs", "alpha_warmup_epochs", "warmup_epochs", "stop_kd_epoch")
+EPOCHS = ("epochs", "stop_after", "freeze_teacher_epochs", "warmup_epochs", "stop_kd_epoch")
 SCALES = ("full", "short")
 TRANSFER = ("stl10", "tiny_imagenet")  # figures that are those of linear classifiers on frozen embeddings
 LISTED_RATE = "resnet20"  # whose step is measured for --list

@@ -39,16 +39,12 @@ class PoolOptions:
 class BranchOptions(PoolOptions):
     """Options of teachers with branches (--method sftn and gtn).
 
-    Not in the papers: alpha_warmup_epochs, teacher_kl_share, teacher_kl_trust, freeze_teacher_epochs, teacher_cut.
+    Not in the papers: teacher_kl_share, freeze_teacher_epochs, teacher_cut.
 
     Args:
         alpha: weight of the KL between branches and teacher (the papers: 3 on CIFAR-100, 1 on ImageNet).
-        alpha_warmup_epochs: epochs, after the frozen ones, over which alpha rises linearly from 0: time for branches to
-            learn before they pull.
         teacher_kl_share: share of the KL's gradient that reaches the teacher's logits; 1: the papers' loss, 0: the KL
             trains the branches, and the teacher through its feature maps alone.
-        teacher_kl_trust: weigh that share, image by image, by how right the branches are: the mean over branches of
-            min(1, q(y) / p(y)), y the label.
         teacher_weight: weight of the teacher's cross-entropy.
         branch_weight: weight of the branches' cross-entropy.
         temperature: softmax temperature of the KL (the papers: 1).
@@ -63,9 +59,7 @@ class BranchOptions(PoolOptions):
     """
 
     alpha: float = 3.0
-    alpha_warmup_epochs: int = 0
     teacher_kl_share: float = 1.0
-    teacher_kl_trust: bool = False
     teacher_weight: float = 1.0
     branch_weight: float = 1.0
     temperature: float = 1.0
@@ -88,9 +82,8 @@ class BranchOptions(PoolOptions):
             raise UserError(
                 f"--teacher_weight {self.teacher_weight} and --branch_weight {self.branch_weight}: must be at least 0"
             )
-        for name in ("freeze_teacher_epochs", "alpha_warmup_epochs"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 0")
+        if self.freeze_teacher_epochs < 0:
+            raise UserError(f"--freeze_teacher_epochs {self.freeze_teacher_epochs}: must be at least 0")
 
 
 def branch_points(wanted: Sequence[int], blocks: int) -> list[int]:
@@ -123,12 +116,8 @@ class Grafted(Objective):
         return self.options.freeze_teacher_epochs > 0 or super().sparse_gradients
 
     def begin_epoch(self, epoch: int) -> None:
-        options = self.options
-        self.frozen = epoch < options.freeze_teacher_epochs
+        self.frozen = epoch < self.options.freeze_teacher_epochs
         self.teacher.requires_grad_(not self.frozen)
-        if options.alpha_warmup_epochs:
-            done = (epoch - options.freeze_teacher_epochs) / options.alpha_warmup_epochs
-            self.term_weights["branch_kl"] = options.alpha * (1.0 if self.frozen else min(1.0, done))
 
     def train(self, mode: bool = True) -> "Grafted":
         super().train(mode)
@@ -154,12 +143,10 @@ class Grafted(Objective):
         """The terms of eq. 3 to 6 of SFTN: branches' logits [K, N, C], teacher's [N, C].
 
         The teacher is not detached: every branch's loss reaches it through its feature maps, and the KL through its
-        logits, too, as far as `teacher_kl_share` and `teacher_kl_trust` let it.
+        logits, too, as far as `teacher_kl_share` lets it.
         """
-        share: Tensor | float = self.options.teacher_kl_share
-        if self.options.teacher_kl_trust:
-            share = share * trust(branches, teacher, batch.labels)
-        branch_ce, branch_kl = self._compare(branches, scale_gradient(teacher, share), batch)
+        reached = scale_gradient(teacher, self.options.teacher_kl_share)
+        branch_ce, branch_kl = self._compare(branches, reached, batch)
         teacher_ce = with_partners(cross_entropy(teacher, batch.labels), teacher, batch)
         return {"teacher_ce": teacher_ce, "branch_ce": branch_ce, "branch_kl": branch_kl}
 
@@ -193,18 +180,9 @@ class Grafted(Objective):
         }
 
 
-def scale_gradient(x: Tensor, share: Tensor | float) -> Tensor:
-    """`x`, bit for bit, with its gradient times `share`, a number or a tensor that broadcasts to x."""
-    if isinstance(share, float) and share == 1:
+def scale_gradient(x: Tensor, share: float) -> Tensor:
+    """`x`, bit for bit, with its gradient times `share`."""
+    if share == 1:
         return x
     fixed = x.detach()
     return fixed + share * (x - fixed)
-
-
-@torch.no_grad()
-def trust(branches: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """mean_k min(1, q_k(y) / p(y)) [N, 1] of logits [K, N, C] and [N, C]: 1 where all branches are as sure."""
-    index = labels[None, :, None].expand(len(branches), -1, 1)
-    q = branches.float().log_softmax(-1).gather(2, index)
-    p = teacher.float().log_softmax(-1).gather(1, labels[:, None])
-    return (q - p).exp().clamp(max=1.0).mean(0)

@@ -27,7 +27,6 @@ from engine.schedule import learning_rate
 from models import ModelInfo, create_model, save_pretrained
 from models.pool import Pool
 from objectives.distillation import Distillation
-from objectives.grafted import trust
 from tests.runs import here, succeeded
 from train_teacher import TeacherConfig
 
@@ -118,21 +117,12 @@ LABELS = torch.tensor([1, 7, 2, 2])
 
 
 def expected_joint() -> tuple[float, list[float]]:
-    """At temperature 2, KL(teacher || branch); of its gradient half of what the branches are trusted with."""
+    """At temperature 2, KL(teacher || branch); half of its gradient."""
     teacher = LOGITS[2].clone().requires_grad_()
     p, qs = ((each / 2).log_softmax(-1) for each in (teacher, LOGITS[:2]))
     kl = (p.exp() * (p - qs)).sum(-1).mean()
     gradient = torch.autograd.grad(kl, teacher)[0][0]
-    scale = 0.5 * trust(LOGITS[:2], LOGITS[2], LABELS)[0].item()
-    return round(kl.item(), 7), [round(value, 7) for value in (scale * gradient).tolist()]
-
-
-def alphas(loop: Loop) -> list[float]:
-    found = []
-    for epoch in (2, 50):
-        loop.objective.begin_epoch(epoch)
-        found.append(weights(loop)["branch_kl"])
-    return found
+    return round(kl.item(), 7), [round(value, 7) for value in (0.5 * gradient).tolist()]
 
 
 def frozen(loop: Loop) -> list[bool]:
@@ -167,13 +157,11 @@ def anchors(loop: Loop) -> list[str]:
 BRANCHES: Table = {  # of SFTN and of GTN
     "teacher_weight": ("1.5", lambda loop: weights(loop)["teacher_ce"], 1.5),
     "branch_weight": ("0.75", lambda loop: weights(loop)["branch_ce"], 0.75),
-    "alpha": ("2", alphas, [0.5, 2.0]),  # in the second of four epochs over which it rises, and after them
-    "alpha_warmup_epochs": ("4", alphas, [0.5, 2.0]),
+    "alpha": ("2", lambda loop: weights(loop)["branch_kl"], 2.0),
     "freeze_teacher_epochs": ("1", frozen, [False, True]),
     "temperature": ("2", joint, expected_joint()),
     "kl_direction": ("forward", joint, expected_joint()),
     "teacher_kl_share": ("0.5", joint, expected_joint()),
-    "teacher_kl_trust": ("true", joint, expected_joint()),
     "branches": ("1 3", lambda loop: [*loop.objective.predict(loop.train.one(0).images, 0)],
                  ["teacher", "branch1", "branch3"]),
     "teacher_cut": ("depth", first_block, 3),  # convolutions of 13; a stage ends after the first
