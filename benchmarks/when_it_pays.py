@@ -3,8 +3,8 @@
 python -m benchmarks.when_it_pays
 
 A point is what students gain if their teacher was made generic: the mean of their top-1 minus that of the same student,
-seed and images from the vanilla teacher, with its 95% interval (Student's t) over students and seeds. Runs that are not
-recorded yet are left out, and panels without any.
+seed and images from the vanilla teacher, with its 95% interval (Student's t) over students and seeds. A hollow point
+is of too few pairs for an interval. Runs that are not recorded yet are left out, and panels without any.
 """
 
 import statistics
@@ -24,6 +24,7 @@ from objectives.registry import TEACHERS
 from reports.statistics import student_interval
 
 HERE = Path(__file__).parent
+ENOUGH = 4  # pairs, of which an interval says something
 PICTURE = HERE.parent / "docs" / "when_it_pays.png"
 
 
@@ -32,16 +33,17 @@ class Line:
     """The points of one plan.
 
     Args:
-        x: of a student's run, and of the training images of a class of its data set.
+        x: of a student's run.
         teachers: the plan's generic ones.
+        standard: the vanilla one.
     """
 
     label: str
     plan: str
     classes: int
-    images: int  # of a class in the training split
     x: Callable[[PlannedRun, "Line"], float]
     teachers: tuple[str, ...] = ("gtn",)
+    standard: str = "vanilla"
 
     def points(self) -> Iterator[tuple[float, list[float]]]:
         """(x, gains in percentage points over the vanilla teacher, one a student and seed), x rising."""
@@ -55,15 +57,15 @@ class Line:
         }
         found: dict[float, list[float]] = {}
         for run in runs:
-            pair = [(source, run.student, run.method, run.seed) for source in (run.source, "vanilla")]
+            pair = [(source, run.student, run.method, run.seed) for source in (run.source, self.standard)]
             if run.source in self.teachers and top1.keys() >= set(pair):
                 found.setdefault(self.x(run, self), []).append(top1[pair[0]] - top1[pair[1]])
         yield from sorted(found.items())
 
 
-def images_a_class(run: PlannedRun, line: Line) -> float:
-    """Labelled images of a class that the student sees."""
-    return line.images * run.options.get("train_fraction", 1.0)
+def share_of_images(run: PlannedRun, line: Line) -> float:
+    """Of the teacher's training images, what the student sees."""
+    return round(run.options.get("train_fraction", 1.0) / run.teacher.options.get("train_fraction", 1.0), 6)
 
 
 def epochs(run: PlannedRun, line: Line) -> float:
@@ -84,16 +86,19 @@ def capacity(run: PlannedRun, line: Line) -> float:
 
 
 PANELS = {
-    "labelled images a class, of students": [
-        Line("digits", "digits_images", 10, 144, images_a_class),
-        Line("100 classes, test", "tin100_few", 100, 500, images_a_class),
-        Line("100 classes, validation", "tin100_dev", 100, 100, images_a_class, ("gtn_tune",)),
+    "share of the teacher's images that students see": [
+        Line("digits", "digits_images", 10, share_of_images),
+        Line("digits, the demo's students", "digits", 10, share_of_images),
+        Line("100 classes", "tin100_few", 100, share_of_images),
+        Line("CIFAR-10", "cifar10_few", 10, share_of_images),
+        Line("100 classes, 25 epochs, validation", "tin100_dev", 100, share_of_images, ("gtn_tune",)),
     ],
     "epochs of making it generic": [
-        Line("digits", "digits_branches", 10, 144, epochs, ("gtn", "gtn 3 epochs", "gtn 20 epochs", "gtn 40 epochs")),
+        Line("digits", "digits_branches", 10, epochs, ("gtn", "gtn 3 epochs", "gtn 20 epochs", "gtn 40 epochs")),
+        Line("100 classes, validation", "tin100_dev_few_kd", 100, epochs, ("gtn_s1", "gtn_40"), "vanilla_a1_t8"),
     ],
-    "branches' multiply-accumulates over the teacher's": [
-        Line("digits", "digits_branches", 10, 144, capacity, ("gtn", "gtn narrow", "gtn wide")),
+    "branches' MACs over the teacher's": [
+        Line("digits", "digits_branches", 10, capacity, ("gtn", "gtn narrow", "gtn wide")),
     ],
 }
 
@@ -109,15 +114,23 @@ def main() -> None:
     for axis, (xlabel, lines) in zip(axes, found.items(), strict=True):
         for number, (line, points) in enumerate(lines):
             print(xlabel, "|", line.label)
+            beside = 1.04**number  # so that points of the same x can be told apart
             for x, gains in points:
-                low, high = student_interval(gains) or (float("nan"), float("nan"))
-                print(f"  {x:8.2f}  {statistics.mean(gains):+.2f} ({low:+.2f} to {high:+.2f}), {len(gains)} pairs")
-                axis.plot([x, x], [low, high], color=f"C{number}", linewidth=1.5)
-            style = {"marker": "o", "color": f"C{number}", "linewidth": 0.8, "label": line.label}
-            axis.plot([x for x, _ in points], [statistics.mean(gains) for _, gains in points], **style)
+                mean, told, fill = statistics.mean(gains), "", "white"
+                if len(gains) >= ENOUGH:
+                    low, high = student_interval(gains)
+                    told, fill = f" ({low:+.2f} to {high:+.2f})", f"C{number}"
+                    axis.plot([x * beside] * 2, [low, high], color=fill, linewidth=1.5)
+                print(f"  {x:8.2f}  {mean:+.2f}{told}, {len(gains)} pairs")
+                axis.plot([x * beside], [mean], "o", color=f"C{number}", markerfacecolor=fill, zorder=3)
+            means = [statistics.mean(gains) for _, gains in points]
+            axis.plot([x * beside for x, _ in points], means, color=f"C{number}", linewidth=0.8, label=line.label)
         axis.axhline(0, color="0.6", linewidth=0.8)
         axis.set(xlabel=xlabel, xscale="log")
-        axis.legend(frameon=False)
+        ticks = sorted({x for _, points in lines for x, _ in points})
+        axis.set_xticks(ticks, [f"{x:.2g}" for x in ticks])
+        axis.minorticks_off()
+        axis.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("students' gain, points of top-1")
     figure.savefig(PICTURE, dpi=150)
     print(PICTURE)
