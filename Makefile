@@ -51,8 +51,10 @@ browser-check: .venv/installed
 	@$(BIN)/python -c "from tests.test_page_browser import *; raise SystemExit(None if chromium() else NO_CHROMIUM)"
 	$(BIN)/python -m pytest tests/test_page_browser.py
 
+# Apart, since forks of a process that has met Ray crash: its threads are not in them. compare.py forks before it starts Ray.
 executors-check: .venv-executors/installed
-	.venv-executors/bin/python -m pytest tests/test_executors.py tests/test_optuna.py
+	.venv-executors/bin/python -m pytest tests/test_executors.py
+	.venv-executors/bin/python -m pytest tests/test_optuna.py
 
 gpu-check: .venv/installed
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"
