@@ -82,15 +82,20 @@ def make_config(name: str, student: str, batch_size: int, precision: str, folder
 
 
 def make_loop(name: str, teacher_name: str, config: Config, data: ImageSet) -> Loop:
-    """The real loop, ready to take steps."""
+    """The real loop of an objective by its name."""
     torch.manual_seed(0)
-    accelerator = start_accelerator(config.mixed_precision, None, config.output_dir)
-    keep_freed_memory(accelerator.device)  # as the loop does
     teacher = create_model(teacher_name, data.num_classes, image_size=SIDE)
     if name in TEACHERS:
         objective = TEACHERS[name].objective(teacher, config, SIDE)
     else:
         objective = make_objective(name, teacher, (config.student, teacher_name), data.train.labels, config)
+    return loop_of(objective, data, config)
+
+
+def loop_of(objective: Objective, data: ImageSet, config: Config) -> Loop:
+    """The real loop, ready to take steps."""
+    accelerator = start_accelerator(config.mixed_precision, None, config.output_dir)
+    keep_freed_memory(accelerator.device)  # as a run does
     return Loop(objective, data, config, accelerator, RunFolder(config.output_dir), Console(False))
 
 

@@ -12,6 +12,7 @@ of a fifth as many images included.
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -23,14 +24,9 @@ from tqdm import tqdm
 
 from benchmarks.data import MEAN, STD, random_set
 from benchmarks.methods import make_objective
-from benchmarks.parts import SIDE, Config, make_config
+from benchmarks.parts import SIDE, Config, loop_of, make_config
 from common import write_atomically
-from data.splits import ImageSet
-from engine.console import Console
-from engine.distributed import keep_freed_memory, start_accelerator
-from engine.loop import Loop
-from engine.objective import Objective
-from engine.run_folder import RunFolder, machine
+from engine.run_folder import machine
 from engine.totals import Totals
 from models import create_model
 from models.pool import Pool
@@ -56,8 +52,9 @@ def main() -> None:
     options = parser.parse_args()
     rows = measure(options.teacher, options.student, options.batch_size, options.rounds)
     given = {name: getattr(options, name) for name in ("teacher", "student", "batch_size", "rounds")}
+    given |= {"command": " ".join(["python -m benchmarks.recipe_cost", *sys.argv[1:]])}
     epoch = vit_epoch(VIT, VIT_SIDE, options.images)
-    report = {"command": "python -m benchmarks.recipe_cost", **machine(), **given, "rows": rows, "vit_epoch": epoch}
+    report = {**machine(), **given, "rows": rows, "vit_epoch": epoch}
     write_atomically(Path(options.output), json.dumps(report, indent=1) + "\n")
     print(f"{options.teacher} -> {options.student}, batch {options.batch_size}, on {report['device']}")
     for row in rows:
@@ -85,7 +82,7 @@ def measure(teacher_name: str, student_name: str, batch_size: int, rounds: int) 
             config = make_config("kd", student_name, batch_size, "no", f"{folder}/{name}", lr=1e-4, **changes)
             names = (student_name, teacher_name)
             objective = make_objective("kd", seen.get(name, teacher), names, data.train.labels, config)
-            loops[name] = make_loop(objective, data, config)
+            loops[name] = loop_of(objective, data, config)
             objective.begin_epoch(0)
             objective.train()
         batch, totals = loops["plain"].train.one(0), Totals({})
@@ -122,7 +119,7 @@ def vit_epoch(name: str, side: int, images: int) -> dict:
         )
         torch.manual_seed(0)
         teacher = create_model(name, data.num_classes, image_size=side)
-        loop = make_loop(TEACHERS["gtn"].objective(teacher, config, side), data, config)
+        loop = loop_of(TEACHERS["gtn"].objective(teacher, config, side), data, config)
         seconds, processor = clocks(loop.run, loop.accelerator.device)
         trained = loop.progress.seconds
     return {"model": name, "image_size": side, "images": images, "batch_size": config.batch_size} | {
@@ -131,13 +128,6 @@ def vit_epoch(name: str, side: int, images: int) -> dict:
         "training_seconds": trained,
         "target_seconds_of_1000": VIT_TARGET,
     }
-
-
-def make_loop(objective: Objective, data: ImageSet, config: Config) -> Loop:
-    """The real loop, ready to take steps."""
-    accelerator = start_accelerator(config.mixed_precision, None, config.output_dir)
-    keep_freed_memory(accelerator.device)  # as a run does
-    return Loop(objective, data, config, accelerator, RunFolder(config.output_dir), Console(False))
 
 
 def clocks(run, device: torch.device) -> tuple[float, float]:

@@ -35,18 +35,14 @@ def recorded_steps(update: Callable, objective: Objective, config: RunConfig, ac
     Raises:
         UserError: steps that cannot be captured.
     """
-    check_capturable(accelerator, objective.capturable or bool(objective.pieces()))
+    pieces = [] if objective.capturable else objective.pieces()
+    check_capturable(accelerator, objective.capturable or bool(pieces))
     if objective.capturable:
         return StepGraph(update, CudaGraphCapture())
-    parts = config.gradient_accumulation_steps > 1
-    for option, given in {
-        "compile": config.compile,
-        "gradient_accumulation_steps": parts,
-        "freeze": config.freeze,
-    }.items():
-        if given:
+    for option, none in (("compile", False), ("gradient_accumulation_steps", 1), ("freeze", [])):
+        if getattr(config, option) != none:
             raise UserError(f"--cuda_graph: cannot be combined with --{option} by a method that draws its paths")
-    return PieceGraphs(update, objective.pieces(), CudaPieces())
+    return PieceGraphs(update, pieces, CudaPieces())
 
 
 class CudaPieces:

@@ -196,7 +196,7 @@ def class_order(
         why = f"{len(unknown)} of the {classes} classes' names are not the teacher's, as '{unknown[0]}'"
     else:
         why = f"has {count} classes, the images {classes}, and names are not known on both sides"
-    raise UserError(f"{where}: {why}; --teacher_classes FILE says which is which")
+    raise UserError(f"{where}: {why}; --teacher_classes FILE of distill.py and evaluate.py says which is which")
 
 
 def _ways(name: str) -> tuple[str, ...]:

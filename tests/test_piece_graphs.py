@@ -194,6 +194,7 @@ def test_what_would_write_over_memory_in_use_raises(tmp_path):
         ({"share_branches": True}, "--share_branches"),
         ({"compile": True}, "--compile"),
         ({"gradient_accumulation_steps": 2}, "--gradient_accumulation_steps"),
+        ({"freeze": ["conv1"]}, "--freeze"),
     ],
 )
 def test_what_pieces_cannot_do_is_refused(tmp_path, options, named):
