@@ -212,7 +212,7 @@ def _network(name: str, classes: int, side: int, pool: Pool | None) -> tuple[int
     key = json.dumps([name, classes, side, repr(pool) if name.startswith("pool:") else ""])
     if key not in _networks:
         with torch.device("meta"):
-            model = create_model(name, classes, pool, image_size=side).eval()
+            model = create_model(name, classes, pool, "network of a run", image_size=side).eval()
             _networks[key] = network_cost(model, side)[:2]
     return _networks[key]
 
