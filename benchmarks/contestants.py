@@ -15,6 +15,7 @@ import kernels
 TEMPERATURE = 4.0
 SIZES, CLASSES, STUDENTS = (64, 128, 256, 1024, 8192), (10, 100, 200, 1000, 32000), (1, 3)
 COMPILED = {(256, 100), (256, 1000), (8192, 100), (8192, 1000), (8192, 32000)}  # (N, C): every shape takes seconds
+TARGETS = [(8192, 1000), (8192, 32000), (64, 100), (128, 100), (256, 100)]  # (N, C) of benchmarks/kernels.py's figures
 MAPS, BATCHES = ((64, 32), (128, 16), (256, 8)), (64, 256, 1024)  # (channels, side) of the supernet's layers
 
 
@@ -175,10 +176,11 @@ def providers(case: Case, liger: bool) -> list[str]:
 
 
 def cases(half: torch.dtype) -> list[Case]:
-    """Everything that is measured, `half` being the half precision of the device."""
+    """Everything that is measured, `half` being the half precision of the device; first what has targets."""
+    first = [Loss(3, N, C, half) for N, C in TARGETS] + [Gate(256, *size, half) for size in MAPS]
     losses = [Loss(K, N, C, half) for K in STUDENTS for N in SIZES for C in CLASSES]
     losses += [Loss(K, N, C, half, False) for K in STUDENTS for N in (256, 8192) for C in CLASSES]
     losses += [Loss(K, N, C, torch.float32) for K in STUDENTS for N in (256, 8192) for C in CLASSES]
     gates = [Gate(batch, *size, half, relu) for batch in BATCHES for size in MAPS for relu in (False, True)]
     gates += [Gate(256, *size, torch.float32) for size in MAPS] + [Gate(256, *size, half, soft=True) for size in MAPS]
-    return losses + gates
+    return list(dict.fromkeys(first + losses + gates))

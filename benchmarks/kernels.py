@@ -352,6 +352,7 @@ def has_liger() -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare results, on whatever machine this is")
+    parser.add_argument("--minutes", type=float, default=7, help="no case is begun after these")
     parser.add_argument("--output", default="benchmarks/results/kernels.json")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -368,8 +369,11 @@ def main() -> None:
     liger, start = has_liger(), time.perf_counter()
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e9:.0f} GB/s read and written")
-    rows = []
-    for case in cases(half):
+    rows, wanted = [], cases(half)
+    for number, case in enumerate(wanted):
+        if time.perf_counter() - start > 60 * options.minutes:
+            print(f"left out after {options.minutes:g} minutes: the last {len(wanted) - number} of {len(wanted)} cases")
+            break
         for provider in providers(case, liger):
             rows.append(measure(case, provider, bandwidth))
             print(line(rows[-1]), flush=True)
@@ -383,7 +387,7 @@ def main() -> None:
         )
         print(f"{what:48} {'-' if value is None else f'{value:.2f}':>8}  ({comparison} {target:g})  {verdict}")
     report = {
-        "command": "python -m benchmarks.kernels",
+        "command": " ".join(["python -m benchmarks.kernels", *sys.argv[1:]]),
         **machine(),
         "copy_bytes_per_second": [bandwidth, again],
         "figures": [dict(zip(("what", "value", "comparison", "target"), each, strict=True)) for each in targets],

@@ -38,6 +38,7 @@ from models.pool import Pool
 from objectives.distillation import Distillation
 from objectives.gtn import GTNOptions
 from objectives.registry import TEACHERS
+from objectives.vanilla import VanillaOptions
 
 OBJECTIVES = ("vanilla", "sftn", "gtn", "kd", "at", "crd")
 PARTS = ("data", "teacher", "student", "loss", "backward", "optimiser", "gates", "rest")
@@ -46,7 +47,7 @@ POOL = Pool(**yaml.safe_load(Path("recipes/digits_gtn.yaml").read_text())["pool"
 
 
 @dataclass
-class Config(GTNOptions, RunConfig):
+class Config(GTNOptions, VanillaOptions, RunConfig):
     """The options of both scripts that the measured objectives read."""
 
     student: str | None = None
