@@ -178,6 +178,7 @@ def providers(case: Case, liger: bool) -> list[str]:
 def cases(half: torch.dtype) -> list[Case]:
     """Everything that is measured, `half` being the half precision of the device; first what has targets."""
     first = [Loss(3, N, C, half) for N, C in TARGETS] + [Gate(256, *size, half) for size in MAPS]
+    first += [Loss(3, 8192, C, half, False) for C in (1000, 32000)]
     losses = [Loss(K, N, C, half) for K in STUDENTS for N in SIZES for C in CLASSES]
     losses += [Loss(K, N, C, half, False) for K in STUDENTS for N in (256, 8192) for C in CLASSES]
     losses += [Loss(K, N, C, torch.float32) for K in STUDENTS for N in (256, 8192) for C in CLASSES]

@@ -39,6 +39,7 @@ from engine.run_folder import machine
 from objectives.gates import Gates
 
 ROTATE_BYTES = 256 << 20  # inputs in turn exceed this, several times any cache
+IN_A_GRAPH = 16  # calls
 LONGEST = 0.1  # seconds of measurement for each time
 
 
@@ -70,27 +71,27 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def device_time(steps: list[Step]) -> tuple[dict[str, float], bool]:
-    """Time of a step on the device alone, and whether it was replayed from a CUDA graph (else launched)."""
-    runs, graphed = [], True
+    """Time of a step on the device alone, and whether steps were replayed from a CUDA graph (else launched)."""
     try:
         pool = torch.cuda.graph_pool_handle()
-        for step in steps:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    step()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                step()
-            runs.append(graph.replay)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                steps[0]()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            # All of them, and small ones often: a launch takes the host longer than them the device.
+            for number in range(max(len(steps), IN_A_GRAPH // len(steps) * len(steps))):
+                steps[number % len(steps)]()
+        seconds = [each / (number + 1) for each in timed([graph.replay])]
     except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError:  # what waits for the device, or allocates outside, cannot be captured
         torch.cuda.synchronize()
-        runs, graphed = steps, False
-    return percentiles(timed(runs)), graphed
+        return percentiles(timed(steps)), False
+    return percentiles(seconds), True
 
 
 def timed(runs: list[Callable]) -> list[float]:
@@ -131,13 +132,14 @@ def wall_time(step: Step) -> dict[str, float]:
     return percentiles(seconds)
 
 
-def device_work(run: Callable) -> list[str]:
-    """Names of the kernels, copies and fills that a call gives the device."""
+def device_work(run: Callable) -> list[tuple[str, float]]:
+    """(name, microseconds) of the kernels, copies and fills that a call gives the device."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    found = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [(event.name, event.device_time) for event in found]
 
 
 def peak_bytes(step: Step) -> int:
@@ -175,7 +177,7 @@ def measure(case: Case, provider: str, bandwidth: float) -> dict:
         sets = [inputs] + [case.inputs("cuda") for _ in range(min(15, ROTATE_BYTES // size))]
         # torch.compile is timed on one set: every set would be compiled for again.
         steps = [make_step(case, provider, each) for each in (sets[:1] if provider == "compile" else sets)]
-        peak, launches = peak_bytes(steps[0]), len(device_work(steps[0]))
+        peak, work = peak_bytes(steps[0]), device_work(steps[0])
         wall = wall_time(steps[0])
         device, graphed = device_time(steps)
     except torch.cuda.OutOfMemoryError:
@@ -184,7 +186,8 @@ def measure(case: Case, provider: str, bandwidth: float) -> dict:
         sets = steps = inputs = None
         torch.cuda.empty_cache()
     rate = case.minimum_bytes() / (device["p50"] / 1e3)
-    row |= {"device_ms": device, "graphed": graphed, "wall_ms": wall, "launches": launches, "peak_bytes": peak}
+    row |= {"device_ms": device, "graphed": graphed, "wall_ms": wall, "launches": len(work), "peak_bytes": peak}
+    row["kernels_us"] = [(name[:80], round(microseconds, 2)) for name, microseconds in work] * (len(work) < 8)
     row |= {"minimum_bytes": case.minimum_bytes(), "gigabytes_per_second": rate / 1e9, "share": rate / bandwidth}
     return row
 
@@ -218,7 +221,7 @@ def measure_gate_update() -> dict:
         finish()
     torch.cuda.synchronize()
     milliseconds = (time.perf_counter() - start) * 10
-    waits = sum("DtoH" in name or "Device -> " in name for name in work)
+    waits = sum("DtoH" in name or "Device -> " in name for name, _ in work)
     return {"op": "update", "provider": "host", "launches": len(work), "waits": waits, "wall_ms": milliseconds}
 
 
