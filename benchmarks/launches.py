@@ -15,7 +15,7 @@ NAMES = {
     torch.bfloat16: "bf16",
     torch.int64: "i64",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @contextmanager

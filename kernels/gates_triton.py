@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.dispatch import on_device_of
 from kernels.dtypes import accumulate_dtype, mixed_dtype
 
-BLOCK = 4096
+BLOCK = 8192
 
 
 @triton.jit(do_not_specialize=["units"])

@@ -27,13 +27,12 @@ from torch import Tensor
 from kernels.dispatch import on_device_of
 
 TILE = 4096  # classes that a program holds in registers
-LOOP_TILE = 8192  # classes that it takes at a time when there are more
+LOOP_TILE = 2048  # classes that it takes at a time when there are more
 MEAN_BLOCK = 8192  # rows whose losses a program sums; of more there are several programs
 LN2 = tl.constexpr(math.log(2))
 LOG2E = tl.constexpr(1 / math.log(2))
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite: below a maximum of -inf there is only NaN
-NEAR = tl.constexpr(1 / 8)  # nats of divergence below which a row in registers is summed by terms that do not cancel
-NEAR_LOOP = tl.constexpr(1 / 4)  # and one that is swept, whose normalisers are known only at the end
+NEAR = tl.constexpr(1 / 4)  # nats of divergence below which a row is summed again, by terms that do not cancel
 
 # The planes [K, N] of `rows`: the first three always, the next five with a teacher, the last when decoupled. There
 # MAX and LOG_SUM are of the classes but the target.
@@ -73,6 +72,17 @@ def _terms(p, q, d):
 def _expected(e, d):
     """Sum of e d over the classes; nothing of a class of weight 0, whose d may be infinite or NaN."""
     return tl.sum(tl.where(e == 0, 0.0, e * d), 1)
+
+
+@triton.jit
+def _divergence(tilted, s_sum, t_sum, temperature, REVERSE: tl.constexpr):
+    """In nats, from the sum of T (log p - log q) but for the normalisers, weighted as the direction is, and these."""
+    ratio = tl.log2(s_sum / t_sum) * LN2
+    if REVERSE:
+        kl = -(tilted / s_sum / temperature + ratio)
+    else:
+        kl = tilted / t_sum / temperature + ratio
+    return kl
 
 
 @triton.jit
@@ -174,26 +184,25 @@ def forward_tile(
     row = tl.minimum(n, N - 1)  # past the end: the last row again, not stored
     columns = tl.arange(0, BLOCK_C)[None, :]
     scale = LOG2E / temperature
+    label = None
     if labels is not None:
         label, counted, known = _load_labels(labels, row, ignore_index, C)
     if teacher is not None:
-        t = _load(teacher, row * stride_t * ALIGN, columns, C)
+        t_offsets = row * stride_t * ALIGN
+        t = _load(teacher, t_offsets, columns, C)
         if DECOUPLED:
-            t_y = _load_at_label(teacher, row * stride_t * ALIGN, label, known)
+            t_y = _load_at_label(teacher, t_offsets, label, known)
             t = tl.where(columns == label[:, None], -float("inf"), t)
         t_max = tl.maximum(tl.max(t, 1), LOWEST)
         below_t = t - t_max[:, None]
         e_t = tl.exp2(below_t * scale)
         t_sum = tl.sum(e_t, 1)
         t_log_sum = tl.log2(t_sum)
-    offsets = row * stride_n * ALIGN
-    following = tl.load(students + offsets[:, None] + columns, mask=columns < C, other=-float("inf"))
-    for k in range(K):
-        s = following.to(tl.float32)
-        further = offsets + tl.cast(stride_k, tl.int64) * ALIGN  # the next student's row is on its way meanwhile
-        following = tl.load(
-            students + further[:, None] + columns, mask=(columns < C) & (k + 1 < K), other=-float("inf")
-        )
+    any_near = tl.program_id(0) < 0
+    UNROLL: tl.constexpr = min(K, 4)  # the rows of several students are on their way at once
+    for k in tl.range(0, K, loop_unroll_factor=UNROLL):
+        offsets = (tl.cast(k, tl.int64) * stride_k + row * stride_n) * ALIGN
+        s = _load(students, offsets, columns, C)
         if labels is not None:
             s_y = _load_at_label(students, offsets, label, known)
         x = s
@@ -204,22 +213,24 @@ def forward_tile(
         e = tl.exp2(below_s * scale)
         if teacher is not None:
             s_sum = tl.sum(e, 1)
-            log_sum = tl.log2(s_sum)
-            shift = tl.log2(s_sum / t_sum) * (LN2 * temperature)
-            d = below_t - below_s + shift[:, None]  # T (log p - log q)
+            d = below_t - below_s
             if REVERSE:
-                kl = -_expected(e, d) / (s_sum * temperature)
+                tilted = _expected(e, d)
             else:
-                kl = _expected(e_t, d) / (t_sum * temperature)
-            far = kl >= NEAR
-            if tl.min(far.to(tl.int32), 0) == 0:
-                p, q = e_t * (1 / t_sum)[:, None], e * (1 / s_sum)[:, None]
-                d *= 1 / temperature
-                if REVERSE:
-                    near = _terms(q, p, -d)
-                else:
-                    near = _terms(p, q, d)
-                kl = tl.where(far, kl, tl.sum(near, 1))
+                tilted = _expected(e_t, d)
+        if labels is not None:
+            largest_1 = largest
+            if DECOUPLED:
+                largest_1 = tl.maximum(largest, s_y)
+            if POWER == 0:
+                e_1 = tl.exp2((s - largest_1[:, None]) * LOG2E)
+            else:
+                e_1 = _power(e, POWER)
+            sum_1 = tl.sum(e_1, 1)
+        if teacher is not None:
+            log_sum = tl.log2(s_sum)
+            kl = _divergence(tilted, s_sum, t_sum, temperature, REVERSE)
+            any_near = any_near | (tl.min((kl >= NEAR).to(tl.int32), 0) == 0)
             if DECOUPLED:
                 z_s, z_t = _log_odds(s_y, largest, log_sum, scale), _log_odds(t_y, t_max, t_log_sum, scale)
                 target = tl.where(counted, _target_divergence(z_s, z_t), 0.0)
@@ -233,14 +244,7 @@ def forward_tile(
         if labels is None:
             _store_no_labels(rows, k, n, K, N)
         else:
-            largest_1 = largest
-            if DECOUPLED:
-                largest_1 = tl.maximum(largest, s_y)
-            if POWER == 0:
-                e = tl.exp2((s - largest_1[:, None]) * LOG2E)
-            else:
-                e = _power(e, POWER)
-            log_sum_1 = tl.log2(tl.sum(e, 1))
+            log_sum_1 = tl.log2(sum_1)
             mean = largest
             if SMOOTH:
                 mean = tl.sum(tl.where(columns < C, s - largest_1[:, None], 0.0), 1) / C
@@ -248,7 +252,28 @@ def forward_tile(
             _store_row(rows, CE, k, n, K, N, ce)
             _store_row(rows, MAX_1, k, n, K, N, largest_1)
             _store_row(rows, LOG_SUM_1, k, n, K, N, log_sum_1)
-        offsets = further
+    if teacher is not None:
+        if any_near:  # after all students, so that they share the registers
+            tl.debug_barrier()  # what is loaded from `rows` has been stored by other threads
+            for j in range(K):
+                x = _load(students, (tl.cast(j, tl.int64) * stride_k + row * stride_n) * ALIGN, columns, C)
+                if DECOUPLED:
+                    x = tl.where(columns == label[:, None], -float("inf"), x)
+                below_s = x - _load_row(rows, MAX, j, row, K, N)[:, None]
+                e = tl.exp2(below_s * scale)
+                s_sum = tl.sum(e, 1)
+                shift = tl.log2(s_sum / t_sum) * (LN2 * temperature)
+                d = (below_t - below_s + shift[:, None]) * (1 / temperature)
+                p, q = e_t * (1 / t_sum)[:, None], e * (1 / s_sum)[:, None]
+                if REVERSE:
+                    near = tl.sum(_terms(q, p, -d), 1)
+                else:
+                    near = tl.sum(_terms(p, q, d), 1)
+                kl = _load_row(rows, KL, j, row, K, N)
+                is_near = tl.where(kl >= NEAR, False, n < N)
+                if DECOUPLED:
+                    is_near = is_near & counted
+                tl.store(rows + (KL * K + j) * tl.cast(N, tl.int64) + n, near, mask=is_near)
 
 
 @triton.jit
@@ -374,12 +399,8 @@ def forward_loop(
         log_sum = tl.log2(total)
         if teacher is not None:
             t_log_sum = tl.log2(t_sum)
-            ratio = tl.log2(total / t_sum) * LN2
-            if REVERSE:
-                kl = -(tilted / total / temperature + ratio)
-            else:
-                kl = tilted / t_sum / temperature + ratio
-            far = kl >= NEAR_LOOP
+            kl = _divergence(tilted, total, t_sum, temperature, REVERSE)
+            far = kl >= NEAR
             if tl.min(far.to(tl.int32), 0) == 0:
                 near = _sum_divergence(
                     students, teacher, offsets, t_offsets, label, largest, total, t_max, t_sum, temperature,
@@ -736,7 +757,7 @@ def _plan(
         "POWER": int(temperature) if temperature in (1, 2, 4) and form != "decoupled" else 0,
         "ALIGN": align,
     }
-    names = ("BLOCK_N", "BLOCK_C", "num_warps")
+    names = ("BLOCK_N", "BLOCK_C", "num_warps", "maxnreg")
     forward, backward = (dict(zip(names, f(classes), strict=True)) for f in (forward_shape, backward_shape))
     return _Plan(
         planes,
@@ -758,18 +779,22 @@ def planes_of(form: str) -> int:
     return 3 if form == "none" else 9 if form == "decoupled" else 8
 
 
-def forward_shape(classes: int) -> tuple[int, int, int]:
-    """(rows, classes, warps) of a program: 32 elements a thread, few warps a row, as its sums have to meet."""
-    block_c = triton.next_power_of_2(classes) if classes <= TILE else LOOP_TILE
-    block_n = max(1, min(32, 512 // block_c))
-    return block_n, block_c, max(1, min(16, block_n * block_c // 1024))
+def forward_shape(classes: int) -> tuple[int, int, int, int | None]:
+    """(rows, classes, warps, registers a thread at most) of a program: few warps a row, as its sums have to meet.
+
+    As measured on an H200 (benchmarks/NOTES.md), for C = 100, 1,000, 4,096 and 32,000.
+    """
+    if classes > TILE:
+        return 1, LOOP_TILE, 2, 80
+    block_c = triton.next_power_of_2(classes)
+    block_n = max(1, min(32, 256 // block_c))
+    return block_n, block_c, max(1, block_n * block_c // 1024), 128
 
 
-def backward_shape(classes: int) -> tuple[int, int, int]:
-    """The same for the backward pass, where the classes of a row need not meet: a warp, few of it past the end."""
+def backward_shape(classes: int) -> tuple[int, int, int, int | None]:
+    """The same for the backward pass, where the classes of a row need not meet: few elements a thread."""
     block_c = min(triton.next_power_of_2(classes), 512)
-    block_n = min(32, 512 // block_c)
-    return block_n, block_c, 1
+    return min(32, 512 // block_c), block_c, 4, None
 
 
 def _rows_contiguous(logits: Tensor | None) -> Tensor | None:

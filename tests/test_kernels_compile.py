@@ -137,8 +137,9 @@ def test_batches_of_all_sizes_are_mixed_by_the_same_code(launched):
 
 
 @pytest.mark.parametrize("classes", [1000, 32000])
-def test_logits_travel_sixteen_bytes_at_a_time(launched, classes):
-    """C = 1000 is no multiple of 16: without the hint of 8 every lane would load two bytes."""
+def test_logits_travel_many_at_a_time(launched, classes):
+    """Sixteen bytes, and the four elements that a thread has in the backward pass. C = 1000 is no multiple of 16:
+    without the hint of 8 every lane would load two bytes."""
     students, teacher = torch.zeros(3, 8, classes, dtype=torch.bfloat16), torch.zeros(8, classes, dtype=torch.bfloat16)
     labels = torch.zeros(8, dtype=torch.int64)
     options = FORMS["forward"] | {"ignore_index": -100, "mean": True}
@@ -146,7 +147,7 @@ def test_logits_travel_sixteen_bytes_at_a_time(launched, classes):
     kd_triton.backward(torch.ones(3), torch.ones(3), None, students, teacher, labels, rows, **options, **BOTH)
     forward, _, backward = (kernel.asm["ptx"] for kernel in check(launched, 90))
     assert len(re.findall(r"ld\.global\S*\.v4\.b32", forward)) >= 2
-    assert len(re.findall(r"ld\.global\S*\.v4\.b32", backward)) >= 2
+    assert len(re.findall(r"ld\.global\S*\.v2\.b32", backward)) >= 2
     assert len(re.findall(r"st\.global\S*\.v4\.b32", backward)) >= 2
 
 
