@@ -148,7 +148,7 @@ def test_logits_travel_many_at_a_time(launched, classes):
     forward, _, backward = (kernel.asm["ptx"] for kernel in check(launched, 90))
     assert len(re.findall(r"ld\.global\S*\.v4\.b32", forward)) >= 2
     assert len(re.findall(r"ld\.global\S*\.v2\.b32", backward)) >= 2
-    assert len(re.findall(r"st\.global\S*\.v4\.b32", backward)) >= 2
+    assert len(re.findall(r"st\.global\S*\.v2\.b32", backward)) >= 2
 
 
 BOTH = {"for_students": True, "for_teacher": True}
