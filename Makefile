@@ -5,11 +5,12 @@
 # make torture   kills, file-system faults and odd inputs for ten minutes; MINUTES=2 for the short form
 # make browser-check   report.html in a real Chromium
 # make executors-check   compare.py on Ray, by submitit, and with Optuna, which it installs beside .venv
-# make gpu-check   on a machine with an NVIDIA GPU: the kernels' whole test grid and their benchmark, under 8 minutes
+# make gpu-check   on a machine with an NVIDIA GPU: the kernels' whole test grid and CUDA graphs against eager steps
+# make gpu-bench   there: what the kernels and the training steps take, under 9 minutes
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare test mutate torture lint benchmark browser-check executors-check gpu-check gpu-evidence clean
+.PHONY: demo compare test mutate torture lint benchmark browser-check executors-check gpu-check gpu-bench gpu-evidence clean
 
 demo: .venv/installed
 	$(BIN)/python compare.py benchmarks/plans/digits.yaml --seeds 0 --verbose --output_dir runs/demo
@@ -61,7 +62,10 @@ gpu-check: .venv/installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 12 tests/triton_grid.py \
 		tests/test_loop.py tests/test_piece_graphs.py \
 		tests/test_triton.py::test_both_scripts_train_alike_with_either_implementation
-	$(BIN)/python -m benchmarks.kernels
+
+gpu-bench: .venv/installed
+	$(BIN)/python -m benchmarks.kernels --minutes 4
+	$(BIN)/python -m benchmarks.gpu_steps --minutes 4
 
 # DATA is a parquet glob of 100 classes, for example parquet:data/tin100-*.parquet; TEACHER is resnet32x4 or wrn40_2. Each
 # call goes on for 9 minutes.

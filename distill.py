@@ -20,6 +20,7 @@ from data.unlabeled import with_unlabeled
 from engine.command_line import parse, set_to_defaults, unread_options
 from engine.config import RunConfig, union
 from engine.distributed import RunError, run_script
+from engine.piece_graphs import advice
 from engine.run import Run
 from engine.run_folder import default_folder, plain
 from engine.together import run_together
@@ -220,6 +221,7 @@ class Student:
         lines += map(describe_stages, [self.network, *teachers])
         lines += map(describe_preprocessing, teachers)
         lines += [data.unlabeled.described] if data.unlabeled else []
+        lines.append(advice(objective, config, run.accelerator))
         run.introduce(what, data, lines)
 
     def finish(self) -> None:

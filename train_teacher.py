@@ -24,6 +24,7 @@ from engine.command_line import parse
 from engine.config import RunConfig, union
 from engine.distributed import run_script
 from engine.objective import Objective
+from engine.piece_graphs import advice
 from engine.run import Run
 from models import ModelInfo, create_model, describe_models, find_spec, load_pretrained, rebuilt_by, save_pretrained
 from models.compiled import compile_regions
@@ -118,7 +119,7 @@ def main() -> None:
     parameters = count_parameters(teacher)
     what = f"{config.method} teacher {config.model} ({parameters:,} parameters)"
     lines = [initial and f"initial weights: {initial}", frozen, describe_stages(teacher)]
-    lines += objective.advice(data.image_size)
+    lines += [*objective.advice(data.image_size), advice(objective, config, run.accelerator)]
     run.introduce(what, data, lines)
     progress = loop.run()
     warnings = list(objective.warnings(progress.history).values())

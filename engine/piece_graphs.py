@@ -13,6 +13,7 @@ A graph reads and writes where it did when it was captured, which is what can go
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,14 +36,28 @@ def recorded_steps(update: Callable, objective: Objective, config: RunConfig, ac
     Raises:
         UserError: steps that cannot be captured.
     """
-    pieces = [] if objective.capturable else objective.pieces()
-    check_capturable(accelerator, objective.capturable or bool(pieces))
+    check_recordable(objective, config, accelerator)
     if objective.capturable:
         return StepGraph(update, CudaGraphCapture())
+    return PieceGraphs(update, objective.pieces(), CudaPieces())
+
+
+def check_recordable(objective: Objective, config: RunConfig, accelerator: Accelerator) -> None:
+    """Raises UserError for steps that cannot be captured."""
+    check_capturable(accelerator, objective.capturable or bool(objective.pieces()))
     for option, none in (("compile", False), ("gradient_accumulation_steps", 1), ("freeze", [])):
-        if getattr(config, option) != none:
+        if not objective.capturable and getattr(config, option) != none:
             raise UserError(f"--cuda_graph: cannot be combined with --{option} by a method that draws its paths")
-    return PieceGraphs(update, pieces, CudaPieces())
+
+
+def advice(objective: Objective, config: RunConfig, accelerator: Accelerator) -> str | None:
+    """What to say where --cuda_graph is possible and not asked for."""
+    if config.cuda_graph or config.opt != "sgd" or config.mixes:
+        return None
+    with suppress(UserError):
+        check_recordable(objective, config, accelerator)
+        return "a GPU waits for the host to launch small networks' kernels: --cuda_graph is several times as fast"
+    return None
 
 
 class CudaPieces:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from engine.objective import Average, Objective, Phase
 from losses.logits import KD, with_labels
 from losses.method import Method, MethodContext, Outputs
 from losses.self_supervised import rotate
-from models.folding import fold_batch_norms
 from objectives.own_methods import as_theirs, check_terms, check_weights
 from objectives.shared import SharedOutputs
 from objectives.stored_logits import StoredLogits, View
@@ -77,7 +76,7 @@ class Distillation(Objective):
         self.rotations = any(method.rotations for method in methods)
         self.student_features = combined_features([method.student_features for method in methods])
         self.teacher_features = combined_features([method.teacher_features for method in methods])
-        self.epoch, self.anchors, self.folded = 0, list(anchors), False
+        self.epoch, self.anchors = 0, list(anchors)
         self.cache_logits = cache_logits
         self.cached_logits: Tensor | None = None  # [images, views, C]
         self.stored_logits: StoredLogits | None = None
@@ -262,12 +261,6 @@ class Distillation(Objective):
     # no_grad and not inference_mode: inference tensors cannot be saved for the loss's backward pass.
     @torch.no_grad()
     def _evaluate_teachers(self, images: Tensor) -> Outputs:
-        if not (self.folded or self.anchors):  # not before: methods may have looked at a teacher's BatchNorms
-            self.folded = True
-            compiled = self.options is not None and getattr(self.options, "compile", False)
-            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-                for teacher in self.frozen:
-                    fold_batch_norms(teacher, lambda teacher=teacher: all_outputs_of(teacher, images[:2]))
         outputs = [outputs_of(teacher, images, self.teacher_features) for teacher in self.frozen]
         if len(outputs) > 1:
             outputs[0].logits = torch.stack([each.logits.float() for each in outputs]).mean(0)
@@ -312,15 +305,6 @@ def outputs_of(network: nn.Module, images: Tensor, features: bool | str) -> Outp
     logits, *maps, embedding = network(images, features=features)
     kinds = {"both": ("maps", "preact"), "preact": ("preact",), True: ("maps",)}[features]
     return Outputs(logits, embedding=embedding, **dict(zip(kinds, maps, strict=True)))
-
-
-def all_outputs_of(network: nn.Module, images: Tensor) -> list[Outputs]:
-    """A forward pass of every kind that the network has."""
-    found = []
-    for features in (False, True, "preact", "both"):
-        with suppress(UserError):  # a network of another library may have no pre-activations
-            found.append(outputs_of(network, images, features))
-    return found
 
 
 @torch.no_grad()

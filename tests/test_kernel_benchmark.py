@@ -1,4 +1,4 @@
-"""benchmarks/kernels.py as far as it goes without a GPU: what it would measure, and how it reads what it measured."""
+"""The GPU benchmarks without a GPU: what they would measure, and how they read what they measured."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,17 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpu_steps, parts
 from benchmarks.contestants import Gate, Loss, cases, eager_losses, providers
+from benchmarks.data import random_set
+from benchmarks.gpu_clock import percentiles
 from benchmarks.kernels import (
     check,
     figures,
     find,
     line,
     main,
-    percentiles,
     plot,
     reached,
 )
+from models.pool import Pool
 
 ROOT = Path(__file__).parents[1]
 BF16, F32 = torch.bfloat16, torch.float32
@@ -111,3 +114,53 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+SMALL = Pool(stem=4, widths=[4, 4, 8, 8], strides=[1, 2, 2, 1], head=8, candidates=["res3x2", "identity"])
+
+
+def test_a_gpus_steps_are_the_loops(monkeypatch, tmp_path):
+    """Phases by themselves: of GTN weights change in the weight steps of the real loop alone, gates in the others."""
+    config = parts.make_config("gtn", "", 4, "no", tmp_path, pool=SMALL)
+    loop, seen = parts.make_loop("gtn", "resnet8", config, random_set(20)), []
+    monkeypatch.setattr(gpu_steps, "READ_EVERY", 2)
+    monkeypatch.setattr(gpu_steps, "on_device", lambda run, steps: run() or {"kernels": steps})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append(state(loop)))
+    phases = gpu_steps.measure(loop, windows=3)
+    assert list(phases) == ["weights", "gates"] and all(len(of["steps_ms"]) == 3 for of in phases.values())
+    weights, gates = (
+        [not torch.equal(a, b) for a, b in zip(of[::2], of[1::2], strict=True)] for of in zip(*seen, strict=True)
+    )
+    assert weights == [True] * 3 + [False] * 3 and gates == [False] * 3 + [True] * 3
+
+
+def state(loop) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.cat([p.detach().flatten() for p in loop.objective.parameters()])
+    return weights.clone(), loop.objective.gates.phi.detach().clone()
+
+
+def test_figures_of_a_gpus_steps():
+    def row(images_per_second, **phases):
+        return {
+            "images_per_second": images_per_second,
+            "phases": {n: {"step_ms": ms, "matrix_ms": 3.0} for n, ms in phases.items()},
+        }
+
+    rows = {
+        "plain script": {"images_per_second": 1000.0},
+        "kd": row(2000.0, weights=6.0),
+        "kd, one CUDA graph": row(6000.0, weights=2.0),
+    }
+    rows |= {"kd, batch 1024": row(1.0, weights=6.0), "gtn": row(1.0, weights=12.0, gates=6.0)}
+    rows |= {"sftn of pool:1": row(1.0, weights=8.0), "sftn of pool:2": row(1.0, weights=12.0)}
+    found = {what: value for what, value, *_ in gpu_steps.figures(rows)}
+    assert found["kd, one CUDA graph: images/s, times the plain script's"] == 6
+    assert found["240 epochs of 50,000 images, minutes"] == pytest.approx(240 * 50_000 / 6000 / 60)
+    assert found["kd, batch 1024: share of time in matrix kernels"] == 0.5
+    assert (
+        found["gtn: step of the weights over SFTN's"] == 1.2
+        and found["gtn: step of the gates over one of the weights"] == 0.5
+    )
+    assert (
+        found["gtn: an epoch over SFTN's"] == 0.9 and found["gtn, graphs of its pieces: an epoch over SFTN's"] is None
+    )

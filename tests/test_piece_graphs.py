@@ -11,7 +11,7 @@ from common import UserError
 from data.datasets import load_images
 from engine.console import Console
 from engine.loop import Loop
-from engine.piece_graphs import CudaPieces, PieceGraphs, recorded_steps
+from engine.piece_graphs import CudaPieces, PieceGraphs, advice, recorded_steps
 from engine.run_folder import RunFolder
 from engine.totals import Totals
 from models import create_model
@@ -188,6 +188,9 @@ def test_what_would_write_over_memory_in_use_raises(tmp_path):
         layer(x, Draw(1)).sum().backward()
 
 
+GPU_ALONE = SimpleNamespace(device=torch.device("cuda"), num_processes=1, scaler=None)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -198,6 +201,17 @@ def test_what_would_write_over_memory_in_use_raises(tmp_path):
     ],
 )
 def test_what_pieces_cannot_do_is_refused(tmp_path, options, named):
-    loop, gpu = loop_of(tmp_path, **options), SimpleNamespace(device=torch.device("cuda"), num_processes=1, scaler=None)
+    loop = loop_of(tmp_path, **options)
     with pytest.raises(UserError, match=f"--cuda_graph: cannot be combined with {named}"):
-        recorded_steps(loop._update, loop.objective, loop.config, gpu)
+        recorded_steps(loop._update, loop.objective, loop.config, GPU_ALONE)
+    assert advice(loop.objective, loop.config, GPU_ALONE) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"opt": "adamw"}, {"mixup": 0.2}])
+def test_where_steps_could_be_captured_the_user_is_told(tmp_path, options):
+    loop = loop_of(tmp_path)
+    config = replace(loop.config, **options)
+    said = advice(loop.objective, config, GPU_ALONE)
+    assert said is None if options else "--cuda_graph" in said
+    cpu = SimpleNamespace(**vars(GPU_ALONE) | {"device": torch.device("cpu")})
+    assert advice(loop.objective, config, cpu) is None
