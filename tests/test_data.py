@@ -18,7 +18,7 @@ from common import UserError
 from data.datasets import hold_out, load_images
 from data.options import DataOptions
 from data.sources import TableSource
-from tests.runs import forked
+from tests.runs import forked, here
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -264,9 +264,15 @@ def test_nothing_there(tmp_path):
             load_images(name)
 
 
-def test_cifar_without_a_network_is_one_line(tmp_path):
-    arguments = ["--dataset", "cifar10", "--output_dir", tmp_path / "run"]
-    done = forked("train_teacher.py", *arguments, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
+def test_cifar_without_a_network_is_one_line(tmp_path, monkeypatch):
+    """As with HF_HUB_OFFLINE=1, which these libraries read when they are imported."""
+    import datasets
+    import huggingface_hub
+
+    for module in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    done = here("train_teacher.py", "--dataset", "cifar10", "--output_dir", tmp_path / "run")
     assert done.returncode == 2 and "cannot fetch 'uoft-cs/cifar10'" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
