@@ -322,3 +322,17 @@ def test_a_network_of_ones_own_with_branches_is_stopped_and_goes_on_and_teaches_
     learn = ["--method", "reviewkd", "--student", f"{own}:build", "--student_stages", *STAGES, *SHORT, tmp_path / "s"]
     succeeded(forked("distill.py", "--teacher", tmp_path / "whole", *learn))  # the file is named: it may be executed
     assert read_json(tmp_path / "s/model.json")["stages"] == STAGES
+
+
+def test_a_convnext_for_one_student_is_stopped_and_goes_on_and_teaches_it_in_two_processes(tmp_path):
+    pytest.importorskip("timm")
+    teach = ["--method", "sftn", "--model", "timm:test_convnext", "--student", "resnet8", *SHORT]
+    succeeded(forked("train_teacher.py", *teach, tmp_path / "whole"))
+    assert forked_signalled(15, 3, "train_teacher.py", *teach, tmp_path / "parts").returncode == 143
+    succeeded(forked("train_teacher.py", *teach, tmp_path / "parts", "--resume_from_checkpoint", "latest"))
+    whole, parts = (read_json(tmp_path / run / "model.json") for run in ("whole", "parts"))
+    assert whole["sha256"] == parts["sha256"]
+    learn = ["--method", "crd", "--teacher", tmp_path / "whole", "--student", "resnet8", *SHORT]
+    succeeded(forked_two("distill.py", *learn, tmp_path / "s"))
+    losses = read_rows(tmp_path / "s/metrics.jsonl")[-1]["losses"]
+    assert set(losses) == {"ce", "crd"} and losses["crd"] > 0
