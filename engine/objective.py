@@ -113,7 +113,7 @@ class Objective(nn.Module, ABC):
     def pieces(self) -> list[list[nn.Module]]:
         """Of steps that are not `capturable`: the modules that can be, Tensor to Tensor each, by place.
 
-        A step differentiates one module of a place at the most, and runs that one once (engine/piece_graphs.py).
+        A step differentiates one module of a place at a time (engine/piece_graphs.py).
         """
         return []
 

@@ -6,8 +6,9 @@ its path. Losses, sums, whatever has no BatchNorm and the optimiser run as ever.
 
 A graph reads and writes where it did when it was captured, which is what can go wrong:
 
-- The modules of a place, of which a step differentiates one, once, share memory: their activations are there from the
-  forward to the backward pass, and no longer. Places share none. A step that breaks this raises RuntimeError.
+- The modules of a place, of which a step differentiates one at a time, share memory for each time: their activations
+  are there from the forward to the backward pass of a step, and no longer. Places share none. What breaks this raises
+  RuntimeError.
 - Graphs without a backward pass share memory with all others of their kind: what they return is copied at once.
 - The gradients of weights are the graph's own memory until the optimiser has taken them: one backward pass a step.
 """
@@ -108,6 +109,7 @@ class PieceGraphs:
         # In the modules for the time of a step alone: evaluation, copies and files see them as they are.
         for piece in self.pieces:
             vars(piece.module)["forward"] = piece
+            piece.place.turn = 0
         try:
             return self.update(batch, phase)
         finally:
@@ -116,15 +118,23 @@ class PieceGraphs:
 
 
 class Place:
-    """What the modules of a place share: input, gradient of the output, and the memory between the passes."""
+    """What the modules of a place share: input, gradient of the output, and the memory between the passes, each of them
+    for every time that a step differentiates one of the modules."""
 
     def __init__(self, device: CudaPieces, inference: Any):
-        self.device, self.pool, self.inference = device, device.pool(), inference
-        self.holder: object | None = None  # the call whose activations the memory holds
+        self.device, self.inference = device, inference
+        self.turn = 0  # how many of them the step under way has differentiated
+        self.holders: dict[int, object] = {}  # the calls whose activations the memory holds, by turn
+        self._pools: dict[int, Any] = {}
         self._buffers: dict[tuple, Tensor] = {}
 
-    def buffer(self, name: str, like: Tensor) -> Tensor:
-        key = (name, like.shape, like.dtype, like.stride())
+    def pool(self, turn: int) -> Any:
+        if turn not in self._pools:
+            self._pools[turn] = self.device.pool()
+        return self._pools[turn]
+
+    def buffer(self, name: str, turn: int, like: Tensor) -> Tensor:
+        key = (name, turn, like.shape, like.dtype, like.stride())
         if key not in self._buffers:
             self._buffers[key] = torch.zeros_like(like, requires_grad=False)
         return self._buffers[key]
@@ -143,9 +153,12 @@ class Piece:
         tracks = norm.track_running_stats
         # A step that leaves the statistics alone is one of the gates and has no use for the weights' gradients.
         learns = grad and tracks and self.weights[0].requires_grad
-        key = (grad and x.requires_grad, learns, norm.training, tracks, x.shape, x.dtype, x.stride())
+        for_x, weights = grad and x.requires_grad, self.weights if learns else []
+        turn = self.place.turn
+        self.place.turn += bool(for_x or weights)
+        key = (for_x, learns, norm.training, tracks, x.shape, x.dtype, x.stride(), turn if for_x or weights else 0)
         if key not in self.recorded:
-            self.recorded[key] = Recorded(self, x, key[0], self.weights if learns else [])
+            self.recorded[key] = Recorded(self, x, for_x, weights, key[-1])
         recorded = self.recorded[key]
         if not recorded.inputs:
             return recorded.forward(x).clone()
@@ -153,11 +166,12 @@ class Piece:
 
 
 class Recorded:
-    """A module's passes on a place's memory, for some of the gradients of its input and `weights`."""
+    """A module's passes on a place's memory of a turn, for some of the gradients of its input and `weights`."""
 
-    def __init__(self, piece: Piece, x: Tensor, for_x: bool, weights: list[nn.Parameter]):
-        self.place, self.weights, self.for_x = piece.place, weights, for_x
-        self.x = piece.place.buffer("input", x)
+    def __init__(self, piece: Piece, x: Tensor, for_x: bool, weights: list[nn.Parameter], turn: int):
+        self.place, self.weights, self.for_x, self.turn = piece.place, weights, for_x, turn
+        self.written: set[int] = set()  # where the gradients of the weights were left
+        self.x = piece.place.buffer("input", turn, x)
         leaf = self.x.data.requires_grad_(for_x)  # its memory, but not its count of changes
         self.inputs = [leaf] * for_x + weights
         kind = x.device.type
@@ -176,7 +190,7 @@ class Recorded:
 
         def both() -> None:
             forward()
-            self.gradient = self.place.buffer("gradient", raw[0])
+            self.gradient = self.place.buffer("gradient", turn, raw[0])
             if self.inputs:
                 backward()
             raw.clear()
@@ -184,8 +198,8 @@ class Recorded:
         statistics = [(each, each.clone()) for each in piece.module.buffers()]
         self.place.device.warm_up(both)
         for each, before in statistics:
-            each.copy_(before)
-        pool = self.place.pool if self.inputs else self.place.inference
+            each.data.copy_(before)  # uncounted: another turn's backward pass may still be to come
+        pool = self.place.pool(turn) if self.inputs else self.place.inference
         self._forward = self.place.device.capture(forward, pool)
         self._backward = self.place.device.capture(backward, pool) if self.inputs else None
 
@@ -198,22 +212,25 @@ class Recorded:
         """The gradients of the input, None where it needs none, and of the weights."""
         self.gradient.copy_(gradient)
         found = [None if each is None else each.detach() for each in self._backward()]
-        return found if self.for_x else [None, *found]
+        found = found if self.for_x else [None, *found]
+        self.written = {each.data_ptr() for each in found[1:] if each is not None}
+        return found
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, recorded: Recorded, x: Tensor, *weights: Tensor):
         ctx.recorded, ctx.call = recorded, object()
-        recorded.place.holder = ctx.call
+        recorded.place.holders[recorded.turn] = ctx.call
         return recorded.forward(x).detach()
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         recorded = ctx.recorded
-        if recorded.place.holder is not ctx.call:
-            raise RuntimeError("modules of a place ran twice in a step: the first one's activations are gone")
-        if any(weight.grad is not None for weight in recorded.weights):
+        if recorded.place.holders[recorded.turn] is not ctx.call:
+            raise RuntimeError("another step began before this one's backward pass: its activations are gone")
+        # A gradient may be there from another turn of this pass: what is returned is added to it.
+        if any(weight.grad is not None and weight.grad.data_ptr() in recorded.written for weight in recorded.weights):
             raise RuntimeError("an earlier backward pass left gradients, in the memory that this one writes to")
         return None, *recorded.backward(gradient)
 

@@ -164,15 +164,17 @@ class GTN(Grafted):
 
     def pieces(self) -> list[list[nn.Module]]:
         """The teacher's blocks and, of every branch, its transform, its layers' candidates and its head."""
-        if self.options.share_branches:
-            raise UserError("--cuda_graph: cannot be combined with --share_branches, whose layers run more than once")
         cuttable = type(self.teacher).run_blocks is Network.run_blocks
         places = [[block] for block in self.teacher.blocks] if cuttable else []
-        for branch in self.branches:
+        shared = self.options.share_branches  # of those the first has all that the others have but their transforms
+        for branch in self.branches[:1] if shared else self.branches:
             supernet = branch.supernet
-            candidates = (list(layer.candidates.values()) for layer in supernet.layers)
-            places += [[branch.transform], [supernet.stem], *candidates, [supernet.head]]
-        return places
+            places += [
+                [supernet.stem],
+                *(list(layer.candidates.values()) for layer in supernet.layers),
+                [supernet.head],
+            ]
+        return places + [[branch.transform] for branch in self.branches]
 
     def _gate_phase(self, split: AnySplit | None) -> Phase:
         # beta1 = 0, as in ProxylessNAS: a candidate that is not drawn must not move.
