@@ -92,12 +92,15 @@ def draw(
 ) -> list[int]:
     """The member chosen for a budget, and random others that cost as much of all that the budget limits.
 
+    None is the chosen one's network with its `zero` layers, which pass on what they get, elsewhere.
+
     Raises:
         UserError: there are too few of them.
     """
     chosen = members.number(entry["choice"])
     alike = [np.abs(costs[unit] / costs[unit][chosen] - 1) <= options.tolerance for unit in entry["limits"]]
-    (others,) = np.nonzero(np.all(alike, axis=0) & (np.arange(len(members)) != chosen))
+    (near,) = np.nonzero(np.all(alike, axis=0))
+    others = [member for member in near.tolist() if working(members, member) != working(members, chosen)]
     if len(others) < options.random:
         raise UserError(
             f"--tolerance {options.tolerance}: {len(others)} other members cost what {name}'s chosen one does, and "
@@ -105,6 +108,11 @@ def draw(
         )
     generator = np.random.default_rng(derive_seed(options.seeds[0], "chosen", name))
     return [chosen, *generator.choice(others, options.random, replace=False).tolist()]
+
+
+def working(members: Members, member: int) -> list[dict]:
+    """The layers of a member's spec that compute something: members that have the same are the same network."""
+    return [layer for layer in members.pool.spec(members.choice(member))["layers"] if layer["type"] != "zero"]
 
 
 def compare(row: Sequence[int], top1: dict, members: Members, costs: dict[str, np.ndarray], seeds: list[int]) -> dict:
