@@ -38,7 +38,8 @@ def main() -> None:
     generator = np.random.default_rng(derive_seed(options.seed, "ranking"))
     drawn = generator.choice(len(members), options.members, replace=False).tolist()
     known = foretold(members, drawn, subject, options, console)
-    trained = [train(members, each, options) for each in console.through(drawn, len(drawn), "members")]
+    bar = console.through(drawn, len(drawn), "members")
+    trained = [train(members, each, options.seed, options.teacher, options) for each in bar]
     tau = {name: float(np.nan_to_num(kendalltau(values, trained).statistic)) for name, values in known.items()}
     report = {"command": f"python -m benchmarks.ranking {' '.join(sys.argv[1:])}", **machine(), "tau": tau}
     report |= {"choices": [members.choice(each) for each in drawn], "top1": trained, **known}
@@ -63,6 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draw, the scores and the students")
     parser.add_argument("--runs", default="runs/ranking", help="folder of the students' runs")
     parser.add_argument("--output", default="benchmarks/results/ranking.json")
+    parser.add_argument("further", nargs="*", help="after --: further options of distill.py, for all")
     return parser.parse_args()
 
 
@@ -78,14 +80,14 @@ def foretold(
     return known | {name: values[drawn].tolist() for name, values in sizes.items()}
 
 
-def train(members: Members, member: int, options: argparse.Namespace) -> float:
-    """The top-1 of a member that is distilled from the teacher."""
-    folder = Path(options.runs) / f"seed{options.seed}-{member}"
+def train(members: Members, member: int, seed: int, teacher: str, options: argparse.Namespace) -> float:
+    """The top-1 of a member that is distilled from the teacher; `options`: epochs, batch_size, runs, further."""
+    folder = Path(options.runs) / f"seed{seed}-{member}"
     if not (folder / "summary.json").is_file():
         spec = folder.with_name(f"{folder.name}.json")
         write_atomically(spec, json.dumps(members.pool.spec(members.choice(member))) + "\n")
-        words = ["--teacher", options.teacher, "--student", spec, "--epochs", options.epochs, "--output_dir", folder]
-        words += ["--batch_size", options.batch_size, "--seed", options.seed, "--overwrite"]
+        words = ["--teacher", teacher, "--student", spec, "--epochs", options.epochs, "--output_dir", folder]
+        words += ["--batch_size", options.batch_size, "--seed", seed, "--overwrite", *options.further]
         command = [sys.executable, "distill.py", *map(str, words)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads((folder / "summary.json").read_text())["top1"]

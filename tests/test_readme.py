@@ -3,6 +3,8 @@
 import re
 import shlex
 import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,13 @@ def test_commands_for_a_cpu_run(tmp_path):
 def test_modules_run(command):
     done = forked(*shlex.split(command)[1:])
     assert done.returncode == 0 and len(done.stdout.splitlines()) > 3, done.stderr
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command.startswith("python -m benchmarks.")])
+def test_benchmarks_understand_their_options(command, monkeypatch):
+    words = shlex.split(command)[2:]
+    monkeypatch.setattr(sys, "argv", words)
+    import_module(words[0]).arguments()
 
 
 def test_the_table_of_methods_is_the_codes():

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from scipy.stats import spearmanr
+from scipy.stats import t as student_t
 
+from benchmarks import chosen as chosen_benchmark
 from benchmarks import ranking as ranking_benchmark
 from common import UserError
 from data.datasets import load_images
@@ -411,13 +414,21 @@ def test_bad_input_is_one_line(words, message, vanilla):
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
+class Started:
+    """subprocess.run whose Python scripts are forks; `scripts` counts them."""
+
+    def __init__(self):
+        self.start, self.scripts = subprocess.run, 0
+
+    def __call__(self, command, **options):
+        if command[0] != sys.executable:
+            return self.start(command, **options)
+        self.scripts += 1
+        return succeeded(forked(*command[1:]))
+
+
 def test_the_ranking_benchmark_trains_members_and_gives_tau(generic, tmp_path, monkeypatch, capsys):
-    start = subprocess.run
-
-    def run(command, **options):
-        return succeeded(forked(*command[1:])) if command[0] == sys.executable else start(command, **options)
-
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", Started())
     words = ["--teacher", str(generic), "--members", "3", "--epochs", "1", "--batch_size", "128", "--paths", "12"]
     words += ["--first_steps", "2", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "ranking.json")]
     monkeypatch.setattr(sys, "argv", ["benchmarks/ranking.py", *words])
@@ -433,3 +444,53 @@ def test_the_ranking_benchmark_trains_members_and_gives_tau(generic, tmp_path, m
     summaries = [read_json(path)["top1"] for path in tmp_path.glob("runs/*/summary.json")]
     assert sorted(summaries) == sorted(found["top1"]) and len(summaries) == 3
     assert ("search.py --rank macs" in capsys.readouterr().out) == (not found["tau"]["foretold"] > found["tau"]["macs"])
+
+
+def network(choice: list[str]) -> tuple[list[str], list[str]]:
+    """What a member of `generic`'s pool computes: `zero` is nothing in the first three layers, all alike."""
+    return [name for name in choice[:3] if name != "zero"], choice[3:]
+
+
+def test_the_benchmark_of_chosen_members_holds_them_against_others_of_their_cost(
+    generic, tmp_path, monkeypatch, capsys
+):
+    members = Members(Pool(**load_pretrained(generic).info.pool))
+    (tmp_path / "p.json").write_text(json.dumps(content := made_up(members, (0.1, -0.01), size=8)))
+    words = ["--teacher", generic, "--budgets", "0.9ms", "1ms,60kmacs", "--rank", "macs"]
+    succeeded(here("search.py", *words, "--profile", tmp_path / "p.json", "--output_dir", tmp_path / "s"))
+    students = read_json(tmp_path / "s/search.json")["students"]
+    top1 = np.random.default_rng(0).uniform(50, 60, (len(members), 3))
+    chosen = [members.number(entry["choice"]) for entry in students.values()]
+    for member, place in np.ndindex(top1.shape):  # all runs are there, but one that is made
+        (run := tmp_path / f"runs/seed{place + 3}-{member}").mkdir(parents=True)
+        if (member, place) != (chosen[0], 2):
+            (run / "summary.json").write_text(json.dumps({"top1": top1[member, place]}))
+    words = ["--search", str(tmp_path / "s"), "--profile", str(tmp_path / "p.json"), "--runs", str(tmp_path / "runs")]
+    more = ["--random", "3", "--tolerance", "0.1", "--seeds", "3", "4", "5", "--epochs", "1", "--batch_size", "128"]
+    more += ["--output", str(tmp_path / "chosen.json"), "--", "--train_fraction", "0.3"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/chosen.py", *words, *more])
+    monkeypatch.setattr(subprocess, "run", started := Started())
+    chosen_benchmark.main()
+    config = yaml.safe_load((run := tmp_path / f"runs/seed5-{chosen[0]}" / "config.yaml").read_text())
+    assert (config["teacher"], config["train_fraction"], config["seed"]) == ([str(generic)], 0.3, 5)
+    top1[chosen[0], 2] = read_json(run.with_name("summary.json"))["top1"]
+    found, every = read_json(tmp_path / "chosen.json"), []
+    costs = members.sizes(10, 8) | {"ms": Profile(content, members).latency()}
+    for name, one, units in zip(students, chosen, (["ms"], ["ms", "macs"]), strict=True):
+        row = found["budgets"][name]
+        others = [members.number(each["choice"]) for each in row["random"]]
+        assert members.number(row["chosen"]["choice"]) == one and len({one, *others}) == 4
+        assert all(network(members.choice(other)) != network(members.choice(one)) for other in others)
+        assert all(costs[unit][others] == pytest.approx(costs[unit][one], rel=0.1) for unit in units)
+        assert row["random"][1]["top1"] == top1[others[1]].tolist()
+        every.append(top1[one] - top1[others].sum(axis=0) / 3)
+        assert row["differences"] == pytest.approx(every[-1]) and row["mean"] == pytest.approx(every[-1].mean())
+    means, overall = (every[0] + every[1]) / 2, found["overall"]
+    interval = student_t.interval(0.95, 2, means.mean(), means.std(ddof=1) / 3**0.5)
+    assert overall["mean"] == pytest.approx(means.mean()) and overall["interval"] == pytest.approx(interval)
+    chosen_benchmark.main()  # nothing is left to train
+    assert started.scripts == 1 and read_json(tmp_path / "chosen.json") == found
+    assert f"over all: {overall['mean']:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmarks/chosen.py", *words, "--random", "300"])
+    with pytest.raises(UserError, match=r"--tolerance 0.05: \d+ other members cost what 0.9ms's chosen one does"):
+        chosen_benchmark.main()
