@@ -19,6 +19,7 @@ from engine.recipe import read_recipe
 Config = TypeVar("Config", bound=ScriptOptions)
 Listing = list[str] | Callable[[], Iterable[str]]
 HELP = "help and listings"
+TIMM = {"--sched": "--lr_schedule", "--model_ema": "--model_ema_decay=0.9998"}  # options of its scripts that differ
 set_parsing_settings(import_path_denylist=["*"])  # a `class_path` in a recipe would import what it names
 
 
@@ -39,7 +40,7 @@ def parse(config_class: type[Config], usage: str, listings: dict[str, Listing], 
         UserError: an unknown flag or recipe key (with the nearest known one), a value of the wrong type or outside
             its range, or a flag that the run's method does not read.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [_from_timm(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     for name, values in listings.items():
         if f"--list_{name}" in argv:
             for value in values() if callable(values) else values:
@@ -62,6 +63,12 @@ def parse(config_class: type[Config], usage: str, listings: dict[str, Listing], 
         if "check" in vars(part):
             part.check(config)
     return config
+
+
+def _from_timm(argument: str) -> str:
+    """A flag of timm's by its name here."""
+    name, given, value = argument.partition("=")
+    return TIMM.get(name, name) + given + value
 
 
 def _split_off_recipes(argv: list[str]) -> tuple[dict[str, dict], list[str]]:

@@ -168,6 +168,12 @@ def test_flags_that_the_method_reads_are_taken():
     assert student("--method", "dml", "--peers", "resnet8", "--kd_weight", "2").peers == ["resnet8"]
 
 
+def test_flags_of_timms_scripts_that_are_called_otherwise_here():
+    config = parse(TeacherConfig, "", {}, ["--sched", "linear", "--model_ema", "--epochs", "3"])
+    assert (config.lr_schedule, config.model_ema_decay, config.epochs) == ("linear", 0.9998, 3)
+    assert parse(TeacherConfig, "", {}, ["--sched=constant"]).lr_schedule == "constant"
+
+
 def test_a_recipes_keys_that_the_method_does_not_read_keep_their_defaults_and_are_named(tmp_path):
     path = recipe(tmp_path, "method: kd\nalpha: 0.5\ntemperature: 3\nkd_weight: 1\nteacher: [x]\nepochs: 1\n")
     assert student("--config", path).unread == ()
