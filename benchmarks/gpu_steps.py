@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import cycle
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity
 import kernels
 from benchmarks.baselines import plain_script
 from benchmarks.data import PillowDataset, random_set
-from benchmarks.kernels import reached
+from benchmarks.kernels import print_verdicts
 from benchmarks.parts import IMAGES, POOL, make_config, make_loop
 from common import UserError, write_atomically
 from engine.distributed import run_script
@@ -93,11 +93,7 @@ def main() -> None:
         rows[name] = row(CASES[name], options.windows)
         print(line(name, rows[name]), flush=True)
     found = figures(rows)
-    for what, value, comparison, target in found:
-        verdict = (
-            "not measured" if value is None else "reached" if reached(value, comparison, target) else "NOT REACHED"
-        )
-        print(f"{what:60} {'-' if value is None else f'{value:.2f}':>8}  ({comparison} {target:g})  {verdict}")
+    print_verdicts(found)
     report = {"command": " ".join(["python -m benchmarks.gpu_steps", *sys.argv[1:]]), **machine()}
     report |= {"kernels": implementation, "image_size": 32, "images": IMAGES, "rows": rows}
     report["figures"] = [dict(zip(("what", "value", "comparison", "target"), each, strict=True)) for each in found]
@@ -146,8 +142,8 @@ def measure(loop: Loop, windows: int) -> dict[str, dict]:
     first_of = {"weights": 0} | ({objective.phase(1).name: 1} if alternate else {})
     numbers = dict(first_of)  # the next iteration of each phase
 
-    def steps(phase: str, count: int) -> None:
-        for _ in range(count):
+    def steps(phase: str, number: int) -> None:
+        for _ in range(number):
             loop.progress.iteration = numbers[phase]
             loop.step(next(full), totals)
             numbers[phase] += 1 + alternate
@@ -169,7 +165,7 @@ def measure(loop: Loop, windows: int) -> dict[str, dict]:
 
 def endless(loop: Loop) -> Iterable:
     """Batches of epoch after epoch; the step's epoch stays 0, so that a graph is captured once."""
-    for epoch in cycle(range(1000)):
+    for epoch in count():
         yield from loop.train.epoch(epoch)
 
 

@@ -187,6 +187,15 @@ def reached(value: float, comparison: str, target: float) -> bool:
     return value >= target if comparison == "at least" else value <= target
 
 
+def print_verdicts(found: list[tuple[str, float | None, str, float]]) -> None:
+    """A line for each of a benchmark's figures: (what, measured value or None, "at least" or "at most", target)."""
+    for what, value, comparison, target in found:
+        verdict = (
+            "not measured" if value is None else "reached" if reached(value, comparison, target) else "NOT REACHED"
+        )
+        print(f"{what:60} {'-' if value is None else f'{value:.2f}':>8}  ({comparison} {target:g})  {verdict}")
+
+
 def line(row: dict) -> str:
     """A row of the table."""
     if row["op"] == "loss":
@@ -294,11 +303,7 @@ def main() -> None:
     again = copy_bandwidth()  # whether the device was in the same state at the end
     print(f"copy at the end: {again / 1e9:.0f} GB/s; {time.perf_counter() - start:.0f} s in all\n")
     targets = figures(rows, name)
-    for what, value, comparison, target in targets:
-        verdict = (
-            "not measured" if value is None else "reached" if reached(value, comparison, target) else "NOT REACHED"
-        )
-        print(f"{what:48} {'-' if value is None else f'{value:.2f}':>8}  ({comparison} {target:g})  {verdict}")
+    print_verdicts(targets)
     report = {
         "command": " ".join(["python -m benchmarks.kernels", *sys.argv[1:]]),
         **machine(),
