@@ -36,6 +36,11 @@ def same_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+def by_pixel(maps: Tensor) -> Tensor:
+    """[N, C, ...] -> [N, ... C], each image a vector: of maps in channels_last a view, and so is its gradient."""
+    return maps.movedim(1, -1).flatten(1)
+
+
 class Resize(nn.Module):
     """Averages a map down to a side, or repeats pixels up to it."""
 

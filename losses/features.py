@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from common import UserError
 from data.batch import Batch
-from losses.adapters import is_rectified, pair_stages, regressor, same_size
+from losses.adapters import by_pixel, is_rectified, pair_stages, regressor, same_size
 from losses.method import Method, MethodContext, Outputs, full_precision
 
 
@@ -40,8 +40,9 @@ class FitNets(Method):
 
 @full_precision
 def mean_squares(a: Tensor, b: Tensor) -> Tensor:
-    """The mean squared error of two tensors of one shape."""
-    return (a - b).square().mean()
+    """The mean squared error of two tensors of one shape, with a gradient in the order of their elements in memory,
+    which that of Tensor.mean has not."""
+    return (a - b).square().sum() / a.numel()
 
 
 class Stagewise(Method):
@@ -79,8 +80,8 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def attention(maps: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, H W], of length 1."""
-    return F.normalize(maps.square().mean(1).flatten(1), dim=1)
+    """[N, C, H, W] -> [N, H W], of length 1: a sum over channels is as good as their mean."""
+    return F.normalize(maps.square().sum(1).flatten(1), dim=1)
 
 
 class NST(Stagewise):
@@ -137,8 +138,9 @@ class VID(Stagewise):
 @full_precision
 def gaussian_likelihood(mean: Tensor, maps: Tensor, rho: Tensor, smallest: float) -> Tensor:
     """Negative log-likelihood, without its constant, of maps [N, C, H, W] under variances from rho [C]."""
-    variance = (F.softplus(rho) + smallest)[:, None, None]
-    return (0.5 * ((mean - maps).square() / variance + variance.log())).mean()
+    variance = F.softplus(rho) + smallest
+    squares = (mean - maps).square().sum((0, 2, 3)) / variance
+    return 0.5 * (squares.sum() / maps.numel() + variance.log().mean())
 
 
 class AB(Method):
@@ -242,7 +244,7 @@ def convolutions(channels: int, middle: int, out: int, norm: bool, transposed: b
 @full_precision
 def factor_transfer(student: Tensor, teacher: Tensor) -> Tensor:
     """The mean distance of two factors, each of unit length."""
-    student, teacher = (F.normalize(factors.flatten(1), dim=1) for factors in (student, teacher))
+    student, teacher = (F.normalize(by_pixel(factors), dim=1) for factors in (student, teacher))
     return (student - teacher).abs().mean()
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import Batch
+from losses.adapters import by_pixel
 from losses.method import Method, Outputs, full_precision
 
 TINY = 1e-12
@@ -32,7 +33,7 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     """Of maps [N, ...], whose shapes need not agree."""
 
     def similarities(maps: Tensor) -> Tensor:
-        flat = maps.flatten(1)
+        flat = by_pixel(maps)
         return F.normalize(flat @ flat.T, dim=1)
 
     return (similarities(student) - similarities(teacher)).square().mean()

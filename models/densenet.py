@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.activation_checkpointing import checkpoint_if_deep
-from models.network import Network, global_average_pool, initialise
+from models.network import GlobalAveragePool, Network, initialise
 
 
 def norm_relu_conv(in_channels: int, out_channels: int, kernel: int) -> list[nn.Module]:
@@ -77,7 +77,7 @@ class DenseNet(Network):
         nn.init.zeros_(self.fc.bias)
 
         first, second = self.transition1, self.transition2
-        head = nn.Sequential(nn.ReLU(), global_average_pool())
+        head = nn.Sequential(nn.ReLU(), GlobalAveragePool())
         stages = (self.conv1, self.block1, nn.Sequential(first, self.block2), nn.Sequential(second, self.block3))
         preact = (
             self.conv1,

@@ -13,7 +13,7 @@ from torch.nn.functional import relu
 
 from common import check_name
 from models.foreign import Foreign
-from models.network import EndsInReLU, Network, conv_bn, global_average_pool, initialise
+from models.network import EndsInReLU, GlobalAveragePool, Network, conv_bn, initialise
 from models.resnet import BasicBlock
 
 SMALL_IMAGE = 64  # up to this side a ResNet takes the form for small images
@@ -69,7 +69,7 @@ class ImageNetResNet(Network):
         stem = nn.Sequential(self.conv1, self.bn1, nn.ReLU())
         layer1 = self.layer1 if small else nn.Sequential(nn.MaxPool2d(3, 2, padding=1), self.layer1)
         stages = (stem, layer1, self.layer2, self.layer3, self.layer4)
-        self.set_stages(stages, global_average_pool(), first=2)
+        self.set_stages(stages, GlobalAveragePool(), first=2)
         self.published = None if small else name
 
 
@@ -108,7 +108,7 @@ class ImageNetFeatures(Network):
         source = get_model(name, weights=None, num_classes=num_classes)
         self.features, self.classifier = source.features, source.classifier
         dropout, _ = self.classifier
-        embed = nn.Sequential(self.features[CUTS[name][-1] :], global_average_pool(), dropout)
+        embed = nn.Sequential(self.features[CUTS[name][-1] :], GlobalAveragePool(), dropout)
         self.set_stages([self.features[start:end] for start, end in pairwise(CUTS[name])], embed, first=2)
         self.published = name
 

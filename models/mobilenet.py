@@ -6,7 +6,7 @@ expands too (by 1), channels are not rounded to multiples of 8, and there is no 
 
 from torch import Tensor, nn
 
-from models.network import Network, conv_bn, global_average_pool, initialise
+from models.network import GlobalAveragePool, Network, conv_bn, initialise
 
 # (expansion, channels at width 1, units, stride)
 ROWS = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -50,7 +50,7 @@ class MobileNetV2(Network):
         initialise(self)
         rows = self.layers
         stages = (self.conv1, nn.Sequential(*rows[:2]), rows[2], nn.Sequential(*rows[3:5]), nn.Sequential(*rows[5:]))
-        embed = nn.Sequential(self.conv2, global_average_pool())
+        embed = nn.Sequential(self.conv2, GlobalAveragePool())
         self.set_stages(stages, embed, preact=(*stages, embed), first=2)
 
     @property

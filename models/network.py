@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import adaptive_avg_pool2d, relu
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -173,9 +173,33 @@ def cut_before_relu(stages: Sequence[nn.Module], embed: nn.Module) -> list[nn.Mo
     return [*pieces, nn.Sequential(after, embed)]
 
 
-def global_average_pool() -> nn.Sequential:
+class GlobalAveragePool(nn.Module):
     """[N, C, H, W] -> [N, C]."""
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _SpatialMean.apply(x) if x.requires_grad else _spatial_mean(x)
+
+
+def _spatial_mean(x: Tensor) -> Tensor:
+    return adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+class _SpatialMean(torch.autograd.Function):
+    """The spatial mean with a gradient that is a view of N x C numbers.
+
+    PyTorch's own is a whole map, laid out channels first whatever `x` is, so that the ReLU in front of the pool would
+    go through memory in the wrong order.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return _spatial_mean(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        height, width = ctx.shape[2:]
+        return (gradient / (height * width))[..., None, None].expand(ctx.shape)
 
 
 def conv_bn(

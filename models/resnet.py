@@ -8,7 +8,7 @@ convolution with BatchNorm wherever the shape changes.
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from models.network import EndsInReLU, Network, conv_bn, global_average_pool, initialise
+from models.network import EndsInReLU, GlobalAveragePool, Network, conv_bn, initialise
 
 
 class BasicBlock(EndsInReLU):
@@ -50,4 +50,4 @@ class ResNet(Network):
         self.fc = nn.Linear(stages[2], num_classes)
         initialise(self)
         first = nn.Sequential(self.conv1, self.bn1, nn.ReLU())
-        self.set_stages((first, self.layer1, self.layer2, self.layer3), global_average_pool())
+        self.set_stages((first, self.layer1, self.layer2, self.layer3), GlobalAveragePool())

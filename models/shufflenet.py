@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from models.network import EndsInReLU, Network, conv_bn, global_average_pool, initialise
+from models.network import EndsInReLU, GlobalAveragePool, Network, conv_bn, initialise
 
 STEM = 24
 
@@ -52,7 +52,7 @@ class ShuffleNetV1(Network):
         self.linear = nn.Linear(channels, num_classes)
         initialise(self)
         stem = nn.Sequential(self.conv1, self.bn1, nn.ReLU())
-        self.set_stages((stem, self.layer1, self.layer2, self.layer3), global_average_pool())
+        self.set_stages((stem, self.layer1, self.layer2, self.layer3), GlobalAveragePool())
 
     @property
     def fc(self) -> nn.Linear:
@@ -93,7 +93,7 @@ class ShuffleNetV2(Network):
         self.conv5, self.fc = source.conv5, source.fc
         initialise(self)
         shrink = [] if small else [source.maxpool]
-        embed = nn.Sequential(self.conv5, global_average_pool())
+        embed = nn.Sequential(self.conv5, GlobalAveragePool())
         one, two, three = (
             nn.Sequential(stage[:-1], SplitBeforeReLU(stage[-1])) for stage in (self.stage2, self.stage3, self.stage4)
         )

@@ -8,7 +8,7 @@ is the field's own. The first two stages are block 1 of SFTN (arXiv 2102.07650, 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.network import Network, conv_bn, global_average_pool, normal_by_fan_out
+from models.network import GlobalAveragePool, Network, conv_bn, normal_by_fan_out
 
 WIDTHS = (64, 128, 256, 512, 512)
 LAYERS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -48,7 +48,7 @@ class VGG(Network):
         for block in (self.block1, self.block2, self.block3):
             stages.append(nn.Sequential(nn.MaxPool2d(2), block, nn.ReLU()))
         stages.append(nn.Sequential(PoolLargeMaps(), self.block4, nn.ReLU()))
-        self.set_stages(stages, global_average_pool(), first=2)
+        self.set_stages(stages, GlobalAveragePool(), first=2)
 
     @property
     def fc(self) -> nn.Linear:

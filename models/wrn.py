@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from models.activation_checkpointing import checkpoint_if_deep
-from models.network import Network, global_average_pool, normal_by_fan_out
+from models.network import GlobalAveragePool, Network, normal_by_fan_out
 
 
 class PreActivationBlock(nn.Module):
@@ -79,7 +79,7 @@ class WideResNet(Network):
         block2, block3 = self.block2.layer[0], self.block3.layer[0]
         one, two, three = (checkpoint_if_deep(stage.layer, depth) for stage in (self.block1, self.block2, self.block3))
         after2, after3 = checkpoint_if_deep((AfterNorm(block2), AfterNorm(block3)), depth)
-        head = nn.Sequential(nn.ReLU(), global_average_pool())
+        head = nn.Sequential(nn.ReLU(), GlobalAveragePool())
         preact = (
             self.conv1,
             nn.Sequential(*one, block2.bn1),

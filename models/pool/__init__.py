@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from common import UserError, check_name, derive_seed
 from models.network import (
+    GlobalAveragePool,
     Network,
     conv_bn,
     count_parameters,
-    global_average_pool,
     initialise,
     split_last_relu,
 )
@@ -299,7 +299,7 @@ def build_stem(channels: int, stride: int) -> nn.Sequential:
 
 def build_head(channels_in: int, channels_out: int) -> nn.Sequential:
     """The pool's embedding: 1x1 convolution, BatchNorm, ReLU and global average pooling."""
-    return nn.Sequential(*conv_bn(channels_in, channels_out, 1), nn.ReLU(), global_average_pool())
+    return nn.Sequential(*conv_bn(channels_in, channels_out, 1), nn.ReLU(), GlobalAveragePool())
 
 
 class PoolLayer(nn.Module):
