@@ -1,12 +1,12 @@
 """ExecuTorch files (.pte): the network lowered to XNNPACK, for phones and boards, and run by ExecuTorch's runtime."""
 
 import importlib.util
+import io
 import json
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
@@ -62,7 +62,7 @@ def load_pte(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
     from executorch.extension.pybindings import _portable_lib
     from executorch.runtime import Runtime, Verification
 
-    with becoming("pte"), _silence():
+    with becoming("pte"), redirect_stderr(io.StringIO()):  # its remarks on the processor
         _portable_lib._unsafe_reset_threadpool(threads)
         program = Runtime.get().load_program(path, verification=Verification.Minimal)  # the wheel has no other
         method = program.load_method("forward")
@@ -77,17 +77,3 @@ def load_pte(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
             raise UserError(f"{path.name}: fails on {len(images)} images ({error})") from None
 
     return run
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Without the runtime's remarks on the processor, which it writes to the process's own standard error."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
