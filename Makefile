@@ -5,12 +5,14 @@
 # make torture   kills, file-system faults and odd inputs for ten minutes; MINUTES=2 for the short form
 # make browser-check   report.html in a real Chromium
 # make executors-check   compare.py on Ray, by submitit, and with Optuna, which it installs beside .venv
+# make executorch-check   ExecuTorch files, with what it installs beside .venv
 # make gpu-check   on a machine with an NVIDIA GPU: the kernels' whole test grid and CUDA graphs against eager steps
 # make gpu-bench   there: what the kernels and the training steps take, under 9 minutes
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare test mutate torture lint benchmark browser-check executors-check gpu-check gpu-bench gpu-evidence clean
+.PHONY: demo compare test mutate torture lint benchmark browser-check executors-check executorch-check \
+	gpu-check gpu-bench gpu-evidence clean
 
 demo: .venv/installed
 	$(BIN)/python compare.py benchmarks/plans/digits.yaml --seeds 0 --verbose --output_dir runs/demo
@@ -57,6 +59,9 @@ executors-check: .venv-executors/installed
 	.venv-executors/bin/python -m pytest tests/test_executors.py
 	.venv-executors/bin/python -m pytest tests/test_optuna.py
 
+executorch-check: .venv-executorch/installed
+	.venv-executorch/bin/python -m pytest tests/test_pte.py
+
 gpu-check: .venv/installed
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 12 tests/triton_grid.py \
@@ -79,13 +84,21 @@ gpu-evidence: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-timm.txt
 	touch $@
 
-# Sees what .venv holds, and leaves that as it is.
-.venv-executors/installed: .venv/installed requirements-ray.txt requirements-slurm.txt requirements-search.txt
-	$(BIN)/python -m venv .venv-executors
+# Each sees what .venv holds, and leaves that as it is.
+BESIDE := .venv-executors .venv-executorch
+$(BESIDE:=/beside): %/beside: .venv/installed
+	$(BIN)/python -m venv $*
 	$(BIN)/python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
-		> $$(.venv-executors/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beside.pth
+		> $$($*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/beside.pth
+	touch $@
+
+.venv-executors/installed: .venv-executors/beside requirements-ray.txt requirements-slurm.txt requirements-search.txt
 	.venv-executors/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-ray.txt \
 		-r requirements-slurm.txt -r requirements-search.txt
+	touch $@
+
+.venv-executorch/installed: .venv-executorch/beside requirements-executorch.txt
+	.venv-executorch/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-executorch.txt
 	touch $@
 
 clean:

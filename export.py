@@ -1,4 +1,4 @@
-"""Ship a trained network: ONNX, torch.export and int8 files, each proven on the test split, with a model card.
+"""Ship a network: ONNX, torch.export, ExecuTorch and int8 files, each proven on the test split, with a model card.
 
 python export.py runs/pool7
 python export.py runs/pool7 --formats onnx pt2 --quantize int8 --with_preprocessing --output_dir shipped/pool7
@@ -37,13 +37,14 @@ from exporters.int8 import write_trained_int8
 from exporters.onnx import load_onnx, write_int8, write_onnx
 from exporters.proof import Function, Proof, latency, prove
 from exporters.pt2 import load_pt2, write_pt2
+from exporters.pte import MAX_BATCH, check_executorch, load_pte, write_pte
 from exporters.quantized import Quantized
 from models.network import Network, count_parameters
 from reports.subject import Subject, load_subject, run_options
 
 CPU = torch.device("cpu")
 METADATA = ("name", "dataset", "num_classes", "class_names", "image_size", "mean", "std", "sha256")
-INT8 = "model.int8.onnx"
+INT8, PTE = "model.int8.onnx", "model.pte"
 BATCH, CALIBRATION_BATCH = 250, 50  # images a forward pass
 
 
@@ -53,7 +54,8 @@ class ExportConfig(ScriptOptions):
 
     Args:
         run: the run folder of a trained network; a word without a flag.
-        formats: onnx (opset 18, for ONNX Runtime and what else reads it) and pt2 (torch.export).
+        formats: onnx (opset 18, for ONNX Runtime and what else reads it), pt2 (torch.export), pte (ExecuTorch with
+            XNNPACK, for phones and boards; requirements-executorch.txt).
         quantize: int8 adds model.int8.onnx, quantised after training; no.
         calibration_images: training images from whose activations its ranges are taken.
         max_drop: points of top-1 that the int8 file may lose on the test split.
@@ -76,7 +78,7 @@ class ExportConfig(ScriptOptions):
     positional = "run"
 
     run: list[str] = field(default_factory=list)
-    formats: list[Literal["onnx", "pt2"]] = field(default_factory=lambda: ["onnx"])
+    formats: list[Literal["onnx", "pt2", "pte"]] = field(default_factory=lambda: ["onnx"])
     quantize: Literal["no", "int8"] = "no"
     calibration_images: int = 512
     max_drop: float = 1.0
@@ -97,7 +99,7 @@ class ExportConfig(ScriptOptions):
         if len(self.run) != 1:
             raise UserError(f"RUN: name one run folder{f', not {len(self.run)}' if self.run else ''}")
         if not self.formats or len(set(self.formats)) < len(self.formats):
-            raise UserError(f"--formats {' '.join(self.formats)}: name onnx, pt2 or both, each once")
+            raise UserError(f"--formats {' '.join(self.formats)}: name some of onnx, pt2 and pte, each once")
         if self.quantize == "int8" and "onnx" not in self.formats:
             raise UserError(f"--quantize int8: needs onnx among --formats {' '.join(self.formats)}")
         if self.calibration_images < 1:
@@ -123,6 +125,8 @@ class ExportConfig(ScriptOptions):
 
 def main() -> None:
     config = parse(ExportConfig, __doc__, {})
+    if "pte" in config.formats:
+        check_executorch()
     subject = load_subject(config.run[0])
     target = Path(config.output_dir or subject.folder / "export")
     check_target(target, config.overwrite)
@@ -271,6 +275,9 @@ def write(deployed: Deployed, folder: Path, config: ExportConfig, calibrate: Ite
     if "pt2" in config.formats:
         write_pt2(deployed, folder / "model.pt2", metadata)
         files["model.pt2"] = load_pt2(folder / "model.pt2")
+    if "pte" in config.formats:
+        write_pte(deployed, folder / PTE, metadata)
+        files[PTE] = load_pte(folder / PTE, threads)
     return files
 
 
@@ -303,6 +310,8 @@ def describe(
             "sha256": hashlib.sha256(content).hexdigest(),
             "latency_ms": latency(function, deployed),
         }
+    if PTE in files:
+        found["files"][PTE]["max_batch"] = MAX_BATCH
     return found
 
 

@@ -73,21 +73,26 @@ def write_card(path: Path, info: ModelInfo, export: dict, run: dict, licence: st
         images=next(iter(export["files"].values()))["images"],
         device=export["device"],
         threads=export["threads"],
-        interface=_interface(info, export["with_preprocessing"]),
+        interface=_interface(info, export),
         names=_names(info.class_names),
         trained=_trained(run, export),
     )
     path.write_bytes(str(ModelCard(text)).encode(errors="replace"))
 
 
-def _interface(info: ModelInfo, preprocessing: bool) -> str:
+def _interface(info: ModelInfo, export: dict) -> str:
     shape = f"[N, 3, {info.image_size}, {info.image_size}]"
-    if preprocessing:
-        return f"`images`: uint8 {shape}, RGB from 0 to 255. `probabilities`: float32 [N, {info.num_classes}]."
+    most = "".join(
+        f" `{name}` takes up to {each['max_batch']} images at a time."
+        for name, each in export["files"].items()
+        if "max_batch" in each
+    )
+    if export["with_preprocessing"]:
+        return f"`images`: uint8 {shape}, RGB from 0 to 255. `probabilities`: float32 [N, {info.num_classes}].{most}"
     mean, std = ([round(each, 4) for each in values] for values in (info.mean, info.std))
     return (
         f"`images`: float32 {shape}, RGB in [0, 1] minus the mean {mean}, over the deviation {std}. "
-        f"`logits`: float32 [N, {info.num_classes}]."
+        f"`logits`: float32 [N, {info.num_classes}].{most}"
     )
 
 

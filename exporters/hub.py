@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OIDCError
 from huggingface_hub.utils import validate_repo_id
 
-OURS = ["model.onnx", "model.int8.onnx", "model.pt2"]  # an earlier push's are no longer proven
+OURS = ["model.onnx", "model.int8.onnx", "model.pt2", "model.pte"]  # an earlier push's are no longer proven
 
 
 class HubError(Exception):

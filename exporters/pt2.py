@@ -13,11 +13,15 @@ from exporters.deployed import Deployed, becoming
 
 def write_pt2(deployed: Deployed, path: Path, metadata: dict) -> None:
     """Write `deployed` with a free batch size; `metadata` as JSON beside the graph."""
-    batch = torch.export.Dim("batch", min=1, max=2**16)
     with becoming("pt2"), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = torch.export.export(deployed, (deployed.example(),), dynamic_shapes=({0: batch},))
-        torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+        torch.export.save(graph_of(deployed, 2**16), path, extra_files={"metadata.json": json.dumps(metadata)})
+
+
+def graph_of(deployed: Deployed, largest: int) -> torch.export.ExportedProgram:
+    """`deployed` as a graph for 1 to `largest` images."""
+    batch = torch.export.Dim("batch", min=1, max=largest)
+    return torch.export.export(deployed, (deployed.example(),), dynamic_shapes=({0: batch},))
 
 
 def load_pt2(path: Path) -> Callable[[Tensor], Tensor]:

@@ -45,7 +45,7 @@ class Hub:
     def preupload(self, body: bytes) -> tuple[int, object]:
         """Weights as LFS objects, as the hub's .gitattributes wants them."""
         files = [each["path"] for each in json.loads(body)["files"]]
-        large = (".onnx", ".safetensors", ".pt2")
+        large = (".onnx", ".safetensors", ".pt2", ".pte")
         modes = {path: "lfs" if path.endswith(large) else "regular" for path in files}
         answer = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
         return 200, {"files": answer}
