@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from common import derive_seed
+from common import UserError, derive_seed
 from exporters.onnx import OPSET, trace
 from models.pool import PoolNet
 from searching import device
@@ -27,7 +27,14 @@ def write_folder(folder: Path, members: Members, num_classes: int, image_size: i
     """Write blocks.json, its ONNX files and profile_device.py, which measures them and needs nothing of ours.
 
     The files hold a few kilobytes each: all values of a tensor of weights are alike there.
+
+    Raises:
+        UserError: a pool with one member.
     """
+    if len(members) < 2:
+        raise UserError(
+            "--pool: has a single member, of which no profile can be tested; give budgets in params and macs"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     shapes, kept = {}, {f"member{i}": members.choice(each) for i, each in enumerate(drawn(members, seed))}
     with torch.device("meta"):

@@ -1,18 +1,19 @@
 """A device profile: what each block of a pool takes there, and how well sums of blocks foretell whole members."""
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 
 from common import UserError, read_text
 from exporters.onnx import OPSET
-from searching.members import FIXED, Members, block_name
+from searching.members import Members, blocks
 
 LEAST_SPEARMAN, MOST_ERROR = 0.95, 0.10
+LEAST_MS, MOST_MS = 1e-9, 1e9  # what a time can be at all
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Profile:
         foretold, measured = self.latency()[numbers][half:], measured[half:]
         errors = np.abs(foretold / measured - 1)
         self.median_error, self.worst_error = (float(each) for each in (np.median(errors), errors.max()))
-        self.spearman = float(spearmanr(foretold, measured).statistic) if half > 2 else 0.0
+        unlike = half > 2 and np.ptp(foretold) > 0 and np.ptp(measured) > 0
+        self.spearman = float(spearmanr(foretold, measured).statistic) if unlike else 0.0
         passes = np.sort([self.content["passes"][name] for name in ms])
         differences = passes[:, 1] / passes[:, 0] - 1
         self.repeats = float(np.median(differences)), float(differences.max())
@@ -109,28 +111,34 @@ def read_profile(path: Path, members: Members, num_classes: int, image_size: int
         content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--profile {path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
-    expected = {"opset": OPSET, "image_size": image_size, "num_classes": num_classes, "pool": asdict(members.pool)}
+    expected = {"opset": OPSET, "threads": 1, "image_size": image_size, "num_classes": num_classes}
+    expected["pool"] = asdict(members.pool)
     if not isinstance(content, dict) or not content.keys() >= {*expected, "device", "onnxruntime", "ms", "passes"}:
         raise UserError(f"--profile {path}: is no file of profile_device.py")
+    if not (isinstance(content["device"], str) and isinstance(content["onnxruntime"], str)):
+        raise UserError(f"--profile {path}: does not name its device and version of onnxruntime; measure again there")
     for name, value in expected.items():
         if content[name] != value:
-            found = "another" if name == "pool" else f"{name} {content[name]}"
+            found = "another pool" if name == "pool" else f"{name} {content[name]}"
             wanted = "the teacher's" if name == "pool" else value
             raise UserError(f"--profile {path}: is of {found}, not {wanted}: --write_blocks writes what to measure")
-    _check_times(path, content, members)
+    with torch.device("meta"):
+        names = {name for name, *_ in blocks(members.pool, num_classes, image_size)}
+    _check_times(path, content, members, names)
     return Profile(content, members)
 
 
-def _check_times(path: Path, content: dict, members: Members) -> None:
-    names = {*FIXED, *(block_name(i, name) for i, names in enumerate(members.options) for name in names)}
+def _check_times(path: Path, content: dict, members: Members, names: set[str]) -> None:
+    """Raise UserError for a profile that lacks one of these blocks, which would then cost nothing, or has others."""
     try:
         whole = content["members"]
         for choice in whole.values():
             members.number(choice)
         numbers = [number for name in content["ms"] for number in (content["ms"][name], *content["passes"][name])]
-        fine = len(whole) > 1 and content["ms"].keys() >= {*FIXED, *whole} and content["ms"].keys() <= names | {*whole}
-        fine &= all(type(number) in (int, float) and 0 < number < math.inf for number in numbers)
+        fine = len(whole) > 1 and content["ms"].keys() == names | {*whole}
+        fine &= all(type(number) in (int, float) and LEAST_MS < number < MOST_MS for number in numbers)
         fine &= all(len(each) == len(content["passes"]["stem"]) > 1 for each in content["passes"].values())
+        fine &= all(content["ms"][name] == min(content["passes"][name]) for name in content["ms"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         fine = False
     if not fine:

@@ -175,11 +175,14 @@ def test_this_device_is_profiled_without_our_code_and_the_sum_ranks_whole_member
     [
         ({"opset": 17}, "is of opset 17, not 18"),
         ({"image_size": 8}, "is of image_size 8, not 16"),
-        ({"pool": {}}, "is of another, not the teacher's"),
+        ({"pool": {}}, "is of another pool, not the teacher's"),
+        ({"threads": 2}, "is of threads 2, not 1"),
         ({"ms": {"stem": 1.0}}, "its times are not those"),
         ({"passes": {}}, "its times are not those"),
         ({"members": []}, "its times are not those"),
-        ({"device": None}, None),
+        ({"device": None}, "does not name its device"),
+        ({"onnxruntime": 1}, "does not name its device"),
+        ({"device": "another"}, None),
     ],
 )
 def test_a_profile_of_something_else_is_one_line(tmp_path, members, change, message):
@@ -189,6 +192,32 @@ def test_a_profile_of_something_else_is_one_line(tmp_path, members, change, mess
         return
     with pytest.raises(UserError, match=f"--profile .*p.json: {message}"):
         read_profile(tmp_path / "p.json", members, 10, 16)
+
+
+def test_a_profile_that_was_edited_is_one_line(tmp_path, members):
+    """A block that is missing would cost nothing, and the best members would be made of it."""
+    (tmp_path / "p.json").write_text(json.dumps(made_up(members, (0, 0))))
+    for edit in (
+        lambda content: content["ms"].pop("layer2.res3x2"),
+        lambda content: content["ms"].update({"layer2.res3x2": content["ms"]["layer2.res3x2"] / 2}),
+        lambda content: content["passes"].update(head=[1e-300, 1e300]),
+    ):
+        content = made_up(members, (0, 0))
+        edit(content)
+        (tmp_path / "p.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match="its times are not those of this pool's blocks"):
+            read_profile(tmp_path / "p.json", members, 10, 16)
+    alike = dict.fromkeys(content["ms"], 1.0)
+    content |= {"ms": alike, "passes": {name: [1.0, 1.0] for name in alike}}
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    assert read_profile(tmp_path / "p.json", members, 10, 16).spearman == 0.0  # and no number that JSON has not
+
+
+def test_a_pool_of_one_member_has_no_profile(tmp_path):
+    alone = Members(Pool(candidates=("res3x2",)).for_images(16))
+    with pytest.raises(UserError, match="--pool: has a single member"):
+        write_folder(tmp_path / "blocks", alone, 10, 16, 0, straight)
+    assert not (tmp_path / "blocks").exists()
 
 
 @pytest.mark.parametrize(
