@@ -32,7 +32,7 @@ from engine.run_folder import machine
 from exporters.card import write_card
 from exporters.deployed import Deployed
 from exporters.finetune import FinetuneOptions, finetune, load_teachers
-from exporters.hub import HubError, check_repository, find_token, push
+from exporters.hub import OURS, HubError, check_repository, find_token, push
 from exporters.int8 import write_trained_int8
 from exporters.onnx import load_onnx, write_int8, write_onnx
 from exporters.proof import Function, Proof, latency, prove
@@ -45,6 +45,7 @@ from reports.subject import Subject, load_subject, run_options
 CPU = torch.device("cpu")
 METADATA = ("name", "dataset", "num_classes", "class_names", "image_size", "mean", "std", "sha256")
 INT8, PTE = "model.int8.onnx", "model.pte"
+WRITTEN = {*OURS, "export.json", "README.md", "model.safetensors", "model.json"}
 BATCH, CALIBRATION_BATCH = 250, 50  # images a forward pass
 
 
@@ -168,6 +169,11 @@ def check_target(target: Path, overwrite: bool) -> None:
             raise UserError(f"--output_dir {target}: holds files that are no export's; choose another folder")
         if not overwrite:
             raise UserError(f"--output_dir {target}: holds an export; --overwrite replaces it")
+        if others := {each.name for each in target.iterdir()} - WRITTEN:
+            raise UserError(
+                f"--output_dir {target}: holds {min(others)}, which is no export's and --overwrite would remove; move "
+                "it away, or choose another folder"
+            )
     elif target.exists() and not target.is_dir():
         raise UserError(f"--output_dir {target}: is a file")
     check_writable("--output_dir", target)

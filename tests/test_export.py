@@ -301,6 +301,7 @@ def test_what_is_not_proven_is_not_shipped(run, tmp_path, monkeypatch):
         (("RUN", "--output_dir", "RUN"), "holds files that are no export's"),
         (("RUN", "--output_dir", "RUN/model.json"), "is a file"),
         (("RUN", "--output_dir", "SHIPPED"), "--overwrite replaces it"),
+        (("RUN", "--output_dir", "SHIPPED", "--overwrite"), "holds notes.txt, which is no export's"),
     ],
 )
 def test_bad_input_is_one_line(words, message, tmp_path):
@@ -308,6 +309,8 @@ def test_bad_input_is_one_line(words, message, tmp_path):
     save_pretrained(model, ModelInfo("resnet8", "digits", 10, 8, MEAN, STD), tmp_path / "run")
     (tmp_path / "shipped").mkdir()
     (tmp_path / "shipped/export.json").write_text("{}")
+    (tmp_path / "shipped/notes.txt").touch()
     words = [word.replace("RUN", str(tmp_path / "run")).replace("SHIPPED", str(tmp_path / "shipped")) for word in words]
     done = here("export.py", *words)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert (tmp_path / "shipped/notes.txt").is_file()
