@@ -27,7 +27,7 @@ from searching.budget import parse_budgets
 from shipping.folder import SEARCH, STUDENTS, begin, check_folder, read_record
 from shipping.options import FleetConfig
 
-GOES_ON = "interrupted; all is saved, and the same command goes on"
+GOES_ON = "interrupted; all is saved, and the same command goes on (--overwrite begins anew)"
 ELSEWHERE = {"executor", "executor_options"}  # another one makes the same students
 MAINS = {"search.py": search.main, "distill.py": distill.main, "export.py": export.main}
 
@@ -58,6 +58,7 @@ class Fleet:
         check_writable("--output_dir", self.folder / SEARCH)
         parse(search.SearchConfig, "", {}, self.search_command[1:])  # before what takes long
         parse(export.ExportConfig, "", {}, self.export_command("STUDENT")[1:])
+        parse(distill.DistillConfig, "", {}, self._distill_command(["STUDENT.json"])[1:])
         self.budgets = {budget.name: budget for budget in parse_budgets(config.budgets)}
         options = {name: value for name, value in config.as_dict().items() if name not in NOT_COMPUTED | ELSEWHERE}
         self._lock = begin(self.folder, options | {"teacher's sha256": self.info.sha256}, config.overwrite)
@@ -77,7 +78,9 @@ class Fleet:
 
     def distill_command(self, names: list[str]) -> list[str]:
         """What follows `python`, for some of the students."""
-        specs = [str(self.spec(name)) for name in names]
+        return self._distill_command([str(self.spec(name)) for name in names])
+
+    def _distill_command(self, specs: list[str]) -> list[str]:
         own = {"students": specs, "output_dir": str(self.folder / STUDENTS), "overwrite": None, "pool": None}
         return self.config.words("distill.py", distill.DistillConfig, **own)
 
@@ -139,10 +142,19 @@ class Fleet:
         return PlannedRun(name, "distill.py", options, source="teacher", seed=self.config.seed, place=name)
 
     def export(self) -> None:
-        """Write and prove the files of the students that have none."""
+        """Write and prove the files of the students that have none. Raises RunError where some could not be shipped."""
+        failed = []
         for name in dict.fromkeys(self.students.values()):
             if not (self.folder / STUDENTS / name / "export/export.json").is_file():
-                run(self.export_command(name))
+                try:
+                    run(self.export_command(name))
+                except RunError as error:
+                    failed.append(f"{name}: {error}")
+        if failed:
+            raise RunError(
+                f"{'; '.join(failed)}; python export.py {self.folder / STUDENTS}/NAME takes other options, and then "
+                "the same command goes on"
+            )
 
 
 def tell(run: PlannedRun, reason: str | None) -> None:

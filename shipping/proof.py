@@ -29,7 +29,8 @@ def prove(fleet: Fleet) -> dict:
         promised |= {"ms": entry["measured_ms"]} if "measured_ms" in entry else {}
         each = {"budget": name, "limits": budget.limits, "student": fleet.students[name], "promised": promised}
         limits = {unit: limit for unit, limit in budget.limits.items() if unit != "ms" or measurable}
-        budgets.append(each | {"choice": entry["choice"], "why": entry["why"], "over": excess(limits, student)})
+        each |= {"choice": entry["choice"], "why": entry["why"], "checked": limits.keys() == budget.limits.keys()}
+        budgets.append(each | {"over": excess(limits, student)})
     teacher = {"path": fleet.teacher, "model": fleet.info.name, "sha256": fleet.info.sha256}
     teacher["top1"] = accuracy(Path(fleet.teacher))
     names = list(students)
@@ -51,12 +52,16 @@ def measure(folder: Path) -> dict:
     """What is known of a student: its accuracy, its size counted anew, and of each file the accuracy that it loses and
     the milliseconds of an image with one thread, measured now as search.py measures."""
     network, exported = load_pretrained(folder), read_record(folder / "export/export.json")
+    if exported.get("with_preprocessing"):
+        raise UserError(f"{folder}/export: was made --with_preprocessing; a fleet measures files that take float32")
     side = network.info.image_size
     with torch.no_grad():
         parameters, flops, _ = cost(network.eval(), side)
     found = {"top1": accuracy(folder), "sha256": network.info.sha256, "params": parameters, "macs": flops / 2}
     found["files"] = {}
     for name, each in exported["files"].items():
+        if not name.endswith(".onnx"):  # export.py's own, which no latency was promised for
+            continue
         path = folder / "export" / name
         times = [device.milliseconds(path, (3, side, side), device.SECONDS) for _ in range(device.PASSES)]
         kept = {key: each[key] for key in ("top1", "bytes", "sha256")}

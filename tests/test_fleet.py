@@ -3,15 +3,18 @@
 import json
 import shutil
 import signal
+import sys
 
 import onnxruntime
 import pytest
 
+from engine.distributed import RunError
 from models import load_pretrained
 from models.network import count_parameters
 from models.pool import Pool
 from searching import device
 from searching.members import Members
+from shipping import fleet
 from shipping.proof import excess
 from tests.runs import TINY_GTN, forked, forked_signalled, here, read_json, read_rows, succeeded
 from tests.test_search import made_up
@@ -127,6 +130,37 @@ def test_what_is_slower_than_its_budget_is_said(whole, command, monkeypatch):
     monkeypatch.setattr(device, "milliseconds", lambda *_: 1000.0)
     done = here(*command, whole[0])
     assert done.returncode == 0 and "here no budget in ms could be checked" in done.stdout
+    page = (whole[0] / "report.html").read_text()
+    assert "could not be checked here: 100ms, 90ms-100kparams" in page and "keeps to its budget" not in page
+    assert [each["checked"] for each in read_json(whole[0] / "fleet.json")["budgets"]] == [True, False, False]
+    assert done.stdout.count("not checked") == 4  # two files for each of these budgets
+
+
+def test_a_student_that_is_not_shipped_keeps_no_other_from_it(whole, command, tmp_path, monkeypatch):
+    folder = tmp_path / "f"
+    shutil.copytree(whole[0], folder)
+    for export in folder.glob("students/*/export"):
+        shutil.rmtree(export)
+    ship = fleet.MAINS["export.py"]
+
+    def fail():
+        if "500params" in sys.argv[1]:
+            raise RunError("model.int8.onnx is not shipped")
+        ship()
+
+    monkeypatch.setitem(fleet.MAINS, "export.py", fail)
+    done = here(*command, folder)
+    message = f"500params: model.int8.onnx is not shipped; python export.py {folder}/students/NAME takes other options"
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+    assert (folder / "students/100ms/export/export.json").is_file()
+    monkeypatch.undo()
+    by_hand = ["export.py", folder / "students/500params", "--formats", "onnx", "pt2"]
+    succeeded(forked(*by_hand))
+    succeeded(here(*command, folder))
+    assert list(read_json(folder / "fleet.json")["students"]["500params"]["files"]) == ["model.onnx"]
+    succeeded(forked(*by_hand, "--overwrite", "--with_preprocessing"))
+    done = here(*command, folder)
+    assert done.returncode == 2 and "500params/export: was made --with_preprocessing" in done.stderr
 
 
 def test_a_limit_is_one_of_every_file():
@@ -157,6 +191,7 @@ def test_a_limit_is_one_of_every_file():
         (("--teacher", "T", "--executor_options", "num_cpus=2", "OUT"), "num_cpus: --executor local has none"),
         (("--teacher", "T", "--budgets", "1Mparams", "--paths", "1", "OUT"), "--paths 1: "),
         (("--teacher", "T", "--budgets", "1Mparams", "--epochs", "0", "OUT"), "--epochs 0: "),
+        (("--teacher", "T", "--budgets", "3params", "--method", "rco", "OUT"), "--method rco: goes with no other"),
         (("--teacher", "T", "--budgets", "1Mparams", "--image_size", "16", "OUT"), "--image_size 16: "),
         (("--teacher", "T", "--budgets", "1Mparams", "--pool.stem", "16", "OUT"), "has a pool of its own"),
         (("--teacher", "T", "--budgets", "1Mparams", "--output_dir", "T"), "holds --teacher"),
