@@ -126,7 +126,8 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
             for method in self.methods or [self.method]:
                 name = "-".join(map(plain, [student, *([method] if self.methods else [])]))
                 if name in found:
-                    raise UserError(f"--students {student}: there are two for the folder {base / name}")
+                    given = f"--methods {method}" if self.methods.count(method) > 1 else f"--students {student}"
+                    raise UserError(f"{given}: there are two for the folder {base / name}")
                 one = {"student": student, "method": method, "students": [], "methods": []}
                 found[name] = replace(self, **one, output_dir=str(base / name))
                 set_to_defaults(found[name], unread_options(found[name]))

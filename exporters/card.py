@@ -48,10 +48,11 @@ def write_card(path: Path, info: ModelInfo, export: dict, run: dict, licence: st
         run: the content of the run's summary.json, as far as there is one.
         licence: an identifier of the hub's, for example apache-2.0.
     """
+    name = Path(info.name).stem if info.name.endswith(".json") else info.name  # of a spec without its place on a disk
     top1 = next(iter(export["files"].values()))["top1"]
     metric = {"metric_type": "accuracy", "metric_value": round(top1 / 100, 4), "dataset_type": info.dataset}
     data = ModelCardData(
-        model_name=info.name,
+        model_name=name,
         license=licence,
         pipeline_tag="image-classification",
         tags=["knowledge-distillation", "onnx"],
@@ -64,7 +65,7 @@ def write_card(path: Path, info: ModelInfo, export: dict, run: dict, licence: st
     ]
     text = TEXT.format(
         data=data.to_yaml(),
-        name=info.name,
+        name=name,
         dataset=info.dataset,
         classes=info.num_classes,
         side=info.image_size,

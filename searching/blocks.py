@@ -66,7 +66,7 @@ def write(module: nn.Module, shape: tuple[int, int, int], path: Path, light: boo
     """Write a module of the `meta` device that takes [N, *shape], in eval mode, with weights of some value.
 
     In a `light` file they are one number, 1 / fan-in, and a shape, which ONNX Runtime fills when it loads the file;
-    large members run up to a tenth faster so than from a file with all weights in it, as a student is shipped.
+    large members run up to a sixth faster so than from a file with all weights in it, as a student is shipped.
     """
     module, generator = module.eval().to_empty(device="cpu"), torch.Generator().manual_seed(0)
     for tensor in (each.detach() for each in (*module.parameters(), *module.buffers())):

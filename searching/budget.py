@@ -10,7 +10,7 @@ from common import UserError
 from searching.members import Members
 
 FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
-LIMIT = re.compile(r"(\d+\.?\d*|\.\d+)\s*(?:(ms)|([kmg]?)\s*(params|macs))", re.IGNORECASE)
+LIMIT = re.compile(r"(\d+\.?\d*|\.\d+)\s*(?:(ms)|([kmg]?)\s*(params|macs))", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True)

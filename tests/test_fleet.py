@@ -85,6 +85,7 @@ def test_each_budget_gets_files_that_keep_to_it(whole, teacher):
     assert by_budget["100ms"]["promised"]["ms"] == searched["students"]["100ms"]["measured_ms"]
     assert found["teacher"]["top1"] == read_json(teacher / "summary.json")["top1"]
     assert found["onnxruntime"] == onnxruntime.__version__ and found["versions"]["torch"]
+    assert "# 500params, distilled for digits" in (folder / "students/500params/export/README.md").read_text()
     page = (folder / "report.html").read_text()
     assert (
         "data:image/png;base64," in page and "500params" in page and found["commands"][1] in page.replace("&#39;", "'")

@@ -236,7 +236,7 @@ def test_budgets_are_read(text, name, limits):
 
 
 @pytest.mark.parametrize(
-    "text", ["5", "5kg", "1kms", "ms", "-1ms", "0ms", "1ms,2ms", "1ms,", "nanms", "1e3ms", "", "1;2ms"]
+    "text", ["5", "5kg", "1kms", "ms", "-1ms", "0ms", "1ms,2ms", "1ms,", "nanms", "1e3ms", "", "1;2ms", "\uff19ms"]
 )
 def test_what_is_no_budget_is_one_line(text):
     with pytest.raises(UserError, match="--budgets "):

@@ -169,6 +169,7 @@ def test_outputs_are_shared_within_a_batch_alone():
     ("arguments", "line"),
     [
         (["--students", "resnet8", "resnet8"], "--students resnet8: there are two for the folder"),
+        (["--methods", "kd", "kd"], "--methods kd: there are two for the folder"),
         (["--methods", "kd", "rco"], "--method rco: goes with no other"),
         (["--students", "resnet8", "--method", "rco"], "--method rco: goes with no other"),
         (["--methods", "kd", "--dkd_beta", "2"], "not read by --method kd"),
