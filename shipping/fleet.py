@@ -97,7 +97,10 @@ class Fleet:
     @cached_property
     def searched(self) -> dict:
         """What search.py has found."""
-        return read_record(self.folder / SEARCH / search.RESULT)
+        found = read_record(path := self.folder / SEARCH / search.RESULT)
+        if not isinstance(students := found.get("students"), dict) or self.budgets.keys() - students.keys():
+            raise UserError(f"{path}: does not hold these budgets; remove it, and they are searched again")
+        return found
 
     @cached_property
     def students(self) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What was promised, beside what is shipped: each exported file is measured, each network counted, once more."""
 
+import hashlib
 import sys
 from pathlib import Path
 from shlex import join
@@ -63,6 +64,8 @@ def measure(folder: Path) -> dict:
         if not name.endswith(".onnx"):  # export.py's own, which no latency was promised for
             continue
         path = folder / "export" / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != each["sha256"]:
+            raise UserError(f"{path}: is not the file that was proven; remove {path.parent}, and it is exported again")
         times = [device.milliseconds(path, (3, side, side), device.SECONDS) for _ in range(device.PASSES)]
         kept = {key: each[key] for key in ("top1", "bytes", "sha256")}
         found["files"][name] = kept | {"ms": min(times), "drop": each["network_top1"] - each["top1"]}

@@ -137,6 +137,18 @@ def test_what_is_slower_than_its_budget_is_said(whole, command, monkeypatch):
     assert done.stdout.count("not checked") == 4  # two files for each of these budgets
 
 
+def test_what_was_changed_by_hand_is_one_line(whole, command, tmp_path):
+    folder = tmp_path / "f"
+    shutil.copytree(whole[0], folder)
+    for path, message in {
+        "students/100ms/export/model.onnx": "is not the file that was proven",
+        "search/search.json": "does not hold these budgets",
+    }.items():
+        (folder / path).write_text("{}")
+        done = here(*command, folder)
+        assert done.returncode == 2 and f"{folder / path}: {message}" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_student_that_is_not_shipped_keeps_no_other_from_it(whole, command, tmp_path, monkeypatch):
     folder = tmp_path / "f"
     shutil.copytree(whole[0], folder)
