@@ -99,7 +99,7 @@ class Fleet:
         """What search.py has found."""
         found = read_record(path := self.folder / SEARCH / search.RESULT)
         if not isinstance(students := found.get("students"), dict) or self.budgets.keys() - students.keys():
-            raise UserError(f"{path}: does not hold these budgets; remove it, and they are searched again")
+            raise UserError(f"{path}: does not hold these budgets; --overwrite begins anew")
         return found
 
     @cached_property
