@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import yaml
 from torch import Tensor
 
 from common import UserError, check_writable, read_text
@@ -154,7 +155,8 @@ def main() -> None:
         if told:
             found["files"][INT8]["finetuned"] = told
         (folder / "export.json").write_text(json.dumps(found, indent=1) + "\n")
-        write_card(folder / "README.md", subject.info, found, summary_of(subject.folder), config.license)
+        options = mapping_in(subject.folder / "config.yaml", yaml.safe_load)
+        write_card(folder / "README.md", subject.info, found, summary_of(subject.folder), options, config.license)
         for name in ("model.safetensors", "model.json"):
             shutil.copyfile(subject.folder / name, folder / name)
         replace_folder(folder, target)
@@ -213,7 +215,10 @@ def teachers_of(subject: Subject, config: ExportConfig) -> list[Network]:
     """Whom the network learns from once more, should it have to; none without --finetune_epochs."""
     if not config.finetune_epochs:
         return []
-    what, summary = f"--finetune_epochs {config.finetune_epochs}", {} if config.teacher else summary_of(subject.folder)
+    what, summary = (
+        f"--finetune_epochs {config.finetune_epochs}",
+        {} if config.teacher else summary_of(subject.folder),
+    )
     places = config.teacher or run_options(subject.folder, FinetuneOptions).teacher
     if not places:
         raise UserError(f"{what}: the run {subject.folder} had no teacher; name one with --teacher")
@@ -323,9 +328,14 @@ def describe(
 
 def summary_of(folder: Path) -> dict:
     """What the run's summary says of it; nothing where there is none."""
+    return mapping_in(folder / "summary.json", json.loads)
+
+
+def mapping_in(path: Path, read: Callable[[str], object]) -> dict:
+    """What a file of the run holds; nothing where there is none."""
     try:
-        found = json.loads(read_text(folder / "summary.json"))
-    except (OSError, ValueError, RecursionError):
+        found = read(read_text(path))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 

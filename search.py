@@ -33,7 +33,7 @@ from searching.options import SearchOptions
 from searching.pareto import front, plot
 from searching.paths import FILE as SUPERNET
 from searching.profile import Profile, read_profile
-from searching.ranking import Ranking
+from searching.ranking import Ranking, by_macs
 from searching.scoring import score_pool
 
 RESULT, PROFILE, PLOT = "search.json", "profile.json", "pareto.png"
@@ -177,14 +177,17 @@ def rank(
     members: Members, costs: dict, subject: Subject, config: SearchConfig, console: Console
 ) -> tuple[Ranking, Callable[[int], float] | None]:
     """The ranking of all members and, where it is by the supernet, the score of one for real."""
-    kept = (subject.folder / SUPERNET).is_file()
-    if kept and config.rank != "macs":
-        return score_pool(members, subject, config, console.through, console.print)
-    if config.rank == "supernet":
+    kept, macs = (subject.folder / SUPERNET).is_file(), costs["macs"]
+    if config.rank == "supernet" and not kept:
         raise UserError(f"--rank supernet: {subject.folder} holds no {SUPERNET}; train_teacher.py --save_supernet")
     why = "as --rank says" if config.rank == "macs" else f"as {subject.folder} holds no {SUPERNET}"
+    if kept and config.rank != "macs":
+        ranking, score = score_pool(members, macs, subject, config, console.through, console.print)
+        if config.rank == "supernet" or ranking.beats_macs:
+            return ranking, score
+        why = "as the supernet's scores are foretold no better than by them (--rank supernet takes these all the same)"
     console.print(f"scores: by multiply-accumulates, {why}: the more the better")
-    return Ranking("multiply-accumulates", "million MACs", costs["macs"] / 1e6), None
+    return by_macs(macs), None
 
 
 def other_students(info: ModelInfo, stopwatch: Stopwatch | None) -> dict[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from models import ModelInfo
@@ -30,7 +31,7 @@ on all of these images before it was kept (export.json).
 
 {trained}
 
-## Intended use and limits
+{commands}## Intended use and limits
 
 For images like those of {dataset}; nothing was measured on others. It always names one of its {classes} classes, also
 where an image shows none of them, and its confidence is no warranty. What the training images leave out or
@@ -38,7 +39,20 @@ over-represent, it does too.
 """
 
 
-def write_card(path: Path, info: ModelInfo, export: dict, run: dict, licence: str | None) -> None:
+# Options that say where things are, or how a run was watched: of nobody else's machine, or of no consequence.
+PLACES = {
+    "output_dir",
+    "overwrite",
+    "resume_from_checkpoint",
+    "teacher",
+    "data_dir",
+    "weights",
+    "cache_folder",
+    "run_name",
+}
+
+
+def write_card(path: Path, info: ModelInfo, export: dict, run: dict, options: dict, licence: str | None) -> None:
     """Write a model card.
 
     Args:
@@ -46,6 +60,7 @@ def write_card(path: Path, info: ModelInfo, export: dict, run: dict, licence: st
         info: of the network.
         export: the content of export.json.
         run: the content of the run's summary.json, as far as there is one.
+        options: the run's own, as its config.yaml has them; {} where there is none.
         licence: an identifier of the hub's, for example apache-2.0.
     """
     name = Path(info.name).stem if info.name.endswith(".json") else info.name  # of a spec without its place on a disk
@@ -77,6 +92,7 @@ def write_card(path: Path, info: ModelInfo, export: dict, run: dict, licence: st
         interface=_interface(info, export),
         names=_names(info.class_names),
         trained=_trained(run, export),
+        commands=_commands(options),
     )
     path.write_bytes(str(ModelCard(text)).encode(errors="replace"))
 
@@ -118,3 +134,19 @@ def _trained(run: dict, export: dict) -> str:
     if run.get("git_commit"):
         lines.append(f"Code: commit `{run['git_commit']}`.")
     return " ".join(lines)
+
+
+def _commands(options: dict) -> str:
+    """What makes the weights again: the run's options as a recipe, without places; a spec is that beside the card."""
+    if not options:
+        return ""
+    kept = {name: value for name, value in options.items() if value is not None and name not in PLACES}
+    if str(kept.get("student")).endswith(".json"):
+        kept["student"] = "model.json"
+    script = "distill.py" if "teacher" in options else "train_teacher.py"
+    teachers = " ".join(["--teacher", *["TEACHER"] * len(options["teacher"])]) if options.get("teacher") else ""
+    words = ["python", script, "--config recipe.yaml", teachers, "--output_dir RUN"]
+    return (
+        f"```bash\n{' '.join(filter(None, words))}\npython export.py RUN\n```\n\nwith `recipe.yaml`:\n\n"
+        f"```yaml\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}```\n\n"
+    )

@@ -25,6 +25,7 @@ class Ranking:
         scores: float64 [members], the higher the better.
         measured: how many members the scores were learnt from; 0 where they are known of all.
         spearman: between measured scores and those that the regression foretells without having seen them.
+        macs_spearman: between measured scores and multiply-accumulates.
     """
 
     by: str
@@ -32,6 +33,13 @@ class Ranking:
     scores: np.ndarray
     measured: int = 0
     spearman: float | None = None
+    macs_spearman: float | None = None
+
+    @property
+    def beats_macs(self) -> bool:
+        """Whether the regression foretells scores better than multiply-accumulates do. One that could not be tested,
+        with few scores or all of them alike, does not."""
+        return self.spearman is not None and self.spearman > self.macs_spearman
 
     def best(self, fine: np.ndarray, count: int) -> list[int]:
         """Numbers of the `count` best members among those that are `fine`, bool [members]; ties in their order."""
@@ -45,6 +53,16 @@ def draw_paths(members: Members, count: int, seed: int) -> np.ndarray:
     generator = np.random.default_rng(derive_seed(seed, "scored paths"))
     columns = [generator.permutation(np.arange(count) % options) for options in members.shape]
     return members.places(np.unique(members.numbers(np.stack(columns, axis=1))))
+
+
+def by_macs(macs: np.ndarray) -> Ranking:
+    """The more multiply-accumulates [members], the better."""
+    return Ranking("multiply-accumulates", "million MACs", macs / 1e6)
+
+
+def rank_correlation(members: Members, values: np.ndarray, places: np.ndarray, scores: Sequence[float]) -> float:
+    """Spearman's of all members' `values` [members] with the scores of those at `places` [n, layers]."""
+    return float(spearmanr(values[members.numbers(places)], scores).statistic)
 
 
 def foretell(members: Members, places: np.ndarray, scores: Sequence[float]) -> tuple[np.ndarray, float | None]:

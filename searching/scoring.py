@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from data.splits import AnySplit
 from reports.subject import Subject
 from searching.members import Members
 from searching.paths import BATCH, Judge, complete, load_supernet
-from searching.ranking import Ranking, draw_paths, foretell
+from searching.ranking import Ranking, draw_paths, foretell, rank_correlation
 
 HELD_OUT = 0.1  # of the training images of a run that kept none apart
 
@@ -74,9 +75,10 @@ class Images:
 
 
 def score_pool(
-    members: Members, subject: Subject, options: ScoringOptions, bar: Bar, say: Say
+    members: Members, macs: np.ndarray, subject: Subject, options: ScoringOptions, bar: Bar, say: Say
 ) -> tuple[Ranking, Callable[[int], float]]:
-    """The ranking of all members, and the function that scores one by its path (top-1, %).
+    """The ranking of all members, whose multiply-accumulates are `macs` [members], and the function that scores one by
+    its path (top-1, %).
 
     Raises:
         UserError: a supernet that is not this pool's, or a data set that nothing can be held out of.
@@ -98,10 +100,12 @@ def score_pool(
     found = [judge(row)[0] for row in bar(drawn, len(drawn), "paths")]
     scores, spearman = foretell(members, drawn, found)
     ranking = Ranking("the supernet's top-1", "foretold top-1 of the path, %", scores, len(drawn), spearman)
-    say(
-        f"scores: {len(drawn)} paths on {len(images.held)} images have a top-1 of {min(found):.1f} to {max(found):.1f}%"
-        + (f"; the regression foretells unseen ones with Spearman {spearman:.2f}" if spearman is not None else "")
-    )
+    message = f"{len(drawn)} paths on {len(images.held)} images have a top-1 of {min(found):.1f} to {max(found):.1f}%"
+    if spearman is not None:
+        ranking.macs_spearman = rank_correlation(members, macs, drawn, found)
+        message += f"; the regression foretells unseen ones with Spearman {spearman:.2f}, multiply-accumulates with "
+        message += f"{ranking.macs_spearman:.2f}"
+    say(f"scores: {message}")
     return ranking, lambda member: judge(members.places([member])[0])[0]
 
 

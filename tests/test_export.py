@@ -174,6 +174,12 @@ def test_a_run_becomes_proven_files(run, tmp_path):
     assert onnx.TensorProto.INT8 in weights
     card = ModelCard.load(target / "README.md")
     assert card.data.license == "mit" and card.data.eval_results[0].metric_value == pytest.approx(top1 / 100, abs=1e-4)
+    recipe = card.text.split("```yaml\n")[1].split("```")[0]
+    assert "output_dir" not in recipe and str(tmp_path.parent) not in card.text
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    assert "\npython distill.py --config recipe.yaml --output_dir RUN\n" in card.text
+    succeeded(forked("distill.py", "--config", tmp_path / "recipe.yaml", "--output_dir", tmp_path / "again"))
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
 
     # Without our code: bytes in, probabilities out.
     session = onnxruntime.InferenceSession(target / "model.onnx")

@@ -34,7 +34,7 @@ from searching.members import Members, block_name, blocks
 from searching.pareto import front
 from searching.paths import complete, estimate_statistics, judge, load_supernet
 from searching.profile import Profile, read_profile
-from searching.ranking import Ranking, draw_paths, foretell
+from searching.ranking import Ranking, draw_paths, foretell, rank_correlation
 from searching.scoring import batches
 from tests.runs import ROOT, TINY_GTN, forked, here, read_json, succeeded
 
@@ -380,7 +380,7 @@ def test_a_gtn_teacher_is_searched_by_its_supernet(generic, tmp_path):
     members = Members(Pool(**load_pretrained(generic).info.pool))
     (tmp_path / "p.json").write_text(json.dumps(made_up(members, (0.1, -0.01), size=8)))
     words = ["--teacher", generic, "--budgets", "0.9ms", "1ms,3kparams", "--profile", tmp_path / "p.json"]
-    words += ["--paths", "40", "--images", "100", "--first_steps", "4", "--finalists", "3"]
+    words += ["--paths", "40", "--images", "100", "--first_steps", "4", "--finalists", "3", "--rank", "supernet"]
     outputs = []
     for name in "ab":
         done = here("search.py", *words, "--output_dir", tmp_path / name)
@@ -401,6 +401,24 @@ def test_a_gtn_teacher_is_searched_by_its_supernet(generic, tmp_path):
     assert again.returncode == 2 and "--overwrite replaces it" in again.stderr
     succeeded(here("search.py", *words, "--rank", "macs", "--output_dir", tmp_path / "a", "--overwrite"))
     assert read_json(tmp_path / "a/search.json")["ranked_by"] == "multiply-accumulates"
+
+
+@pytest.mark.parametrize("spearman", [1.0, -1.0, None])
+def test_a_supernet_that_is_foretold_no_better_than_by_macs_is_left(spearman, generic, tmp_path, monkeypatch):
+    monkeypatch.setattr("searching.scoring.foretell", lambda members, *_: (np.zeros(len(members)), spearman))
+    words = ["--teacher", generic, "--budgets", "3kparams", "--paths", "4", "--images", "50", "--first_steps", "1"]
+    done = succeeded(here("search.py", *words, "--output_dir", tmp_path / "s"))
+    found = read_json(tmp_path / "s/search.json")
+    left = spearman != 1.0
+    assert found["ranked_by"] == ("multiply-accumulates" if left else "the supernet's top-1")
+    assert ("scores: by multiply-accumulates, as the supernet's scores are foretold no better" in done.stdout) == left
+
+
+def test_macs_are_held_against_the_scores_of_their_own_paths(members):
+    drawn, macs = draw_paths(members, 60, 0), members.sizes(10, 16)["macs"]
+    own = macs[members.numbers(drawn)]
+    assert rank_correlation(members, macs, drawn, own) == pytest.approx(1)
+    assert rank_correlation(members, macs, drawn, -own) == pytest.approx(-1)
 
 
 def test_any_teacher_is_searched_by_macs_and_measured_here(vanilla, tmp_path, monkeypatch):
