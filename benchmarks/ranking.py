@@ -74,9 +74,9 @@ def foretold(
     """What is known of the members before they are trained, by name."""
     scoring = ScoringOptions(paths=options.paths, first_steps=options.first_steps, seed=options.seed)
     scoring.check()
-    ranking, score = score_pool(members, subject, scoring, console.through, console.print)
+    ranking, paths = score_pool(members, subject, scoring, console.through, console.print)
     sizes = members.sizes(subject.info.num_classes, subject.info.image_size)
-    known = {"foretold": ranking.scores[drawn].tolist(), "path": [score(each) for each in drawn]}
+    known = {"foretold": ranking.scores[drawn].tolist(), "path": [paths.score(each) for each in drawn]}
     return known | {name: values[drawn].tolist() for name, values in sizes.items()}
 
 
