@@ -133,6 +133,14 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
                 set_to_defaults(found[name], unread_options(found[name]))
         return list(found.values())
 
+    @property
+    def own_weights(self) -> str | None:
+        """The student's of --weights: in a folder that is no run's, the file that is named as its spec is."""
+        place = Path(self.weights or "")
+        if self.weights is None or not place.is_dir() or (place / "model.safetensors").exists():
+            return self.weights
+        return str(place / f"{Path(self.student).stem}.safetensors")
+
     def inputs(self) -> dict[str, list[str]]:
         """See RunConfig."""
         specs = [name for name in (self.student, *self.peers) if name.endswith(".json")]
@@ -197,7 +205,7 @@ class Student:
         student = {"argument": "--student", "image_size": data.image_size, "stages": config.student_stages}
         self.network = create_model(config.student, data.num_classes, self.pool, **student)
         check_classes(self.network, data.num_classes, "--student")
-        initial = run.first(initial_weights, self.network, config.pretrained, config.weights)
+        initial = run.first(initial_weights, self.network, config.pretrained, config.own_weights)
         frozen = freeze(self.network, config.freeze, initial, f"--student {config.student}")
         others = (config.peers or [config.student]) if methods[0].peers else []
         peers = [create_model(name, data.num_classes, self.pool, "--peers", data.image_size) for name in others]

@@ -7,7 +7,6 @@ python search.py --teacher runs/generic --budgets 0.5ms --profile profile.json -
 
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -20,9 +19,10 @@ from engine.config import ScriptOptions
 from engine.console import Console
 from engine.distributed import run_script
 from engine.run_folder import machine
-from models import ModelInfo
+from models import ModelInfo, serialised
 from models.network import cost
 from models.pool import NAS_STUDENTS, Pool, PoolNet
+from models.weights import LAYERS
 from reports.subject import Subject, load_subject
 from searching import device
 from searching.blocks import write_folder, write_whole
@@ -34,7 +34,7 @@ from searching.pareto import front, plot
 from searching.paths import FILE as SUPERNET
 from searching.profile import Profile, read_profile
 from searching.ranking import Ranking, by_macs
-from searching.scoring import score_pool
+from searching.scoring import Paths, score_pool
 
 RESULT, PROFILE, PLOT = "search.json", "profile.json", "pareto.png"
 
@@ -89,11 +89,13 @@ def main() -> None:
         console.print("\n".join(profile.lines()))
     for budget in budgets:  # before what takes long
         check_possible(budget, members, costs)
-    ranking, score = rank(members, costs, subject, config, console)
+    ranking, paths = rank(members, costs, subject, config, console)
     stopwatch = Stopwatch(members, info) if profile and measured_here(profile) else None
+    score = paths.score if ranking.measured else None
     every = Field(members, costs, ranking, config.finalists, score, stopwatch)
     chosen = {budget.name: choose(budget, every) for budget in console.through(budgets, len(budgets), "budgets")}
     others = other_students(info, stopwatch)
+    write_students(target, chosen, members, paths)
     write(target, chosen, every, others, {"profile": profile and profile.summary()}, config)
     show(chosen, target, config, console)
 
@@ -175,19 +177,19 @@ class Stopwatch:
 
 def rank(
     members: Members, costs: dict, subject: Subject, config: SearchConfig, console: Console
-) -> tuple[Ranking, Callable[[int], float] | None]:
-    """The ranking of all members and, where it is by the supernet, the score of one for real."""
-    kept, macs = (subject.folder / SUPERNET).is_file(), costs["macs"]
+) -> tuple[Ranking, Paths | None]:
+    """The ranking of all members and, where a supernet was looked at, their paths."""
+    kept, macs, paths = (subject.folder / SUPERNET).is_file(), costs["macs"], None
     if config.rank == "supernet" and not kept:
         raise UserError(f"--rank supernet: {subject.folder} holds no {SUPERNET}; train_teacher.py --save_supernet")
     why = "as --rank says" if config.rank == "macs" else f"as {subject.folder} holds no {SUPERNET}"
     if kept and config.rank != "macs":
-        ranking, score = score_pool(members, macs, subject, config, console.through, console.print)
+        ranking, paths = score_pool(members, macs, subject, config, console.through, console.print)
         if config.rank == "supernet" or ranking.beats_macs:
-            return ranking, score
+            return ranking, paths
         why = "as the supernet's scores are foretold no better than by them (--rank supernet takes these all the same)"
     console.print(f"scores: by multiply-accumulates, {why}: the more the better")
-    return by_macs(macs), None
+    return by_macs(macs), paths
 
 
 def other_students(info: ModelInfo, stopwatch: Stopwatch | None) -> dict[str, dict[str, float]]:
@@ -200,13 +202,23 @@ def other_students(info: ModelInfo, stopwatch: Stopwatch | None) -> dict[str, di
     return found
 
 
-def write(target: Path, chosen: dict, every: Field, others: dict, found: dict, config: SearchConfig) -> None:
-    """students/, pareto.png and search.json."""
-    pool, costs, ranking = every.members.pool, every.costs, every.ranking
+def write_students(target: Path, chosen: dict, members: Members, paths: Paths | None) -> None:
+    """students/: specs and, where there are paths, weights to start from."""
     for name, entry in chosen.items():
         path = target / "students" / f"{name}.json"
-        write_atomically(path, json.dumps(pool.spec(entry["choice"]), indent=1) + "\n")
+        weights = path.with_suffix(".safetensors")
+        weights.unlink(missing_ok=True)  # an earlier search's may be another member's
+        write_atomically(path, json.dumps(members.pool.spec(entry["choice"]), indent=1) + "\n")
         entry["spec"] = str(path)
+        if paths:
+            network = paths.network(members.number(entry["choice"]))
+            write_atomically(weights, serialised(network, {LAYERS: network.described}))
+            entry["weights"] = str(weights)
+
+
+def write(target: Path, chosen: dict, every: Field, others: dict, found: dict, config: SearchConfig) -> None:
+    """pareto.png and search.json."""
+    costs, ranking = every.costs, every.ranking
     fronts = {
         unit: [
             {"choice": every.members.choice(each), "costs": every.cost(each), "score": float(ranking.scores[each])}
@@ -237,10 +249,11 @@ def show(chosen: dict, target: Path, config: SearchConfig, console: Console) -> 
         console.cells(cells | {"score": f"{entry['score']:.2f}", "layers": " ".join(entry["choice"])})
     for name, entry in chosen.items():
         console.print(f"{name}: {entry['why']}")
-    console.print(f"written: {target}/{RESULT}, {target}/{PLOT} and the specs in {target}/students")
-    first = next(iter(chosen.values()))["spec"]
+    first = next(iter(chosen.values()))
+    also = ", with weights to start from (--weights)" if "weights" in first else ""
+    console.print(f"written: {target}/{RESULT}, {target}/{PLOT} and the specs in {target}/students{also}")
     console.print(
-        f"next: python distill.py --teacher {quote(config.teacher)} --student {quote(first)} --method kd "
+        f"next: python distill.py --teacher {quote(config.teacher)} --student {quote(first['spec'])} --method kd "
         f"--output_dir {quote(f'{target}-{next(iter(chosen))}')}"
     )
 

@@ -75,8 +75,8 @@ def foretold(
     scoring = ScoringOptions(paths=options.paths, first_steps=options.first_steps, seed=options.seed)
     scoring.check()
     sizes = members.sizes(subject.info.num_classes, subject.info.image_size)
-    ranking, score = score_pool(members, sizes["macs"], subject, scoring, console.through, console.print)
-    known = {"foretold": ranking.scores[drawn].tolist(), "path": [score(each) for each in drawn]}
+    ranking, paths = score_pool(members, sizes["macs"], subject, scoring, console.through, console.print)
+    known = {"foretold": ranking.scores[drawn].tolist(), "path": [paths.score(each) for each in drawn]}
     return known | {name: values[drawn].tolist() for name, values in sizes.items()}
 
 

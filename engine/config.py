@@ -19,7 +19,8 @@ class TrainingOptions:
     Args:
         pretrained: start from torchvision's ImageNet weights, or for timm:NAME and hf-hub:ORG/NAME from timm's.
         weights: start from the weights in this run folder, or .safetensors, .pth or .pt file. From a run folder,
-            train_teacher.py also takes the model, data set, image size and normalisation.
+            train_teacher.py also takes the model, data set, image size and normalisation. Of another folder, as the
+            students/ that search.py leaves, distill.py takes NAME.safetensors for the student NAME.json.
         freeze: submodules, or parameters, of the network that keep these weights, without gradients and with BatchNorm
             in eval mode: names as named_modules() gives them, for example conv1 bn1 layer1.
         epochs: passes over the training split.

@@ -235,9 +235,10 @@ class ModelInfo:
         return isinstance(names, list) and len(names) == self.num_classes and all(isinstance(n, str) for n in names)
 
 
-def serialised(model: Network) -> bytes:
+def serialised(model: Network, metadata: dict[str, str] | None = None) -> bytes:
     """The content of `model.safetensors`."""
-    return safetensors.torch.save({name: each.detach().cpu().contiguous() for name, each in model.state_dict().items()})
+    tensors = {name: each.detach().cpu().contiguous() for name, each in model.state_dict().items()}
+    return safetensors.torch.save(tensors, metadata)
 
 
 def rebuilt_by(network: Network) -> dict:

@@ -13,9 +13,11 @@ from torch import Tensor
 from common import UserError
 from models.foreign import Foreign
 from models.network import Network
+from models.pool import PoolNet
 from models.timm_models import TimmNetwork
 
 MAX_UNPACKED = 4  # times its own size: torch.save does not compress
+LAYERS = "layers"  # in the metadata of a .safetensors: PoolNet.described of the member whose weights these are
 WRAPPERS = ("model", "state_dict")  # keys under which checkpoints keep the weights beside other things
 
 
@@ -51,6 +53,8 @@ def load_weights(model: Network, source: str, argument: str = "--weights") -> Lo
     else:
         where = f"{argument} {source}"
         tensors, origin = _read(Path(source), where), f"weights of {source}"
+        if isinstance(model, PoolNet):
+            _check_member(model, Path(source), where)
     if isinstance(model, Foreign) and not any(name.startswith("net.") for name in tensors):
         tensors = {f"net.{name}": tensor for name, tensor in tensors.items()}
     tensors, fresh, classes = _fit(model, tensors, where)
@@ -116,6 +120,15 @@ def _read(path: Path, where: str) -> dict[str, Tensor]:
             kind = f"{tensor.layout}, {tensor.dtype}"
             raise UserError(f"{where}: '{name}' is no plain tensor ({kind}); save it dense, of real numbers")
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _check_member(model: PoolNet, path: Path, where: str) -> None:
+    """Raise UserError for weights that say of themselves that they are another member's, as those of search.py do."""
+    if path.suffix == ".safetensors":
+        with safetensors.safe_open(path, "pt") as file:
+            layers = (file.metadata() or {}).get(LAYERS)
+        if layers not in (None, model.described):
+            raise UserError(f"{where}: these are weights of another member of the pool than this student")
 
 
 def _unpacked_bytes(path: Path) -> int:

@@ -19,7 +19,7 @@ from common import UserError, derive_seed
 from data.batch import Batch
 from kernels import kd_loss
 from models.network import Network
-from models.pool import Pool
+from models.pool import Pool, PoolNet
 from models.supernet import Draw, Supernet
 
 FILE, BRANCH = "supernet.safetensors", "branches.0.supernet."
@@ -103,6 +103,20 @@ def judge(supernet: Supernet, draws: Sequence[Draw], images: Tensor, labels: Ten
     logits = torch.cat([supernet.eval()(part, draws) for part in images.split(BATCH)])
     top1 = 100 * (logits.argmax(1) == labels).double().mean()
     return float(top1), float(nn.functional.cross_entropy(logits.double(), labels))
+
+
+def extract(supernet: Supernet, draws: Sequence[Draw], pool: Pool, images: Tensor) -> PoolNet:
+    """The member that a path through a supernet of `pool` is, on the CPU, in eval mode: its weights, and BatchNorm
+    statistics of `images` [N, 3, H, W]."""
+    estimate_statistics(supernet, draws, images)
+    names = [layer.names[draw.active] for layer, draw in zip(supernet.layers, draws, strict=True)]
+    network = PoolNet(pool.spec(names), supernet.fc.out_features)
+    parts = [(network.stem, supernet.stem), (network.head, supernet.head), (network.fc, supernet.fc)]
+    for own, mixed, name in zip(network.layers, supernet.layers, names, strict=True):
+        parts.append((own.operation, mixed.candidates[name]))
+    for own, trained in parts:
+        own.load_state_dict(trained.state_dict())
+    return network.eval()
 
 
 class Judge:

@@ -14,9 +14,11 @@ from data.datasets import hold_out, load_images
 from data.loader import Loader
 from data.pipeline import Pipeline
 from data.splits import AnySplit
+from models.pool import PoolNet
+from models.supernet import Draw
 from reports.subject import Subject
 from searching.members import Members
-from searching.paths import BATCH, Judge, complete, load_supernet
+from searching.paths import BATCH, Judge, complete, extract, load_supernet
 from searching.ranking import Ranking, draw_paths, foretell, rank_correlation
 
 HELD_OUT = 0.1  # of the training images of a run that kept none apart
@@ -74,11 +76,27 @@ class Images:
     unseen: bool
 
 
+@dataclass
+class Paths:
+    """The members, by number, as paths through the supernet."""
+
+    members: Members
+    judge: Judge
+
+    def score(self, member: int) -> float:
+        """Top-1 of a member's path on held-out images, in percent."""
+        return self.judge(self.members.places([member])[0])[0]
+
+    def network(self, member: int) -> PoolNet:
+        """A member with its path's weights and the statistics that it is scored with."""
+        draws = [Draw(int(place)) for place in self.members.places([member])[0]]
+        return extract(self.judge.supernet, draws, self.members.pool, self.judge.seen)
+
+
 def score_pool(
     members: Members, macs: np.ndarray, subject: Subject, options: ScoringOptions, bar: Bar, say: Say
-) -> tuple[Ranking, Callable[[int], float]]:
-    """The ranking of all members, whose multiply-accumulates are `macs` [members], and the function that scores one by
-    its path (top-1, %).
+) -> tuple[Ranking, Paths]:
+    """The ranking of all members, whose multiply-accumulates are `macs` [members], and their paths.
 
     Raises:
         UserError: a supernet that is not this pool's, or a data set that nothing can be held out of.
@@ -106,7 +124,7 @@ def score_pool(
         message += f"; the regression foretells unseen ones with Spearman {spearman:.2f}, multiply-accumulates with "
         message += f"{ranking.macs_spearman:.2f}"
     say(f"scores: {message}")
-    return ranking, lambda member: judge(members.places([member])[0])[0]
+    return ranking, Paths(members, judge)
 
 
 def load_scoring_images(subject: Subject, options: ScoringOptions, place: torch.device) -> Images:

@@ -35,7 +35,7 @@ from searching.pareto import front
 from searching.paths import complete, estimate_statistics, judge, load_supernet
 from searching.profile import Profile, read_profile
 from searching.ranking import Ranking, draw_paths, foretell, rank_correlation
-from searching.scoring import batches
+from searching.scoring import batches, score_pool
 from tests.runs import ROOT, TINY_GTN, forked, here, read_json, succeeded
 
 NARROW = {"stem": 8, "widths": [16, 16, 16, 32, 64, 64], "head": 128}
@@ -387,13 +387,13 @@ def test_a_gtn_teacher_is_searched_by_its_supernet(generic, tmp_path):
         assert done.returncode == 0, done.stderr
         outputs.append(read_json(tmp_path / name / "search.json"))
     assert "no branch has the stem and the first 1 layer(s)" in done.stdout and "held none out" not in done.stdout
-    first, second = outputs
+    (first, second), paths = outputs, {"spec": "", "weights": ""}
     assert first["fronts"] == second["fronts"] and first["ranked_by"] == "the supernet's top-1"
     assert first["scored_paths"] > 30 and first["profile"]["device"] == "a device" and first["members"] == len(members)
     for name, entry in first["students"].items():
         assert read_spec(tmp_path / "a/students" / f"{name}.json") == members.pool.spec(entry["choice"])
         assert all(entry["costs"][unit] <= limit for unit, limit in entry["limits"].items())
-        assert entry | {"spec": ""} == second["students"][name] | {"spec": ""} and "measured_ms" not in entry
+        assert entry | paths == second["students"][name] | paths and "measured_ms" not in entry
     student = tmp_path / "a/students/1ms-3kparams.json"
     next_command = f"python distill.py --teacher {generic} --student {tmp_path}/b/students/0.9ms.json"
     assert next_command in done.stdout and student.is_file()
@@ -401,6 +401,7 @@ def test_a_gtn_teacher_is_searched_by_its_supernet(generic, tmp_path):
     assert again.returncode == 2 and "--overwrite replaces it" in again.stderr
     succeeded(here("search.py", *words, "--rank", "macs", "--output_dir", tmp_path / "a", "--overwrite"))
     assert read_json(tmp_path / "a/search.json")["ranked_by"] == "multiply-accumulates"
+    assert not list(tmp_path.glob("a/students/*.safetensors"))  # by now they would be other members'
 
 
 @pytest.mark.parametrize("spearman", [1.0, -1.0, None])
@@ -436,6 +437,46 @@ def test_any_teacher_is_searched_by_macs_and_measured_here(vanilla, tmp_path, mo
     monkeypatch.setattr("search.write_folder", None)  # what was measured is used again
     succeeded(here("search.py", *words, "--output_dir", tmp_path / "s", "--overwrite"))
     assert (tmp_path / "s/profile.json").read_bytes() == before
+
+
+def test_students_start_from_the_paths_that_were_scored(generic, tmp_path, monkeypatch):
+    """distill.py --weights FOLDER, before the first step, against the supernet itself: logits, not names."""
+    kept, begun = [], {}
+    monkeypatch.setattr("search.score_pool", lambda *given: kept.append(score_pool(*given)) or kept[0])
+    monkeypatch.setattr("distill.run_together", lambda loops, _: begun.update(loops) or loops)
+    words = ["--teacher", generic, "--budgets", "700params", "2kparams", "--output_dir", tmp_path / "s"]
+    words += ["--paths", "12", "--images", "100", "--first_steps", "4", "--finalists", "2"]
+    succeeded(here("search.py", *words))
+    entries, (_, paths) = read_json(tmp_path / "s/search.json")["students"], kept[0]
+    assert len({tuple(entry["choice"]) for entry in entries.values()}) == 2
+    folder, specs = tmp_path / "s/students", [entry["spec"] for entry in entries.values()]
+    assert [entry["weights"] for entry in entries.values()] == [spec[:-4] + "safetensors" for spec in specs]
+    words = ["--teacher", generic, "--epochs", "1", "--output_dir", tmp_path / "runs"]
+    done = here("distill.py", *words, "--students", *specs, "--weights", folder)
+    assert done.returncode == 1 and "of 2 students" in done.stderr, done.stderr
+    images = digits(8)[2][:50]
+    for entry, loop in zip(entries.values(), begun.values(), strict=True):
+        supernet = paths.judge.supernet
+        draws = [Draw(layer.names.index(name)) for layer, name in zip(supernet.layers, entry["choice"], strict=True)]
+        estimate_statistics(supernet, draws, paths.judge.seen)
+        with torch.no_grad():
+            expected = supernet.eval()(images, draws)
+            torch.testing.assert_close(loop.objective.trained_model().eval()(images), expected, rtol=0, atol=1e-5)
+        assert judge(supernet, draws, paths.judge.images, paths.judge.labels)[0] == pytest.approx(entry["score"])
+
+    def refused(spec, weights) -> str:
+        done = here("distill.py", *words, "--student", spec, "--weights", weights)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    small, large = entries.values()
+    swap = {"zero": "identity", "identity": "zero"}  # has the same parameters where the shape is kept
+    place = next(i for i in (0, 1, 2) if small["choice"][i] in swap)
+    other = [swap[name] if i == place else name for i, name in enumerate(small["choice"])]
+    (folder / "other.json").write_text(json.dumps(paths.members.pool.spec(other)))
+    assert "weights of another member of the pool" in refused(folder / "other.json", small["weights"])
+    assert f"--weights {large['weights']}: " in refused(small["spec"], large["weights"])
+    assert f"--weights {folder}/other.safetensors: there is no such file" in refused(folder / "other.json", folder)
 
 
 @pytest.mark.parametrize(

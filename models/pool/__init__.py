@@ -8,6 +8,7 @@ would hold all three: nas_s has no layer of 512 channels, nas_l has ten layers b
 students have 1.7 (nas_s) to 19 (nas_l) million parameters, more than the paper's ResNet-32 teacher (0.47).
 """
 
+import json
 import re
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -321,11 +322,16 @@ class PoolLayer(nn.Module):
 
 
 class PoolNet(Network):
-    """The network of a spec, with fresh weights: stem, layers, 1x1 convolution, pooling, linear."""
+    """The network of a spec, with fresh weights: stem, layers, 1x1 convolution, pooling, linear.
+
+    Attributes:
+        described: the spec's layers as JSON: those of two members may have parameters of the same names and shapes.
+    """
 
     def __init__(self, spec: dict, num_classes: int):
         super().__init__()
         check_spec(spec)
+        self.described = json.dumps(spec["layers"], sort_keys=True)
         stem, *layers, head, _ = spec["layers"]
         self.stem = build_stem(stem["out"], stem["stride"])
         self.layers = nn.ModuleList(PoolLayer(layer) for layer in layers)
