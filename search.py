@@ -113,7 +113,11 @@ def write_blocks(folder: Path, members: Members, info: ModelInfo, config: Search
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--write_blocks {folder}: is there already; name a new folder")
     check_writable("--write_blocks", folder)
-    write_folder(folder, members, info.num_classes, info.image_size, config.seed, Console(True).through)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as place:  # all or nothing
+        write_folder(Path(place), members, info.num_classes, info.image_size, config.seed, Console(True).through)
+        for each in list(Path(place).iterdir()):
+            each.replace(folder / each.name)
     Console(True).print(
         f"written: {folder}\nnext: copy it to the device, there pip install onnxruntime, python profile_device.py, and "
         "bring profile.json back for search.py --profile profile.json"
@@ -171,7 +175,7 @@ class Stopwatch:
         """Of the student of a spec."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "student.onnx"
-            shape = write_whole(spec, self.info.num_classes, self.info.image_size, path, light=False)
+            shape = write_whole(spec, self.info.num_classes, self.info.image_size, path)
             return min(device.milliseconds(path, shape, device.SECONDS) for _ in range(device.PASSES))
 
 

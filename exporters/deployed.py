@@ -47,7 +47,7 @@ class Deployed(nn.Module):
 
 
 @contextmanager
-def becoming(kind: str) -> Iterator[None]:
+def becoming(argument: str) -> Iterator[None]:
     """Within it, what an exporter raises is a UserError: of networks that are not the zoo's it may not know a part."""
     try:
         yield
@@ -55,4 +55,4 @@ def becoming(kind: str) -> Iterator[None]:
         raise
     except Exception as error:  # the exporter's, or the network's own under its tracer
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UserError(f"--formats {kind}: the network cannot be written ({reason})") from None
+        raise UserError(f"{argument}: the network cannot be written ({reason})") from None

@@ -39,15 +39,18 @@ def save(model: onnx.ModelProto, path: Path, metadata: dict) -> None:
     onnx.save(model, path)
 
 
-def trace(module: nn.Module, example: Tensor, output: str) -> onnx.ModelProto:
+def trace(module: nn.Module, example: Tensor, output: str, argument: str = "--formats onnx") -> onnx.ModelProto:
     """A module that takes `images` and gives `output`, each with a free batch size, as ONNX.
 
     By the tracing exporter: our forward passes have no control flow that depends on data, and it takes seconds where
     the one on torch.export takes a minute. What a file computes is proven afterwards.
+
+    Raises:
+        UserError: a module that cannot be traced; it names `argument`.
     """
     torch.onnx.register_custom_op_symbolic("aten::channel_shuffle", _channel_shuffle, OPSET)  # it knows none
     file = io.BytesIO()
-    with becoming("onnx"), quiet(), torch.no_grad():
+    with becoming(argument), quiet(), torch.no_grad():
         torch.onnx.export(
             module,
             (example,),

@@ -13,7 +13,7 @@ from exporters.deployed import Deployed, becoming
 
 def write_pt2(deployed: Deployed, path: Path, metadata: dict) -> None:
     """Write `deployed` with a free batch size; `metadata` as JSON beside the graph."""
-    with becoming("pt2"), warnings.catch_warnings(), torch.no_grad():
+    with becoming("--formats pt2"), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.export.save(graph_of(deployed, 2**16), path, extra_files={"metadata.json": json.dumps(metadata)})
 

@@ -45,7 +45,7 @@ def write_pte(deployed: Deployed, path: Path, metadata: dict) -> None:
     # ExecuTorch's check of the graph, which takes the length of the first of several results for their number.
     unchecked = EdgeCompileConfig(_check_ir_validity=False)
     planned = MemoryPlanningPass(alloc_graph_input=False)  # images stay where the caller has them
-    with becoming("pte"), warnings.catch_warnings(), torch.no_grad():
+    with becoming("--formats pte"), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
             lowered = to_edge_transform_and_lower(
@@ -62,7 +62,7 @@ def load_pte(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
     from executorch.extension.pybindings import _portable_lib
     from executorch.runtime import Runtime, Verification
 
-    with becoming("pte"), redirect_stderr(io.StringIO()):  # its remarks on the processor
+    with becoming("--formats pte"), redirect_stderr(io.StringIO()):  # its remarks on the processor
         _portable_lib._unsafe_reset_threadpool(threads)
         program = Runtime.get().load_program(path, verification=Verification.Minimal)  # the wheel has no other
         method = program.load_method("forward")

@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 
 from common import UserError, read_text
 from exporters.onnx import OPSET
+from searching.blocks import WEIGHTS
 from searching.members import Members, blocks
 
 LEAST_SPEARMAN, MOST_ERROR = 0.95, 0.10
@@ -113,6 +114,11 @@ def read_profile(path: Path, members: Members, num_classes: int, image_size: int
         raise UserError(f"--profile {path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
     expected = {"opset": OPSET, "threads": 1, "image_size": image_size, "num_classes": num_classes}
     expected["pool"] = asdict(members.pool)
+    if isinstance(content, dict) and {"passes", "pool"} <= content.keys() and content.get("weights") != WEIGHTS:
+        raise UserError(
+            f"--profile {path}: is of files whose weights were all alike, which run faster than a student's; measure "
+            "again: --write_blocks writes what to measure"
+        )
     if not isinstance(content, dict) or not content.keys() >= {*expected, "device", "onnxruntime", "ms", "passes"}:
         raise UserError(f"--profile {path}: is no file of profile_device.py")
     if not (isinstance(content["device"], str) and isinstance(content["onnxruntime"], str)):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import safetensors.torch
 import torch
@@ -22,7 +23,7 @@ from exporters.onnx import OPSET, load_onnx
 from kernels import cross_entropy
 from models import ModelInfo, create_model, load_pretrained, save_pretrained
 from models.network import cost
-from models.pool import Pool, PoolNet
+from models.pool import Pool, PoolLayer, PoolNet
 from models.pool.specs import read_spec
 from models.supernet import Draw, Supernet
 from reports.subject import ImageOptions
@@ -92,7 +93,8 @@ def made_up(members: Members, overhead: tuple[float, float], noise: float = 0.0,
         exact = sum(there) + overhead[0] + overhead[1] * len(there)
         ms[f"member{number}"] = exact * (1 + noise * random.standard_normal())
     content = {"device": "a device", "onnxruntime": "1.0", "threads": 1, "opset": OPSET, "image_size": size}
-    content |= {"num_classes": 10, "pool": json.loads(json.dumps(members.pool.__dict__)), "members": whole, "ms": ms}
+    content |= {"num_classes": 10, "pool": json.loads(json.dumps(members.pool.__dict__)), "weights": "random"}
+    content |= {"members": whole, "ms": ms}
     return content | {"passes": {name: [time, 1.02 * time] for name, time in ms.items()}}
 
 
@@ -122,7 +124,7 @@ def test_the_papers_pool_is_enumerated_and_a_vast_one_refused():
         Members(Pool(widths=[16] * 12, strides=[1] * 12, stem=16, stem_stride=1))
 
 
-def test_blocks_in_order_are_the_member_and_light_files_have_its_shapes(tmp_path, members):
+def test_blocks_in_order_are_the_member(members):
     choice = ["res3x4", "zero", "identity", "res3x2", "identity", "res3x4"]
     torch.manual_seed(0)
     network, parts = PoolNet(POOL.spec(choice), 10), {name: module for name, module, _ in blocks(POOL, 10, 16)}
@@ -136,12 +138,44 @@ def test_blocks_in_order_are_the_member_and_light_files_have_its_shapes(tmp_path
     for name in ["stem", *(block_name(i, each) for i, each in enumerate(choice)), "head"]:
         x = parts[name](x) if name in parts else x
     assert torch.equal(x, network(images))
-    shape = write_whole(POOL.spec(choice), 10, 16, tmp_path / "x.onnx")
-    assert load_onnx(tmp_path / "x.onnx", 1)(torch.zeros(2, *shape)).isfinite().all()
-    assert (tmp_path / "x.onnx").stat().st_size < 20_000 < 4 * cost(network.eval(), 16)[0]
-    write_whole(POOL.spec(choice), 10, 16, tmp_path / "full.onnx", light=False)
-    assert (tmp_path / "full.onnx").stat().st_size > 4 * cost(network, 16)[0]
-    assert load_onnx(tmp_path / "full.onnx", 1)(images).isfinite().all()
+
+
+def test_weights_are_as_unlike_as_a_students_and_the_folder_is_small(tmp_path, monkeypatch):
+    monkeypatch.setattr("searching.blocks.WHOLE", 1)
+    deep = {"stem": 8, "widths": [16, 16, 64], "strides": [1, 1, 2], "head": 32, "candidates": ["res3x16", "res5x2"]}
+    members = Members(pool := Pool(**deep, stem_stride=1))
+    write_folder(tmp_path, members, 10, 16, 0, straight)
+    content = read_json(tmp_path / "blocks.json")
+    for name, shape in content["shapes"].items():
+        logits = load_onnx(tmp_path / f"{name}.onnx", 1)(torch.randn(2, *shape))
+        assert logits.isfinite().all() and logits.abs().mean() > 1e-3, name
+        assert (tmp_path / f"{name}.onnx").stat().st_size < 60_000
+        graph = onnx.load(tmp_path / f"{name}.onnx").graph
+        values = [onnx.numpy_helper.to_array(each).ravel() for each in graph.initializer]
+        weights = [each for each in values if each.dtype == np.float32 and len(each) > 1]
+        assert all(each.std() > 1e-3 for each in weights)
+        assert len({each[:2].tobytes() for each in weights}) == len(weights)
+        assert not {"BatchNormalization", "ConstantOfShape"} & {node.op_type for node in graph.node}
+        if name in content["members"]:
+            write_whole(pool.spec(content["members"][name]), 10, 16, tmp_path / "student.onnx")
+            student = onnx.load(tmp_path / "student.onnx").graph
+            assert [node.op_type for node in student.node] == [node.op_type for node in graph.node]
+            assert [each.dims for each in student.initializer] == [each.dims for each in graph.initializer]
+    assert (largest := 4 * 64 * 64 * 25) <= (tmp_path / "noise.bin").stat().st_size < largest + 2**20
+
+
+@pytest.mark.parametrize("words", [["--write_blocks", "blocks"], ["--budgets", "1ms", "--output_dir", "search"]])
+def test_a_pool_that_cannot_be_exported_is_one_line_before_anything_is_measured(vanilla, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(device, "measure", None)
+    wide = [*WORDS, "--pool.widths", *["4096"] * 6, "--pool.candidates", "res9x2", "zero"]
+    before = PoolLayer.forward
+    unlike = {"its largest member has 1": wide, "layer1.res3x2: the network cannot be written (Unsupp": WORDS}
+    for message, pool in unlike.items():
+        done = here("search.py", "--teacher", vanilla, *pool, *words)
+        assert done.returncode == 2 and f"--pool: {message}" in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.rglob("*.*"))
+        monkeypatch.setattr(PoolLayer, "forward", lambda self, x: torch.special.bessel_j0(before(self, x)))
 
 
 def test_a_profile_recovers_the_overhead_and_foretells_members_that_it_was_not_fitted_on(members):
@@ -180,6 +214,7 @@ def test_this_device_is_profiled_without_our_code_and_the_sum_ranks_whole_member
         ({"ms": {"stem": 1.0}}, "its times are not those"),
         ({"passes": {}}, "its times are not those"),
         ({"members": []}, "its times are not those"),
+        ({"weights": "alike"}, "is of files whose weights were all alike, .* measure again"),
         ({"device": None}, "does not name its device"),
         ({"onnxruntime": 1}, "does not name its device"),
         ({"device": "another"}, None),
