@@ -191,7 +191,7 @@ def rank(
         ranking, paths = score_pool(members, macs, subject, config, console.through, console.print)
         if config.rank == "supernet" or ranking.beats_macs:
             return ranking, paths
-        why = "as the supernet's scores are foretold no better than by them (--rank supernet takes these all the same)"
+        why = "as the supernet's scores are predicted no better than by them (--rank supernet takes these all the same)"
     console.print(f"scores: by multiply-accumulates, {why}: the more the better")
     return by_macs(macs), paths
 
@@ -230,7 +230,7 @@ def write(target: Path, chosen: dict, every: Field, others: dict, found: dict, c
         ]
         for unit, values in costs.items()
     }
-    points = {name: (entry["costs"], entry["foretold_score"]) for name, entry in chosen.items()}
+    points = {name: (entry["costs"], entry["predicted_score"]) for name, entry in chosen.items()}
     write_atomically(target / PLOT, plot(costs, ranking.scores, ranking.unit, points, others))
     content = {"teacher": config.teacher, "seed": config.seed, "members": len(every.members), "ranked_by": ranking.by}
     content |= {"scored_paths": ranking.measured, "spearman": ranking.spearman, **found, "students": chosen}

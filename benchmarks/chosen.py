@@ -2,7 +2,7 @@
 
 python -m benchmarks.chosen --search runs/generic-s/search --epochs 10
 
-For each budget of the search random members that cost what the chosen one does, by the foretold latency where the
+For each budget of the search random members that cost what the chosen one does, by the predicted latency where the
 budget is in ms: they are distilled from the teacher as the chosen one is, each alike, for a short schedule, with each
 seed. The difference is that of the chosen one's top-1 on the test split and the random ones' mean, paired by seed; its
 95% interval is Student's over the seeds, with these members. A run that is there is not repeated.

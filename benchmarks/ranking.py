@@ -3,7 +3,7 @@
 python -m benchmarks.ranking --teacher runs/generic-s --members 16 --epochs 10
 
 Uniform members of the teacher's pool are distilled from it, each alike, for a short schedule. Kendall's tau between
-their top-1 on the test split and what was known of them before: the score that search.py foretells, that of their own
+their top-1 on the test split and what was known of them before: the score that search.py predicts, that of their own
 path, multiply-accumulates and parameters; 0 where all are alike. The teacher's run needs --save_supernet. A run that is
 there is not repeated.
 """
@@ -37,7 +37,7 @@ def main() -> None:
     members = Members(Pool(**subject.info.pool))
     generator = np.random.default_rng(derive_seed(options.seed, "ranking"))
     drawn = generator.choice(len(members), options.members, replace=False).tolist()
-    known = foretold(members, drawn, subject, options, console)
+    known = predicted(members, drawn, subject, options, console)
     bar = console.through(drawn, len(drawn), "members")
     trained = [train(members, each, options.seed, options.teacher, options) for each in bar]
     tau = {name: float(np.nan_to_num(kendalltau(values, trained).statistic)) for name, values in known.items()}
@@ -47,7 +47,7 @@ def main() -> None:
     print(f"Kendall's tau with the top-1 of {len(drawn)} members after {options.epochs} epochs:")
     for name, value in tau.items():
         print(f"  {name}: {value:.2f}")
-    if not tau["foretold"] > tau["macs"]:
+    if not tau["predicted"] > tau["macs"]:
         print("the supernet does not beat multiply-accumulates here: search.py --rank macs")
     print(f"written: {options.output}")
 
@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def foretold(
+def predicted(
     members: Members, drawn: list[int], subject: Subject, options: argparse.Namespace, console: Console
 ) -> dict[str, list[float]]:
     """What is known of the members before they are trained, by name."""
@@ -76,7 +76,7 @@ def foretold(
     scoring.check()
     sizes = members.sizes(subject.info.num_classes, subject.info.image_size)
     ranking, paths = score_pool(members, sizes["macs"], subject, scoring, console.through, console.print)
-    known = {"foretold": ranking.scores[drawn].tolist(), "path": [paths.score(each) for each in drawn]}
+    known = {"predicted": ranking.scores[drawn].tolist(), "path": [paths.score(each) for each in drawn]}
     return known | {name: values[drawn].tolist() for name, values in sizes.items()}
 
 

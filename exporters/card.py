@@ -38,18 +38,8 @@ where an image shows none of them, and its confidence is no warranty. What the t
 over-represent, it does too.
 """
 
-
-# Options that say where things are, or how a run was watched: of nobody else's machine, or of no consequence.
-PLACES = {
-    "output_dir",
-    "overwrite",
-    "resume_from_checkpoint",
-    "teacher",
-    "data_dir",
-    "weights",
-    "cache_folder",
-    "run_name",
-}
+# Options that are places on the trainer's machine.
+PLACES = {"output_dir", "overwrite", "resume_from_checkpoint", "teacher", "data_dir", "weights", "cache_folder"}
 
 
 def write_card(path: Path, info: ModelInfo, export: dict, run: dict, options: dict, licence: str | None) -> None:
@@ -143,10 +133,12 @@ def _commands(options: dict) -> str:
     kept = {name: value for name, value in options.items() if value is not None and name not in PLACES}
     if str(kept.get("student")).endswith(".json"):
         kept["student"] = "model.json"
-    script = "distill.py" if "teacher" in options else "train_teacher.py"
-    teachers = " ".join(["--teacher", *["TEACHER"] * len(options["teacher"])]) if options.get("teacher") else ""
-    words = ["python", script, "--config recipe.yaml", teachers, "--output_dir RUN"]
+    words = ["python", "distill.py" if "teacher" in options else "train_teacher.py", "--config recipe.yaml"]
+    if isinstance(teachers := options.get("teacher"), list) and teachers:
+        words += ["--teacher", *["TEACHER"] * len(teachers)]
+    if options.get("weights"):
+        words += ["--weights WEIGHTS"]
     return (
-        f"```bash\n{' '.join(filter(None, words))}\npython export.py RUN\n```\n\nwith `recipe.yaml`:\n\n"
+        f"```bash\n{' '.join(words)} --output_dir RUN\npython export.py RUN\n```\n\nwith `recipe.yaml`:\n\n"
         f"```yaml\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}```\n\n"
     )

@@ -67,7 +67,7 @@ def choose(budget: Budget, field: Field) -> dict:
     entry = {"choice": field.members.choice(chosen), "limits": budget.limits, "costs": field.cost(chosen)}
     if chosen in measured:
         entry["measured_ms"] = measured[chosen]
-    entry |= {"foretold_score": float(field.ranking.scores[chosen]), "score": scores[chosen]}
+    entry |= {"predicted_score": float(field.ranking.scores[chosen]), "score": scores[chosen]}
     entry |= {"within_budget": found, "finalists": len(fitting)}
     return entry | {"why": _why(budget, entry, field.ranking, len(field.members))}
 

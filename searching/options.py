@@ -14,7 +14,7 @@ class SearchOptions(ScoringOptions):
         budgets: what a student may cost, each for a student of its own: 0.5ms (one image, one thread), 300kparams,
             20Mmacs, or several that hold together, 1ms,300kparams.
         rank: supernet (scores on held-out images), macs (the more the better), or auto: supernet where there is one
-            whose scores are foretold better than by MACs.
+            whose scores are predicted better than by MACs.
         finalists: the best members of each budget that are scored and measured themselves.
         profile: latencies of another device, or of this one: what profile_device.py wrote there; default: this device
             is measured.

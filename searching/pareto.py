@@ -30,7 +30,7 @@ def plot(
 
     Args:
         costs: by unit, [members].
-        scores: [members], foretold.
+        scores: [members], predicted.
         unit: of the scores.
         chosen: (costs, score) by the name of the budget.
         others: costs of students that are no members, and have no score: lines.

@@ -1,4 +1,4 @@
-"""A device profile: what each block of a pool takes there, and how well sums of blocks foretell whole members."""
+"""A device profile: what each block of a pool takes there, and how well sums of blocks predict whole members."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -46,18 +46,18 @@ class Profile:
         found = np.stack([np.ones(len(numbers)), counts[numbers]], axis=1) / measured[:, None]
         missing = 1 - sums[numbers] / measured
         self.overhead = np.linalg.lstsq(found[:half], missing[:half], rcond=None)[0]
-        foretold, measured = self.latency()[numbers][half:], measured[half:]
-        errors = np.abs(foretold / measured - 1)
+        predicted, measured = self.latency()[numbers][half:], measured[half:]
+        errors = np.abs(predicted / measured - 1)
         self.median_error, self.worst_error = (float(each) for each in (np.median(errors), errors.max()))
-        unlike = half > 2 and np.ptp(foretold) > 0 and np.ptp(measured) > 0
-        self.spearman = float(spearmanr(foretold, measured).statistic) if unlike else 0.0
+        unlike = half > 2 and np.ptp(predicted) > 0 and np.ptp(measured) > 0
+        self.spearman = float(spearmanr(predicted, measured).statistic) if unlike else 0.0
         passes = np.sort([self.content["passes"][name] for name in ms])
         differences = passes[:, 1] / passes[:, 0] - 1
         self.repeats = float(np.median(differences)), float(differences.max())
 
     @property
     def trusted(self) -> bool:
-        """Whether it foretells members that it was not fitted on."""
+        """Whether it predicts members that it was not fitted on."""
         return self.spearman >= LEAST_SPEARMAN and self.median_error <= MOST_ERROR
 
     def latency(self) -> np.ndarray:

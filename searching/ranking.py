@@ -1,4 +1,4 @@
-"""Which members are likely to be the best: some are scored, and a regression on their candidates foretells the rest."""
+"""Which members are likely to be the best: some are scored, and a regression on their candidates predicts the rest."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Ranking:
         unit: of a score.
         scores: float64 [members], the higher the better.
         measured: how many members the scores were learnt from; 0 where they are known of all.
-        spearman: between measured scores and those that the regression foretells without having seen them.
+        spearman: between measured scores and those that the regression predicts without having seen them.
         macs_spearman: between measured scores and multiply-accumulates.
     """
 
@@ -37,7 +37,7 @@ class Ranking:
 
     @property
     def beats_macs(self) -> bool:
-        """Whether the regression foretells scores better than multiply-accumulates do. One that could not be tested,
+        """Whether the regression predicts scores better than multiply-accumulates do. One that could not be tested,
         with few scores or all of them alike, does not."""
         return self.spearman is not None and self.spearman > self.macs_spearman
 
@@ -65,7 +65,7 @@ def rank_correlation(members: Members, values: np.ndarray, places: np.ndarray, s
     return float(spearmanr(values[members.numbers(places)], scores).statistic)
 
 
-def foretell(members: Members, places: np.ndarray, scores: Sequence[float]) -> tuple[np.ndarray, float | None]:
+def predict(members: Members, places: np.ndarray, scores: Sequence[float]) -> tuple[np.ndarray, float | None]:
     """(score of every member [members], Spearman) from those of some, at `places` [n, layers].
 
     Ridge regression over one-hot choices: a member's score is a sum over its layers, a table like those of its costs.
@@ -74,9 +74,9 @@ def foretell(members: Members, places: np.ndarray, scores: Sequence[float]) -> t
     columns = np.concatenate([np.eye(options)[places[:, layer]] for layer, options in enumerate(members.shape)], axis=1)
     model = RidgeCV(PENALTIES).fit(columns, scores)
     edges = np.cumsum(members.shape)[:-1]
-    foretold = members.sums(np.split(model.coef_, edges), model.intercept_)
+    predicted = members.sums(np.split(model.coef_, edges), model.intercept_)
     if len(scores) < 2 * FOLDS or np.ptp(scores) == 0:
-        return foretold, None
+        return predicted, None
     parts = KFold(FOLDS, shuffle=True, random_state=0)  # the paths may be in order
     unseen = cross_val_predict(RidgeCV(PENALTIES), columns, scores, cv=parts)
-    return foretold, float(spearmanr(unseen, scores).statistic)
+    return predicted, float(spearmanr(unseen, scores).statistic)

@@ -19,7 +19,7 @@ from models.supernet import Draw
 from reports.subject import Subject
 from searching.members import Members
 from searching.paths import BATCH, Judge, complete, extract, load_supernet
-from searching.ranking import Ranking, draw_paths, foretell, rank_correlation
+from searching.ranking import Ranking, draw_paths, predict, rank_correlation
 
 HELD_OUT = 0.1  # of the training images of a run that kept none apart
 
@@ -32,7 +32,7 @@ class ScoringOptions:
     """How members are scored by the teacher's supernet.
 
     Args:
-        paths: how many members are scored to foretell the scores of all.
+        paths: how many members are scored to predict the scores of all.
         images: held-out images that a path is scored on, and as many training images for its BatchNorm statistics; at
             most as many as there are.
         first_steps: batches that the stem and the first layers, which no branch has, are trained for.
@@ -116,12 +116,12 @@ def score_pool(
     judge = Judge(supernet, images.seen, images.held, images.labels)
     drawn = draw_paths(members, options.paths, options.seed)
     found = [judge(row)[0] for row in bar(drawn, len(drawn), "paths")]
-    scores, spearman = foretell(members, drawn, found)
-    ranking = Ranking("the supernet's top-1", "foretold top-1 of the path, %", scores, len(drawn), spearman)
+    scores, spearman = predict(members, drawn, found)
+    ranking = Ranking("the supernet's top-1", "predicted top-1 of the path, %", scores, len(drawn), spearman)
     message = f"{len(drawn)} paths on {len(images.held)} images have a top-1 of {min(found):.1f} to {max(found):.1f}%"
     if spearman is not None:
         ranking.macs_spearman = rank_correlation(members, macs, drawn, found)
-        message += f"; the regression foretells unseen ones with Spearman {spearman:.2f}, multiply-accumulates with "
+        message += f"; the regression predicts unseen ones with Spearman {spearman:.2f}, multiply-accumulates with "
         message += f"{ranking.macs_spearman:.2f}"
     say(f"scores: {message}")
     return ranking, Paths(members, judge)

@@ -101,7 +101,7 @@ def doubts(fleet: Fleet, measurable: bool) -> list[str]:
     """What the user should not believe without more."""
     profile, spearman, found = fleet.searched.get("profile"), fleet.searched["spearman"], []
     if profile and not profile["trusted"]:
-        found.append("The profile does not foretell whole members well: a faster or better one may have been missed.")
+        found.append("The profile does not predict whole members well: a faster or better one may have been missed.")
     if not measurable:
         found.append(f"Members were chosen by latencies of {profile['device']}; here no budget in ms could be checked.")
     if fleet.searched["scored_paths"] == 0:

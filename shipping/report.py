@@ -48,7 +48,7 @@ def page(found: dict, plot: bytes) -> str:
         plot: a PNG of all members of the pool.
     """
     image = f'<img alt="Pareto fronts" src="data:image/png;base64,{base64.b64encode(plot).decode()}" width="960">'
-    caption = "All members of the pool by what they cost and their foretold score; the chosen ones by budget."
+    caption = "All members of the pool by what they cost and their predicted score; the chosen ones by budget."
     over = [f"{each['budget']}: {why}" for each in found["budgets"] for why in each["over"]]
     sections = [
         {"title": "Students", "columns": COLUMNS, "rows": rows(found)},

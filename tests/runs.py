@@ -154,6 +154,13 @@ def command(words: list, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
+def trained_alone(folder: Path) -> Path:
+    """`folder`, a run of distill.py: resnet8 without a teacher on 8x8 digits, one epoch."""
+    words = ["--method", "none", "--student", "resnet8", "--dataset", "digits", "--output_dir", folder, *TINY[2:]]
+    succeeded(forked("distill.py", *words))
+    return folder
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -25,7 +25,7 @@ from models import ModelInfo, create_model, load_pretrained, save_pretrained
 from models.pool import Pool
 from reports.subject import ImageOptions
 from tests.hub import Hub
-from tests.runs import TINY, forked, free_port, here, succeeded
+from tests.runs import forked, free_port, here, succeeded, trained_alone
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 NARROW = Pool(stem=4, widths=[4, 4, 4, 8, 8, 8], strides=[1, 1, 1, 2, 2, 1], head=8)
@@ -33,10 +33,7 @@ NARROW = Pool(stem=4, widths=[4, 4, 4, 8, 8, 8], strides=[1, 1, 1, 2, 2, 1], hea
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "student"
-    words = ["--method", "none", "--student", "resnet8", "--dataset", "digits", "--output_dir", folder, *TINY[2:]]
-    succeeded(forked("distill.py", *words))
-    return folder
+    return trained_alone(tmp_path_factory.mktemp("runs") / "student")
 
 
 def network(name: str, size: int = 16) -> torch.nn.Module:

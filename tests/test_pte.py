@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from common import UserError
 from exporters.deployed import Deployed
 from exporters.pte import MAX_BATCH, load_pte, write_pte
-from tests.runs import TINY, forked, here, succeeded
+from tests.runs import here, succeeded, trained_alone
 from tests.test_export import OfTwo, network
 
 WHERE = "make executorch-check"
@@ -57,10 +57,7 @@ def test_a_network_of_ones_own_that_takes_one_number_of_images_is_one_line(tmp_p
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "student"
-    words = ["--method", "none", "--student", "resnet8", "--dataset", "digits", "--output_dir", folder, *TINY[2:]]
-    succeeded(forked("distill.py", *words))
-    return folder
+    return trained_alone(tmp_path_factory.mktemp("runs") / "student")
 
 
 def test_a_run_becomes_a_proven_file_and_one_with_a_wrong_bias_is_not_shipped(run, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""search.py: sums are members' true costs, a profile foretells latencies it has not seen, scores need their statistics,
+"""search.py: sums are members' true costs, a profile predicts latencies it has not seen, scores need their statistics,
 and what is chosen keeps to its budget."""
 
 import json
@@ -35,7 +35,7 @@ from searching.members import Members, block_name, blocks
 from searching.pareto import front
 from searching.paths import complete, estimate_statistics, judge, load_supernet
 from searching.profile import Profile, read_profile
-from searching.ranking import Ranking, draw_paths, foretell, rank_correlation
+from searching.ranking import Ranking, draw_paths, predict, rank_correlation
 from searching.scoring import batches, score_pool
 from tests.runs import ROOT, TINY_GTN, forked, here, read_json, succeeded
 
@@ -178,7 +178,7 @@ def test_a_pool_that_cannot_be_exported_is_one_line_before_anything_is_measured(
         monkeypatch.setattr(PoolLayer, "forward", lambda self, x: torch.special.bessel_j0(before(self, x)))
 
 
-def test_a_profile_recovers_the_overhead_and_foretells_members_that_it_was_not_fitted_on(members):
+def test_a_profile_recovers_the_overhead_and_predicts_members_that_it_was_not_fitted_on(members):
     profile = Profile(made_up(members, (0.3, -0.04)), members)
     np.testing.assert_allclose(profile.overhead, [0.3, -0.04], atol=1e-9)
     assert profile.trusted and profile.worst_error < 1e-9 and profile.repeats == pytest.approx((0.02, 0.02))
@@ -313,7 +313,7 @@ def test_a_front_is_what_no_member_beats():
     assert {(cost[i], scores[i]) for i in found} == {(cost[i], scores[i]) for i in range(200) if not beaten[i]}
 
 
-def test_paths_are_balanced_different_and_a_sum_over_layers_is_foretold(members):
+def test_paths_are_balanced_different_and_a_sum_over_layers_is_predicted(members):
     drawn = draw_paths(members, 120, 0)
     assert len(np.unique(drawn, axis=0)) == len(drawn) > 105
     assert not np.array_equal(drawn, draw_paths(members, 120, 1)) and np.array_equal(drawn, draw_paths(members, 120, 0))
@@ -323,10 +323,10 @@ def test_paths_are_balanced_different_and_a_sum_over_layers_is_foretold(members)
     random = np.random.default_rng(0)
     true = members.sums([random.standard_normal(count) for count in members.shape], 50.0)
     measured = true[members.numbers(drawn)] + 0.3 * random.standard_normal(len(drawn))
-    foretold, spearman = foretell(members, drawn, measured)
-    assert spearmanr(foretold, true).statistic > 0.98 and 0.9 < spearman < 1
-    assert abs(foretold - true).mean() < 0.2
-    _, none = foretell(members, drawn, random.standard_normal(len(drawn)))
+    predicted, spearman = predict(members, drawn, measured)
+    assert spearmanr(predicted, true).statistic > 0.98 and 0.9 < spearman < 1
+    assert abs(predicted - true).mean() < 0.2
+    _, none = predict(members, drawn, random.standard_normal(len(drawn)))
     assert abs(none) < 0.35
 
 
@@ -440,14 +440,14 @@ def test_a_gtn_teacher_is_searched_by_its_supernet(generic, tmp_path):
 
 
 @pytest.mark.parametrize("spearman", [1.0, -1.0, None])
-def test_a_supernet_that_is_foretold_no_better_than_by_macs_is_left(spearman, generic, tmp_path, monkeypatch):
-    monkeypatch.setattr("searching.scoring.foretell", lambda members, *_: (np.zeros(len(members)), spearman))
+def test_a_supernet_that_is_predicted_no_better_than_by_macs_is_left(spearman, generic, tmp_path, monkeypatch):
+    monkeypatch.setattr("searching.scoring.predict", lambda members, *_: (np.zeros(len(members)), spearman))
     words = ["--teacher", generic, "--budgets", "3kparams", "--paths", "4", "--images", "50", "--first_steps", "1"]
     done = succeeded(here("search.py", *words, "--output_dir", tmp_path / "s"))
     found = read_json(tmp_path / "s/search.json")
     left = spearman != 1.0
     assert found["ranked_by"] == ("multiply-accumulates" if left else "the supernet's top-1")
-    assert ("scores: by multiply-accumulates, as the supernet's scores are foretold no better" in done.stdout) == left
+    assert ("scores: by multiply-accumulates, as the supernet's scores are predicted no better" in done.stdout) == left
 
 
 def test_macs_are_held_against_the_scores_of_their_own_paths(members):
@@ -557,7 +557,7 @@ def test_the_ranking_benchmark_trains_members_and_gives_tau(generic, tmp_path, m
     monkeypatch.setattr(sys, "argv", ["benchmarks/ranking.py", *words])
     ranking_benchmark.main()
     found = read_json(tmp_path / "ranking.json")
-    for name in ("foretold", "path", "params", "macs"):
+    for name in ("predicted", "path", "params", "macs"):
         pairs = [(a, b) for a in range(3) for b in range(a)]
         signs = [
             np.sign(found[name][a] - found[name][b]) * np.sign(found["top1"][a] - found["top1"][b]) for a, b in pairs
@@ -566,7 +566,9 @@ def test_the_ranking_benchmark_trains_members_and_gives_tau(generic, tmp_path, m
         assert ties or found["tau"][name] == pytest.approx(sum(signs) / 3)
     summaries = [read_json(path)["top1"] for path in tmp_path.glob("runs/*/summary.json")]
     assert sorted(summaries) == sorted(found["top1"]) and len(summaries) == 3
-    assert ("search.py --rank macs" in capsys.readouterr().out) == (not found["tau"]["foretold"] > found["tau"]["macs"])
+    assert ("search.py --rank macs" in capsys.readouterr().out) == (
+        not found["tau"]["predicted"] > found["tau"]["macs"]
+    )
 
 
 def network(choice: list[str]) -> tuple[list[str], list[str]]:
