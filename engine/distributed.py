@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
 from common import UserError, derive_seed
+from engine import rendezvous
 
 
 class RunError(RuntimeError):
@@ -205,16 +205,17 @@ def start_accelerator(
     if not gpus:
         # Launchers set one thread a process; on a CPU a process should use its share of the cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-    if local == world > 1:
-        _leave_old_addresses()
     # Buffers are averaged once an epoch by the loop instead of being broadcast before every forward pass.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    group = InitProcessGroupKwargs(init_method=rendezvous.init_method() if world > 1 else None)
+    if timeout:
+        group.timeout = timedelta(seconds=timeout)
     try:
         accelerator = Accelerator(
             mixed_precision=mixed_precision,
             log_with=report_to.split(",") if report_to else None,
             project_config=ProjectConfiguration(logging_dir, os.path.join(logging_dir, "tensorboard")),
-            kwargs_handlers=[ddp, *([InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))] if timeout else [])],
+            kwargs_handlers=[ddp, group],
         )
     except ValueError as error:
         raise UserError(str(error).splitlines()[0]) from None
@@ -230,24 +231,6 @@ def start_accelerator(
         own = torch.tensor([[accelerator.process_index, _machine(), os.getpid()]], device=accelerator.device)
         _processes[:] = [Process(*row) for row in accelerator.gather(own).tolist()]
     return accelerator
-
-
-def _leave_old_addresses() -> None:
-    """Have processes that a launcher has started again find each other through a store of their own.
-
-    The static rendezvous (torch 2.11) keeps the launcher's store, where the addresses of those before them still stand:
-    who reads them waits for ever.
-    """
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restart == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    if os.environ["RANK"] == "0":
-        with socket.socket() as free:
-            free.bind(("", 0))
-            store.set(f"port of restart {restart}", str(free.getsockname()[1]))
-    os.environ["MASTER_PORT"] = store.get(f"port of restart {restart}").decode()
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 Everything else is the launcher's own: its command line, rendezvous, environment, signals, restarts.
 """
 
+import os
 import runpy
 import signal
 import sys
@@ -32,6 +33,8 @@ class Forking(elastic_launch):
 
 
 if __name__ == "__main__":
+    # Two machines that share a host would each count all of its cores, and a sum's last bits follow their number.
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.distributed.run.elastic_launch = Forking
     launchers = {"accelerate": accelerate.commands.launch.main, "torchrun": torch.distributed.run.main}
     launcher = launchers[sys.argv[1]]

@@ -1,11 +1,12 @@
 """python tests/signalled.py SIGNAL ITERATION[@RANK] SCRIPT ...: the script, which sends itself a signal before it.
 
-What a launcher starts again is left alone.
+What a launcher starts again is left alone; the process that was killed comes last, when the others look for it already.
 """
 
 import os
 import runpy
 import sys
+import time
 
 from engine.loop import Loop
 
@@ -22,4 +23,6 @@ def signalled(loop, batch, totals) -> None:
 
 
 Loop.step = signalled
+if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ["RANK"] == rank:
+    time.sleep(2)
 runpy.run_path(sys.argv[0], run_name="__main__")

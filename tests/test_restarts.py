@@ -9,12 +9,15 @@ import shlex
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 import torch.distributed.run
 
 from common import UserError
-from engine import distributed
+from engine import distributed, rendezvous
 from engine.command_line import parse
 from engine.run_folder import RUN_KEYS, RunFolder
 from tests.runs import ROOT, TINY, Fork, forked_two, free_port, read_json, read_rows, succeeded
@@ -73,6 +76,29 @@ def test_two_machines_start_again_together(whole, tmp_path):
     done = [succeeded(each.completed()) for each in machines]
     assert "at epoch 2/2, batch 1\n" in done[0].stdout + done[1].stdout
     same_result(tmp_path / "run", whole)
+
+
+def test_only_processes_started_together_agree():
+    """Three times on one store, each time in another order; after the first, words of the dead are there."""
+    server, names = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), []
+
+    def process(rank: int, turn: int) -> str:
+        time.sleep(0.05 * ((rank + turn) % 3))
+        store = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+        return rendezvous.agree(store, rank, 3, timedelta(seconds=20))
+
+    for turn in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            names += [set(pool.map(process, range(3), [turn] * 3))]
+    assert all(len(name) == 1 for name in names) and len(set.union(*names)) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_do_not_come_are_not_waited_for_longer_than_said(rank):
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server.set("word of 1", "of one who is gone")
+    with pytest.raises(dist.DistError, match=r"(?i)time(d )?out"):
+        rendezvous.agree(server, rank, 2, timedelta(seconds=0.2))
 
 
 def test_a_launcher_that_is_asked_to_stop_lets_its_processes_save(tmp_path):
