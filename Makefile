@@ -64,9 +64,9 @@ executorch-check: .venv-executorch/installed
 
 gpu-check: .venv/installed
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 12 tests/triton_grid.py \
-		tests/test_loop.py tests/test_piece_graphs.py \
-		tests/test_triton.py::test_both_scripts_train_alike_with_either_implementation
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 12 \
+		tests/test_piece_graphs.py tests/test_loop.py \
+		tests/test_triton.py::test_both_scripts_train_alike_with_either_implementation tests/triton_grid.py
 
 gpu-bench: .venv/installed
 	$(BIN)/python -m benchmarks.kernels --minutes 4
