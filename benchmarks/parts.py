@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.data import random_set
 from benchmarks.methods import make_objective
-from benchmarks.steps import clock
+from benchmarks.steps import clock, matrix_rate
 from data.splits import ImageSet
 from engine.config import RunConfig
 from engine.console import Console
@@ -219,12 +219,6 @@ def networks_of(objective: Objective) -> dict[str, list[torch.nn.Module]]:
     if isinstance(objective, Distillation):
         return {"teacher": list(objective.frozen), "student": [objective.student]}
     return {"teacher": [objective.teacher], "student": list(getattr(objective, "branches", []))}
-
-
-def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
-    """Floating-point operations a second of a product of two square matrices; the best of ten."""
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    return 2 * size**3 / min(clock(lambda: torch.mm(a, b), device) for _ in range(10))
 
 
 if __name__ == "__main__":

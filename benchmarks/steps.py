@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import yaml
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import derive_seed, write_atomically
 from data.batch import Batch
@@ -100,6 +101,8 @@ def main() -> None:
         print(f"{row['setting']}: {row['model']} at {size}x{size}, batch {row['batch']}, {row['paths']} paths")
         print(f"  multiply-accumulates an image: teacher {macs[0]}, branches together {macs[1]} (mean over paths)")
         print(f"  mean step: {times}")
+        share = row["even_share_of_matrix_rate"]
+        print(f"  even steps at {row['even_gflops_per_second']:,.0f} GFLOP/s, {share:.0%} of torch.mm's")
         print(f"  even / plain {row['even_over_plain']:.3f} (median over paths; target: at most 1.15)")
         print(f"  gate / even  {row['gate_over_even']:.3f} (of means; target: at most 1.5)")
     print(f"written: {options.output}")
@@ -117,17 +120,23 @@ def measure(setting: Setting, paths: int) -> dict:
     labels = torch.randint(0, setting.classes, (setting.batch,), device=device)
     step = objective_step(objective, images, labels)
     times: dict[str, list[float]] = {"plain": [], "even": [], "gate": []}
+    operations = 0
     for number in range(-1, paths):  # the first pass warms up
         iteration = 2 * (number + 1)
         generator = torch.Generator().manual_seed(derive_seed(0, "paths", iteration))
         plain = plain_step(PlainJoint(objective, objective.gates.draw(generator)), images, labels)
         steps = [("plain", plain), ("even", lambda i=iteration: step(i)), ("gate", lambda i=iteration: step(i + 1))]
+        if number >= 0:
+            with FlopCounterMode(display=False) as counter:
+                step(iteration)
+            operations += counter.get_total_flops()
         for name, run in steps if number % 2 else [steps[1], steps[0], steps[2]]:
             run()  # memory of this path's shapes is allocated, its kernels chosen
             seconds = clock(run, device)
             if number >= 0:
                 times[name].append(seconds)
     ratios = [e / p for e, p in zip(times["even"], times["plain"], strict=True)]
+    rate = operations / sum(times["even"])
     teacher_macs, branch_macs = macs(teacher, images[:1])[0], objective.branch_macs(setting.size)
     return {
         "setting": setting.name,
@@ -138,6 +147,8 @@ def measure(setting: Setting, paths: int) -> dict:
         "teacher_macs": teacher_macs,
         "branch_macs": branch_macs,
         **{f"{name}_ms": 1000 * statistics.mean(values) for name, values in times.items()},
+        "even_gflops_per_second": rate / 1e9,
+        "even_share_of_matrix_rate": rate / matrix_rate(images.dtype, device),
         "even_over_plain": statistics.median(ratios),
         "even_over_plain_quartiles": statistics.quantiles(ratios, n=4)[::2],
         # Paths differ in cost and a gate step draws its own: only the means over many paths compare.
@@ -185,6 +196,12 @@ def clock(step, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+    """Floating-point operations a second of a product of two square matrices; the best of ten."""
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2 * size**3 / min(clock(lambda: torch.mm(a, b), device) for _ in range(10))
 
 
 def recipe_setting(name: str, path: str, size: int, batch: int, classes: int) -> Setting:

@@ -3,11 +3,11 @@
 python -m benchmarks.when_it_pays
 
 A point is what students gain if their teacher was made generic: the mean of their top-1 minus that of the same student,
-seed and images from the vanilla teacher, with its 95% interval (Student's t) over students and seeds. A hollow point
-is of too few pairs for an interval. Runs that are not recorded yet are left out, and panels without any.
+seed and images from the vanilla teacher, with its 95% interval over seeds (Student's t). A hollow point is of too few
+seeds for an interval. Points of one plan are shifted a little to the right of the one before. Runs that are not
+recorded yet are left out, and panels without any.
 """
 
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,10 @@ from comparing.records import recorded
 from models import create_model
 from models.network import macs
 from objectives.registry import TEACHERS
-from reports.statistics import student_interval
+from reports.statistics import over_seeds
 
 HERE = Path(__file__).parent
-ENOUGH = 4  # pairs, of which an interval says something
+ENOUGH = 3  # seeds, of which an interval says something
 PICTURE = HERE.parent / "docs" / "when_it_pays.png"
 
 
@@ -45,8 +45,8 @@ class Line:
     teachers: tuple[str, ...] = ("gtn",)
     standard: str = "vanilla"
 
-    def points(self) -> Iterator[tuple[float, list[float]]]:
-        """(x, gains in percentage points over the vanilla teacher, one a student and seed), x rising."""
+    def points(self) -> Iterator[tuple[float, dict[int, list[float]]]]:
+        """(x, gains in percentage points over the vanilla teacher by seed, one a student), x rising."""
         plan: Plan = read_plan(HERE / "plans" / f"{self.plan}.yaml")
         folder = HERE / "results" / "evidence" / self.plan
         runs = [run for run in plan.runs() if run.teacher]
@@ -55,11 +55,12 @@ class Line:
             for run in runs
             if (record := recorded(run, folder))
         }
-        found: dict[float, list[float]] = {}
+        found: dict[float, dict[int, list[float]]] = {}
         for run in runs:
             pair = [(source, run.student, run.method, run.seed) for source in (run.source, self.standard)]
             if run.source in self.teachers and top1.keys() >= set(pair):
-                found.setdefault(self.x(run, self), []).append(top1[pair[0]] - top1[pair[1]])
+                gains = found.setdefault(self.x(run, self), {}).setdefault(run.seed, [])
+                gains.append(top1[pair[0]] - top1[pair[1]])
         yield from sorted(found.items())
 
 
@@ -116,14 +117,14 @@ def main() -> None:
             print(xlabel, "|", line.label)
             beside = 1.04**number  # so that points of the same x can be told apart
             for x, gains in points:
-                mean, told, fill = statistics.mean(gains), "", "white"
-                if len(gains) >= ENOUGH:
-                    low, high = student_interval(gains)
+                (mean, interval), told, fill = over_seeds(gains), "", "white"
+                if interval and len(gains) >= ENOUGH:
+                    low, high = interval
                     told, fill = f" ({low:+.2f} to {high:+.2f})", f"C{number}"
                     axis.plot([x * beside] * 2, [low, high], color=fill, linewidth=1.5)
-                print(f"  {x:8.2f}  {mean:+.2f}{told}, {len(gains)} pairs")
+                print(f"  {x:8.2f}  {mean:+.2f}{told}, {len(gains)} seeds, {sum(map(len, gains.values()))} pairs")
                 axis.plot([x * beside], [mean], "o", color=f"C{number}", markerfacecolor=fill, zorder=3)
-            means = [statistics.mean(gains) for _, gains in points]
+            means = [over_seeds(gains)[0] for _, gains in points]
             axis.plot([x * beside for x, _ in points], means, color=f"C{number}", linewidth=0.8, label=line.label)
         axis.axhline(0, color="0.6", linewidth=0.8)
         axis.set(xlabel=xlabel, xscale="log")

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from reports.statistics import Difference, paired_difference, student_interval
+from reports.statistics import Difference, over_seeds, paired_difference
 
 ALONE, PEERS = "alone", "peers"  # sources that are no teacher: labels alone, and networks that learn together
 AVERAGE, BEST = "average", "best"
@@ -132,8 +132,7 @@ def _mean_row(
     cells = {}
     for source in sources:
         chosen = methods[:1] if source == ALONE else methods  # the same runs stand beside every method
-        values: list[float] = []
-        seeds = set()
+        by_seed: dict[int, list[float]] = {}
         for name in students:
             by_method = {
                 each: {seed: top1[source][name, each, seed] for s, m, seed in top1[source] if (s, m) == (name, each)}
@@ -143,15 +142,16 @@ def _mean_row(
             if best and done and source != ALONE:
                 chosen = [max(done, key=lambda each: statistics.mean(done[each].values()))]
             for each in chosen:
-                values += done.get(each, {}).values()
-                seeds |= done.get(each, {}).keys()
-        if values:
+                for seed, value in done.get(each, {}).items():
+                    by_seed.setdefault(seed, []).append(value)
+        if by_seed:
+            values = [value for each in by_seed.values() for value in each]
+            mean, interval = over_seeds(by_seed)
             cells[source] = {
-                "mean": statistics.mean(values),
-                "deviation": statistics.stdev(values) if len(values) > 1 and len(values) == len(seeds) else None,
+                "mean": mean,
+                "deviation": statistics.stdev(values) if 1 < len(values) == len(by_seed) else None,
                 "runs": len(values),
-                # Students of one seed share a teacher: a single seed says nothing about the next one.
-                "interval": student_interval(values) if len(seeds) > 1 else None,
+                "interval": interval,
             } | ({"method": chosen[0]} if best and len(students) == 1 and source != ALONE else {})
     return {"student": student, "method": method, "cells": cells}
 
@@ -197,12 +197,11 @@ def _verdict(found: dict[tuple[str, str], Difference], standard: str) -> str:
     lines = []
     for (one, other), each in found.items():
         whose = "Students trained alone" if one == ALONE else f"Students of {one}"
-        low_high = each.bootstrap and each.interval
-        interval = f", 95% interval {each.interval[0]:+.2f} to {each.interval[1]:+.2f}" if low_high else ""
+        interval = f", 95% interval {_range(each.interval)}" if each.interval else ""
         lines.append(
             f"{whose} against those of {other}: {each.verdict()} ({each.mean:+.2f} points over "
             f"{each.pairs} pair{'s' if each.pairs > 1 else ''} of "
-            f"{each.groups} seed{'s' if each.groups > 1 else ''}{interval})."
+            f"{each.seeds} seed{'s' if each.seeds > 1 else ''}{interval})."
         )
     return " ".join(lines) or f"Nothing to hold against {standard} yet."
 
@@ -275,10 +274,9 @@ def _gain(cells: dict, source: str, standard: str) -> str:
 def _differences(found: dict) -> Table:
     rows = []
     for each in found["differences"]:
-        interval = each["interval"] if each["groups"] > 1 else None  # students of one seed share a teacher
-        cells = [f"{each['mean']:+.2f}", _range(interval), _range(each["bootstrap"]), str(each["pairs"])]
+        cells = [f"{each['mean']:+.2f}", _range(each["interval"]), str(each["pairs"]), str(each["seeds"])]
         rows.append([f"{each['one']} - {each['other']}", *cells, each["verdict"]])
-    columns = ["difference", "95% interval", "over seeds", "pairs", "verdict"]
+    columns = ["difference", "95% interval over seeds", "pairs", "seeds", "verdict"]
     return Table("top-1, paired over students and seeds", columns, rows)
 
 

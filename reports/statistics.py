@@ -1,83 +1,66 @@
-"""Means, spreads and paired differences with 95% intervals."""
+"""Means and paired differences over seeds, with 95% intervals."""
 
 import math
-import random
 import statistics
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 
 from scipy.stats import t as student_t
 
-BOOTSTRAPS = 10_000
 CONFIDENCE = 0.95
+Interval = tuple[float, float]
 
 
 @dataclass
 class Difference:
-    """Mean of paired differences, and what it may be.
-
-    `interval` is Student's over all pairs; `bootstrap` resamples whole groups (seeds: runs of one seed share a teacher,
-    so that pairs within one are no independent draws), None where there are fewer than 2.
-    """
+    """Mean of paired differences and its 95% interval over seeds, None of fewer than 2."""
 
     mean: float
-    deviation: float
+    interval: Interval | None
     pairs: int
-    interval: tuple[float, float] | None
-    groups: int
-    bootstrap: tuple[float, float] | None
+    seeds: int
 
     def verdict(self) -> str:
-        """In words, by the wider of the two intervals."""
-        if self.interval is None or self.bootstrap is None:
-            return "too few runs to tell"
-        low, high = min(self.interval[0], self.bootstrap[0]), max(self.interval[1], self.bootstrap[1])
-        return "better" if low > 0 else "worse" if high < 0 else "not distinguishable with this many runs"
+        """In words."""
+        if self.interval is None:
+            return "too few seeds to tell"
+        low, high = self.interval
+        return "better" if low > 0 else "worse" if high < 0 else "not distinguishable with this many seeds"
 
     def as_dict(self) -> dict:
         return asdict(self) | {"verdict": self.verdict()}
 
 
-def paired_difference(values: dict[Hashable, float], baseline: dict[Hashable, float], groups: dict) -> Difference:
-    """The difference between `values` and `baseline` over the keys that both have; groups[key] is a key's seed.
+def paired_difference(
+    values: dict[Hashable, float], baseline: dict[Hashable, float], seeds: dict[Hashable, int]
+) -> Difference:
+    """The difference between `values` and `baseline` over the keys that both have; seeds[key] is a key's seed.
 
     Raises:
         ValueError: no key is in both.
     """
-    keys = [key for key in values if key in baseline]
-    if not keys:
+    by_seed: dict[int, list[float]] = {}
+    for key in values.keys() & baseline.keys():
+        by_seed.setdefault(seeds[key], []).append(values[key] - baseline[key])
+    if not by_seed:
         raise ValueError("nothing to compare: no runs in common")
-    differences = {key: values[key] - baseline[key] for key in keys}
-    every = list(differences.values())
-    deviation = statistics.stdev(every) if len(every) > 1 else 0.0
-    by_group: dict = {}
-    for key in keys:
-        by_group.setdefault(groups[key], []).append(differences[key])
-    return Difference(
-        mean=statistics.mean(every),
-        deviation=deviation,
-        pairs=len(every),
-        interval=student_interval(every),
-        groups=len(by_group),
-        bootstrap=_bootstrap(list(by_group.values())),
-    )
+    mean, interval = over_seeds(by_seed)
+    return Difference(mean, interval, sum(map(len, by_seed.values())), len(by_seed))
 
 
-def student_interval(values: Sequence[float]) -> tuple[float, float] | None:
+def over_seeds(by_seed: dict[int, list[float]]) -> tuple[float, Interval | None]:
+    """The mean of each seed's mean, and its 95% interval by Student's t over the seeds.
+
+    Runs of one seed share a teacher and are no independent draws: were they counted one by one, the interval would be
+    too short.
+    """
+    means = [statistics.mean(by_seed[seed]) for seed in sorted(by_seed)]
+    return statistics.mean(means), student_interval(means)
+
+
+def student_interval(values: Sequence[float]) -> Interval | None:
     """The mean's 95% interval by Student's t; None of fewer than 2 values."""
     if len(values) < 2:
         return None
     half = student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.mean(values) - half, statistics.mean(values) + half
-
-
-def _bootstrap(groups: list[list[float]]) -> tuple[float, float] | None:
-    if len(groups) < 2:
-        return None
-    source = random.Random(0)
-    means = sorted(
-        statistics.fmean([value for group in source.choices(groups, k=len(groups)) for value in group])
-        for _ in range(BOOTSTRAPS)
-    )
-    cut = round((1 - CONFIDENCE) / 2 * BOOTSTRAPS)
-    return means[cut], means[-cut - 1]

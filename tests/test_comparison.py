@@ -11,6 +11,7 @@ from common import UserError
 from engine.run_folder import RunFolder
 from reports.comparison import as_markdown, compare, tables
 from reports.page import comparison_page, run_page
+from reports.statistics import student_interval
 from tests.runs import TINY, forked, here, read_json, succeeded
 
 TEST = dict.fromkeys(("confidence", "entropy", "nll", "kl", "agreement", "cka"), 0.5)
@@ -91,11 +92,12 @@ def test_differences_are_paired_over_students_methods_and_seeds():
         for after, before in zip(top1, TOP1["vanilla", student, method], strict=True)
     ]
     gain = rows["gtn", "vanilla"]
-    assert (gain["mean"], gain["pairs"], gain["groups"]) == (mean(pairs), 8, 2)
-    by_seed = mean(pairs[::2]), mean(pairs[1::2])
-    assert gain["bootstrap"] == pytest.approx((min(by_seed), max(by_seed)))
-    assert gain["verdict"] == "better" and rows["alone", "vanilla"]["verdict"] == "worse"
-    assert f"Students of gtn against those of vanilla: better ({gain['mean']:+.2f} points" in found()["verdict"]
+    assert (gain["mean"], gain["pairs"], gain["seeds"]) == (mean(pairs), 8, 2)
+    assert gain["interval"] == pytest.approx(student_interval([mean(pairs[::2]), mean(pairs[1::2])]))
+    assert gain["verdict"].startswith("not distinguishable") and rows["alone", "vanilla"]["verdict"] == "worse"
+    assert (
+        f"Students of gtn against those of vanilla: {gain['verdict']} ({gain['mean']:+.2f} points" in found()["verdict"]
+    )
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -105,11 +107,11 @@ def test_tables_show_intervals_only_over_several_seeds(seeds):
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line]
     by_name = {name: rest for name, *rest in filter(None, lines)}
     _, vanilla, gtn, gain = by_name["average (95% interval)"]
-    difference, interval, over_seeds, pairs, verdict = by_name["gtn - vanilla"]
+    difference, interval, pairs, of_seeds, verdict = by_name["gtn - vanilla"]
     expected = "+4.00" if seeds == 2 else "+3.50"
     assert vanilla.startswith(("86.00", "85.00")) and (difference, gain, pairs) == (expected, expected, str(2 * seeds))
-    assert {bool(interval), bool(over_seeds), " to " in vanilla, " to " in gtn} == {seeds > 1}
-    assert (verdict == "too few runs to tell") == (seeds == 1)
+    assert of_seeds == str(seeds) and {bool(interval), " to " in vanilla, " to " in gtn} == {seeds > 1}
+    assert (verdict == "too few seeds to tell") == (seeds == 1)
 
 
 def test_classes_that_students_never_saw_have_a_table():
