@@ -1,4 +1,4 @@
-"""When a generic teacher pays: one picture from the evidence's records.
+"""When a generic teacher pays: docs/when_it_pays.png and its first panel, docs/gain.png, from the evidence's records.
 
 python -m benchmarks.when_it_pays
 
@@ -25,12 +25,12 @@ from reports.statistics import over_seeds
 
 HERE = Path(__file__).parent
 ENOUGH = 3  # seeds, of which an interval says something
-PICTURE = HERE.parent / "docs" / "when_it_pays.png"
+DOCS = HERE.parent / "docs"
 
 
 @dataclass(frozen=True)
 class Line:
-    """The points of one plan.
+    """The points of some plans.
 
     Args:
         x: of a student's run.
@@ -39,7 +39,7 @@ class Line:
     """
 
     label: str
-    plan: str
+    plans: tuple[str, ...]
     classes: int
     x: Callable[[PlannedRun, "Line"], float]
     teachers: tuple[str, ...] = ("gtn",)
@@ -47,20 +47,21 @@ class Line:
 
     def points(self) -> Iterator[tuple[float, dict[int, list[float]]]]:
         """(x, gains in percentage points over the vanilla teacher by seed, one a student), x rising."""
-        plan: Plan = read_plan(HERE / "plans" / f"{self.plan}.yaml")
-        folder = HERE / "results" / "evidence" / self.plan
-        runs = [run for run in plan.runs() if run.teacher]
-        top1 = {
-            (run.source, run.student, run.method, run.seed): record["top1"]
-            for run in runs
-            if (record := recorded(run, folder))
-        }
         found: dict[float, dict[int, list[float]]] = {}
-        for run in runs:
-            pair = [(source, run.student, run.method, run.seed) for source in (run.source, self.standard)]
-            if run.source in self.teachers and top1.keys() >= set(pair):
-                gains = found.setdefault(self.x(run, self), {}).setdefault(run.seed, [])
-                gains.append(top1[pair[0]] - top1[pair[1]])
+        for name in self.plans:
+            plan: Plan = read_plan(HERE / "plans" / f"{name}.yaml")
+            folder = HERE / "results" / "evidence" / name
+            runs = [run for run in plan.runs() if run.teacher]
+            top1 = {
+                (run.source, run.student, run.method, run.seed): record["top1"]
+                for run in runs
+                if (record := recorded(run, folder))
+            }
+            for run in runs:
+                pair = [(source, run.student, run.method, run.seed) for source in (run.source, self.standard)]
+                if run.source in self.teachers and top1.keys() >= set(pair):
+                    gains = found.setdefault(self.x(run, self), {}).setdefault(run.seed, [])
+                    gains.append(top1[pair[0]] - top1[pair[1]])
         yield from sorted(found.items())
 
 
@@ -88,18 +89,19 @@ def capacity(run: PlannedRun, line: Line) -> float:
 
 PANELS = {
     "share of the teacher's images that students see": [
-        Line("digits", "digits_images", 10, share_of_images),
-        Line("digits, the demo's students", "digits", 10, share_of_images),
-        Line("100 classes", "tin100_few", 100, share_of_images),
-        Line("CIFAR-10", "cifar10_few", 10, share_of_images),
-        Line("100 classes, 25 epochs, validation", "tin100_dev", 100, share_of_images, ("gtn_tune",)),
+        Line("digits", ("digits_images",), 10, share_of_images),
+        Line("digits, the demo's students", ("digits",), 10, share_of_images),
+        Line("100 classes", ("tin100_few",), 100, share_of_images),
+        Line("100 classes, Muon", ("tin100_few_muon", "tin100_images_muon"), 100, share_of_images),
+        Line("CIFAR-10", ("cifar10_few",), 10, share_of_images),
+        Line("100 classes, 25 epochs, validation", ("tin100_dev",), 100, share_of_images, ("gtn_tune",)),
     ],
     "epochs of making it generic": [
-        Line("digits", "digits_branches", 10, epochs, ("gtn", "gtn 3 epochs", "gtn 20 epochs", "gtn 40 epochs")),
-        Line("100 classes, validation", "tin100_dev_few_kd", 100, epochs, ("gtn_s1", "gtn_40"), "vanilla_a1_t8"),
+        Line("digits", ("digits_branches",), 10, epochs, ("gtn", "gtn 3 epochs", "gtn 20 epochs", "gtn 40 epochs")),
+        Line("100 classes, validation", ("tin100_dev_few_kd",), 100, epochs, ("gtn_s1", "gtn_40"), "vanilla_a1_t8"),
     ],
     "branches' MACs over the teacher's": [
-        Line("digits", "digits_branches", 10, capacity, ("gtn", "gtn narrow", "gtn wide")),
+        Line("digits", ("digits_branches",), 10, capacity, ("gtn", "gtn narrow", "gtn wide")),
     ],
 }
 
@@ -110,22 +112,33 @@ def main() -> None:
         for xlabel, lines in PANELS.items()
     }
     found = {xlabel: lines for xlabel, lines in found.items() if lines}
-    figure = Figure(figsize=(0.5 + 3.5 * len(found), 3.6), layout="constrained")
+    for xlabel, lines in found.items():
+        for line, points in lines:
+            print(xlabel, "|", line.label)
+            for x, gains in points:
+                mean, interval = over_seeds(gains)
+                told = " ({:+.2f} to {:+.2f})".format(*interval) if interval else ""
+                print(f"  {x:8.2f}  {mean:+.2f}{told}, {len(gains)} seeds, {sum(map(len, gains.values()))} pairs")
+    draw(found, DOCS / "when_it_pays.png")
+    draw(dict([next(iter(found.items()))]), DOCS / "gain.png")
+
+
+def draw(found: dict[str, list[tuple[Line, list]]], path: Path) -> None:
+    """A panel for each x axis of `found`, with a line for each of its own."""
+    figure = Figure(figsize=(2.3 + 3.1 * len(found), 3.6), layout="constrained")
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for axis, (xlabel, lines) in zip(axes, found.items(), strict=True):
         for number, (line, points) in enumerate(lines):
-            print(xlabel, "|", line.label)
-            beside = 1.04**number  # so that points of the same x can be told apart
-            for x, gains in points:
-                (mean, interval), told, fill = over_seeds(gains), "", "white"
-                if interval and len(gains) >= ENOUGH:
-                    low, high = interval
-                    told, fill = f" ({low:+.2f} to {high:+.2f})", f"C{number}"
-                    axis.plot([x * beside] * 2, [low, high], color=fill, linewidth=1.5)
-                print(f"  {x:8.2f}  {mean:+.2f}{told}, {len(gains)} seeds, {sum(map(len, gains.values()))} pairs")
-                axis.plot([x * beside], [mean], "o", color=f"C{number}", markerfacecolor=fill, zorder=3)
+            colour, beside = f"C{number}", 1.04**number  # so that points of the same x can be told apart
             means = [over_seeds(gains)[0] for _, gains in points]
-            axis.plot([x * beside for x, _ in points], means, color=f"C{number}", linewidth=0.8, label=line.label)
+            axis.plot([x * beside for x, _ in points], means, color=colour, linewidth=0.8, label=line.label)
+            for (x, gains), mean in zip(points, means, strict=True):
+                shown = over_seeds(gains)[1] if len(gains) >= ENOUGH else None
+                if shown:
+                    axis.plot([x * beside] * 2, shown, color=colour, linewidth=1.5)
+                axis.plot(
+                    [x * beside], [mean], "o", color=colour, markerfacecolor=colour if shown else "white", zorder=3
+                )
         axis.axhline(0, color="0.6", linewidth=0.8)
         axis.set(xlabel=xlabel, xscale="log")
         ticks = sorted({x for _, points in lines for x, _ in points})
@@ -133,8 +146,8 @@ def main() -> None:
         axis.minorticks_off()
         axis.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("students' gain, points of top-1")
-    figure.savefig(PICTURE, dpi=150)
-    print(PICTURE)
+    figure.savefig(path, dpi=150)
+    print(path)
 
 
 if __name__ == "__main__":

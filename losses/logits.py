@@ -125,7 +125,7 @@ class DKD(Method):
     among the others, at alpha 1 and beta by pair (--dkd_alpha, --dkd_beta). It rises from 0 over 20 epochs."""
 
     paper = "Zhao et al.: Decoupled Knowledge Distillation (2022)"
-    usual = "1 target, others by pair (8)"
+    usual = "1 target, 8 non-target (the paper's for its own pairs)"
     options = DKDOptions
     mixable = False
 
