@@ -136,7 +136,8 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def find_profile(target: Path, members: Members, info: ModelInfo, config: SearchConfig) -> Profile:
-    """That of --profile, or the one that an earlier search on this device left in `target`, or a new one."""
+    """That of --profile, or what an earlier search on this device left in `target`, if it is to be trusted, or a new
+    one."""
     if config.profile:
         return read_profile(Path(config.profile), members, info.num_classes, info.image_size)
     if (target / PROFILE).is_file():
@@ -144,7 +145,7 @@ def find_profile(target: Path, members: Members, info: ModelInfo, config: Search
             profile = read_profile(target / PROFILE, members, info.num_classes, info.image_size)
         except UserError:  # of another teacher's pool
             profile = None
-        if profile and measured_here(profile):
+        if profile and profile.trusted and measured_here(profile):
             return profile
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder), members, info.num_classes, info.image_size, config.seed, Console(True).through)

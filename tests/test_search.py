@@ -461,6 +461,9 @@ def test_any_teacher_is_searched_by_macs_and_measured_here(vanilla, tmp_path, mo
     monkeypatch.setattr("searching.blocks.WHOLE", 5)
     monkeypatch.setattr(device, "SECONDS", 0.01)
     words = ["--teacher", vanilla, *WORDS, "--budgets", "10ms", "100kparams", "--finalists", "2"]
+    (tmp_path / "s").mkdir()
+    noisy = made_up(Members(POOL), (0, 0), noise=0.3) | dict(zip(("device", "onnxruntime"), device.here(), strict=True))
+    (tmp_path / "s/profile.json").write_text(json.dumps(noisy))  # it is not to be trusted: this device is measured
     done = succeeded(here("search.py", *words, "--output_dir", tmp_path / "s"))
     assert "scores: by multiply-accumulates, as" in done.stdout and "holds no supernet.safetensors" in done.stdout
     found = read_json(tmp_path / "s/search.json")
@@ -468,10 +471,12 @@ def test_any_teacher_is_searched_by_macs_and_measured_here(vanilla, tmp_path, mo
     assert found["students"]["10ms"]["choice"] == largest and found["students"]["10ms"]["measured_ms"] < 10
     assert (found["profile"]["device"], found["profile"]["onnxruntime"]) == device.here()
     assert {"ms", "params", "macs"} == set(found["others"]["nas_m"]) and found["others"]["nas_m"]["params"] > 1e6
-    before = (tmp_path / "s/profile.json").read_bytes()
+    assert len(read_json(tmp_path / "s/profile.json")["members"]) == 10
+    trusted = json.dumps(noisy | {name: made_up(Members(POOL), (0, 0))[name] for name in ("ms", "passes", "members")})
+    (tmp_path / "s/profile.json").write_text(trusted)
     monkeypatch.setattr("search.write_folder", None)  # what was measured is used again
     succeeded(here("search.py", *words, "--output_dir", tmp_path / "s", "--overwrite"))
-    assert (tmp_path / "s/profile.json").read_bytes() == before
+    assert (tmp_path / "s/profile.json").read_text() == trusted
 
 
 def test_students_start_from_the_paths_that_were_scored(generic, tmp_path, monkeypatch):
