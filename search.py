@@ -26,7 +26,7 @@ from models.weights import LAYERS
 from reports.subject import Subject, load_subject
 from searching import device
 from searching.blocks import write_folder, write_whole
-from searching.budget import check_possible, parse_budgets
+from searching.budget import check_possible, is_name, parse_budgets
 from searching.choice import Field, choose
 from searching.members import Members
 from searching.options import SearchOptions
@@ -95,6 +95,7 @@ def main() -> None:
     every = Field(members, costs, ranking, config.finalists, score, stopwatch)
     chosen = {budget.name: choose(budget, every) for budget in console.through(budgets, len(budgets), "budgets")}
     others = other_students(info, stopwatch)
+    remove_earlier(target)
     write_students(target, chosen, members, paths)
     write(target, chosen, every, others, {"profile": profile and profile.summary()}, config)
     show(chosen, target, config, console)
@@ -133,6 +134,20 @@ def check_target(target: Path, overwrite: bool) -> None:
     if RESULT in names and not overwrite:
         raise UserError(f"--output_dir {target}: holds a search; --overwrite replaces it")
     check_writable("--output_dir", target / RESULT)
+
+
+def remove_earlier(target: Path) -> None:
+    """Remove what an earlier search found, or a killed one wrote, but for its latencies; other files in students/ stay.
+
+    search.json goes first, and is written last: a folder that has one holds what it names, and no other specs.
+    """
+    for name in (RESULT, PLOT):
+        (target / name).unlink(missing_ok=True)
+    for path in list((target / "students").glob("*")):
+        if path.suffix in (".json", ".safetensors") and is_name(path.stem):
+            path.unlink()
+    for leftover in [*target.glob(".*.tmp"), *target.glob("students/.*.tmp")]:
+        leftover.unlink(missing_ok=True)
 
 
 def find_profile(target: Path, members: Members, info: ModelInfo, config: SearchConfig) -> Profile:
@@ -212,7 +227,6 @@ def write_students(target: Path, chosen: dict, members: Members, paths: Paths | 
     for name, entry in chosen.items():
         path = target / "students" / f"{name}.json"
         weights = path.with_suffix(".safetensors")
-        weights.unlink(missing_ok=True)  # an earlier search's may be another member's
         write_atomically(path, json.dumps(members.pool.spec(entry["choice"]), indent=1) + "\n")
         entry["spec"] = str(path)
         if paths:

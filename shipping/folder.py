@@ -11,9 +11,10 @@ from typing import IO
 import yaml
 
 from common import UserError, read_text, write_atomically
+from search import remove_earlier
 
 OPTIONS, RESULT, PAGE, LOCK = "fleet.yaml", "fleet.json", "report.html", ".lock"
-SEARCH, STUDENTS = "search", "students"
+SEARCH, STUDENTS, GONE = "search", "students", ".students.tmp"
 OURS = {OPTIONS, RESULT, PAGE, LOCK, SEARCH, STUDENTS}
 ANEW = "choose another folder, or --overwrite replaces it"
 
@@ -47,6 +48,7 @@ def begin(folder: Path, options: dict, overwrite: bool) -> IO:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
             raise
+    shutil.rmtree(folder / GONE, ignore_errors=True)  # left by a kill
     if overwrite:
         _remove(folder)
     elif (folder / SEARCH / "search.json").is_file():
@@ -57,12 +59,13 @@ def begin(folder: Path, options: dict, overwrite: bool) -> IO:
 
 def _remove(folder: Path) -> None:
     """Remove a fleet but for the latencies that were measured: killed in here it leaves no student without its search,
-    which another fleet would take for its own."""
-    for name in (STUDENTS, f"{SEARCH}/students"):
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-    for name in (RESULT, PAGE, f"{SEARCH}/search.json"):
+    which another fleet would take for its own, and none of which a part is missing."""
+    for name in (RESULT, PAGE):
         (folder / name).unlink(missing_ok=True)
+    if (folder / STUDENTS).is_dir():
+        (folder / STUDENTS).rename(folder / GONE)
+        shutil.rmtree(folder / GONE)
+    remove_earlier(folder / SEARCH)
 
 
 def _check_same(folder: Path, options: dict) -> None:

@@ -231,4 +231,4 @@ def test_other_options_are_refused_unless_they_may_replace_it(whole, command, te
     assert "--overwrite replaces it" in here(*words).stderr and (folder / "students/100ms").is_dir()
     assert "the smallest member" in here(*words, "--overwrite").stderr  # which has left nothing of it
     assert {each.name for each in folder.iterdir()} == {".lock", "fleet.yaml", "search"}
-    assert [each.name for each in (folder / "search").iterdir()] == ["pareto.png"]
+    assert [str(each.relative_to(folder)) for each in folder.glob("search/**/*")] == ["search/students"]

@@ -2,8 +2,11 @@
 and what is chosen keeps to its budget."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -477,6 +480,43 @@ def test_any_teacher_is_searched_by_macs_and_measured_here(vanilla, tmp_path, mo
     monkeypatch.setattr("search.write_folder", None)  # what was measured is used again
     succeeded(here("search.py", *words, "--output_dir", tmp_path / "s", "--overwrite"))
     assert (tmp_path / "s/profile.json").read_text() == trusted
+
+
+def test_a_search_that_is_killed_while_it_replaces_another_leaves_nothing_untrue(vanilla, tmp_path, monkeypatch):
+    """Killed before each file that it removes or writes."""
+    target, words = tmp_path / "s", ["--teacher", vanilla, *WORDS, "--output_dir", tmp_path / "s"]
+    monkeypatch.setattr("search.other_students", lambda *_: {})
+    succeeded(here("search.py", *words, "--budgets", "100kparams", "60kparams", "1Mmacs"))
+    (target / "students/100kparams.safetensors").touch()  # as a search by the supernet leaves them
+    for own in ("mine.json", "mine.safetensors", "1ms.txt"):
+        (target / "students" / own).write_text("not the search's")
+    changes, left = [], tmp_path / "left"
+
+    def changing(change):
+        def counted(*given, **options):
+            if str(target) in str(given[0]) and Path(given[-1]).suffix != ".tmp":
+                changes.append(str(given[-1]))
+                shutil.copytree(target, left / str(len(changes)))
+            return change(*given, **options)
+
+        return counted
+
+    monkeypatch.setattr(Path, "unlink", changing(Path.unlink))
+    monkeypatch.setattr(os, "replace", changing(os.replace))
+    succeeded(here("search.py", *words, "--budgets", "80kparams", "1Mmacs", "--overwrite"))
+    monkeypatch.undo()
+    for folder in [*left.iterdir(), target]:
+        specs = {path.stem: read_json(path) for path in folder.glob("students/*k*.json")}
+        specs |= {path.stem: read_json(path) for path in folder.glob("students/*M*.json")}
+        if (folder / "search.json").is_file():
+            entries = read_json(folder / "search.json")["students"]
+            assert specs == {name: POOL.spec(entry["choice"]) for name, entry in entries.items()}
+        assert all((folder / "students" / own).is_file() for own in ("mine.json", "mine.safetensors", "1ms.txt"))
+    assert len(changes) == 2 + 4 + 2 + 2
+    begun = left / str(len(changes) - 1)  # search.json is not there: it is no search that is to be replaced
+    succeeded(here("search.py", *words[:-1], begun, "--budgets", "90kparams"))
+    ours = {path.name for path in begun.glob("students/*")} - {"mine.json", "mine.safetensors", "1ms.txt"}
+    assert ours == {"90kparams.json"}
 
 
 def test_students_start_from_the_paths_that_were_scored(generic, tmp_path, monkeypatch):
