@@ -6,6 +6,8 @@ python search.py --teacher runs/generic --budgets 0.5ms --profile profile.json -
 """
 
 import json
+import os
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +79,7 @@ def main() -> None:
     subject = load_subject(config.teacher, "--teacher")
     info, members = subject.info, Members(pool_of(subject, config))
     if config.write_blocks:
-        return write_blocks(Path(config.write_blocks), members, info, config)
+        return write_blocks(Path(config.write_blocks), members, info, config, console)
     budgets, target = parse_budgets(config.budgets), Path(config.output_dir or subject.folder / "search")
     check_target(target, config.overwrite)
     costs = members.sizes(info.num_classes, info.image_size)
@@ -109,17 +111,20 @@ def pool_of(subject: Subject, config: SearchConfig) -> Pool:
     return (Pool(**info.pool) if info.pool else config.pool or Pool()).for_images(info.image_size)
 
 
-def write_blocks(folder: Path, members: Members, info: ModelInfo, config: SearchConfig) -> None:
-    """What another device is measured with."""
+def write_blocks(folder: Path, members: Members, info: ModelInfo, config: SearchConfig, console: Console) -> None:
+    """What another device is measured with: all of it or nothing, and a second start ends what a killed one began."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--write_blocks {folder}: is there already; name a new folder")
     check_writable("--write_blocks", folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as place:  # all or nothing
-        write_folder(Path(place), members, info.num_classes, info.image_size, config.seed, Console(True).through)
-        for each in list(Path(place).iterdir()):
-            each.replace(folder / each.name)
-    Console(True).print(
+    target = Path(os.path.realpath(folder))  # no link: it is replaced
+    place = target.with_name(f".{target.name}.blocks.tmp")
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        write_folder(place, members, info.num_classes, info.image_size, config.seed, console.through)
+        place.replace(target)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    console.print(
         f"written: {folder}\nnext: copy it to the device, there pip install onnxruntime, python profile_device.py, and "
         "bring profile.json back for search.py --profile profile.json"
     )

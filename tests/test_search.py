@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ from searching.paths import complete, estimate_statistics, judge, load_supernet
 from searching.profile import Profile, read_profile
 from searching.ranking import Ranking, draw_paths, predict, rank_correlation
 from searching.scoring import batches, score_pool
-from tests.runs import ROOT, TINY_GTN, forked, here, read_json, succeeded
+from tests.runs import ROOT, TINY_GTN, Fork, forked, here, read_json, succeeded
 
 NARROW = {"stem": 8, "widths": [16, 16, 16, 32, 64, 64], "head": 128}
 FOUR = ["res3x2", "res3x4", "identity", "zero"]
@@ -179,6 +180,22 @@ def test_a_pool_that_cannot_be_exported_is_one_line_before_anything_is_measured(
         assert done.returncode == 2 and f"--pool: {message}" in done.stderr, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.rglob("*.*"))
         monkeypatch.setattr(PoolLayer, "forward", lambda self, x: torch.special.bessel_j0(before(self, x)))
+
+
+def test_blocks_that_a_kill_left_unfinished_are_no_obstacle(vanilla, tmp_path):
+    words = ["search.py", "--teacher", vanilla, *WORDS, "--write_blocks", tmp_path / "blocks"]
+    killed = Fork(*words)
+    while killed.poll() is None and not list(tmp_path.glob("**/*.onnx")):
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -9 and not (tmp_path / "blocks").exists()
+    (tmp_path / "blocks").mkdir()
+    succeeded(here(*words))
+    described = read_json(tmp_path / "blocks/blocks.json")
+    names = {*(f"{name}.onnx" for name in described["shapes"]), "blocks.json", "noise.bin", "profile_device.py"}
+    assert {path.name for path in tmp_path.glob("blocks/*")} == names and len(list(tmp_path.iterdir())) == 1
+    again = here(*words)
+    assert again.returncode == 2 and "is there already" in again.stderr
 
 
 def test_a_profile_recovers_the_overhead_and_predicts_members_that_it_was_not_fitted_on(members):
