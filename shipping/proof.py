@@ -22,22 +22,23 @@ TOLERANCE = 0.05  # of a latency that was measured before: what two measurements
 def prove(fleet: Fleet) -> dict:
     """The content of fleet.json."""
     searched, measurable = fleet.searched, of_this_device(fleet.searched.get("profile"))
-    students = {name: measure(fleet.folder / STUDENTS / name) for name in dict.fromkeys(fleet.students.values())}
+    students = {name: measure(fleet.folder / STUDENTS / name) for name in fleet.shipped}
     budgets = []
     for name, budget in fleet.budgets.items():
-        entry, student = searched["students"][name], students[fleet.students[name]]
+        entry, student = searched["students"][name], students.get(fleet.students[name])
         promised = dict(entry["costs"])
         promised |= {"ms": entry["measured_ms"]} if "measured_ms" in entry else {}
         each = {"budget": name, "limits": budget.limits, "student": fleet.students[name], "promised": promised}
         limits = {unit: limit for unit, limit in budget.limits.items() if unit != "ms" or measurable}
         each |= {"choice": entry["choice"], "why": entry["why"], "checked": limits.keys() == budget.limits.keys()}
-        budgets.append(each | {"over": excess(limits, student)})
+        budgets.append(each | {"over": excess(limits, student) if student else []})
     teacher = {"path": fleet.teacher, "model": fleet.info.name, "sha256": fleet.info.sha256}
     teacher["top1"] = accuracy(Path(fleet.teacher))
-    names = list(students)
+    names = list(dict.fromkeys(fleet.students.values()))
     commands = [fleet.search_command, fleet.distill_command(names), *map(fleet.export_command, names)]
     found = {"command": join(["python", *sys.argv]), "teacher": teacher, "dataset": fleet.info.dataset}
     found |= {"seed": fleet.config.seed, "method": fleet.config.method, "budgets": budgets, "students": students}
+    found["failed"] = fleet.failed
     found |= {"ranked_by": searched["ranked_by"], "commands": [join(["python", *words]) for words in commands]}
     name, version = device.here()
     found |= {"measured_on": name, "onnxruntime": version, **machine()}

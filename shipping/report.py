@@ -25,7 +25,10 @@ def rows(found: dict) -> list[list[str]]:
     """The cells of COLUMNS for each budget and file."""
     cells = []
     for each in found["budgets"]:
-        student, promised = found["students"][each["student"]], each["promised"].get("ms")
+        student, promised = found["students"].get(each["student"]), each["promised"].get("ms")
+        if student is None:
+            cells.append([each["budget"], each["student"], *[""] * (len(COLUMNS) - 3), "failed"])
+            continue
         for name, file in student["files"].items():
             cells.append([each["budget"], each["student"], "" if promised is None else f"{promised:.3f}"])
             cells[-1] += [f"{file['ms']:.3f}", f"{student['params']:,}", f"{student['macs'] / 1e6:,.2f}", name]
@@ -40,6 +43,11 @@ def within(budget: dict) -> str:
     return "yes" if budget["checked"] else "not checked"
 
 
+def exceeded(found: dict) -> list[str]:
+    """What is over its budget, in words."""
+    return [f"{each['budget']}: {why}" for each in found["budgets"] for why in each["over"]]
+
+
 def page(found: dict, plot: bytes) -> str:
     """report.html.
 
@@ -49,7 +57,6 @@ def page(found: dict, plot: bytes) -> str:
     """
     image = f'<img alt="Pareto fronts" src="data:image/png;base64,{base64.b64encode(plot).decode()}" width="960">'
     caption = "All members of the pool by what they cost and their predicted score; the chosen ones by budget."
-    over = [f"{each['budget']}: {why}" for each in found["budgets"] for why in each["over"]]
     sections = [
         {"title": "Students", "columns": COLUMNS, "rows": rows(found)},
         {"title": "Why these", "points": [f"{each['budget']}: {each['why']}" for each in found["budgets"]]},
@@ -62,8 +69,12 @@ def page(found: dict, plot: bytes) -> str:
     verdict = "Every student keeps to its budget as measured."
     if unchecked := [each["budget"] for each in found["budgets"] if not each["checked"]]:
         verdict = f"Latencies of another device could not be checked here: {', '.join(unchecked)}."
-    if over:
+    if over := exceeded(found):
         verdict = f"Not within the budget: {'; '.join(over)}."
+    if found["failed"]:
+        verdict = (
+            f"Failed: {'; '.join(f'{name} ({why})' for name, why in found['failed'].items())}. Of the rest: {verdict}"
+        )
     return render("A fleet of students", question, verdict, sections)
 
 
@@ -85,7 +96,7 @@ def show(folder: Path, found: dict) -> None:
         console.cells({column: cell.rjust(width) for column, cell, width in named})
     for doubt in found["doubts"]:
         console.print(f"to doubt: {doubt}")
-    first = found["budgets"][0]["student"]
+    first = next(iter(found["students"]))
     student = folder / STUDENTS / first
     console.print(f"written: {folder / RESULT}, {folder / PAGE}, and the files in {folder / STUDENTS}/NAME/export")
     console.print(

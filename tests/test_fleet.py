@@ -7,6 +7,8 @@ import sys
 
 import onnxruntime
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from engine.distributed import RunError
 from models import load_pretrained
@@ -163,9 +165,9 @@ def test_a_student_that_is_not_shipped_keeps_no_other_from_it(whole, command, tm
 
     monkeypatch.setitem(fleet.MAINS, "export.py", fail)
     done = here(*command, folder)
-    message = f"500params: model.int8.onnx is not shipped; python export.py {folder}/students/NAME takes other options"
+    message = f"500params: model.int8.onnx is not shipped; python distill.py --output_dir {folder}/students/NAME"
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
-    assert (folder / "students/100ms/export/export.json").is_file()
+    assert list(read_json(folder / "fleet.json")["students"]) == ["100ms"]
     monkeypatch.undo()
     by_hand = ["export.py", folder / "students/500params", "--formats", "onnx", "pt2"]
     succeeded(forked(*by_hand))
@@ -174,6 +176,42 @@ def test_a_student_that_is_not_shipped_keeps_no_other_from_it(whole, command, tm
     succeeded(forked(*by_hand, "--overwrite", "--with_preprocessing"))
     done = here(*command, folder)
     assert done.returncode == 2 and "500params/export: was made --with_preprocessing" in done.stderr
+
+
+def test_a_student_that_diverges_keeps_no_other_from_being_shipped(whole, teacher, tmp_path):
+    """It starts from weights that are no numbers."""
+    folder, weights = tmp_path / "f", tmp_path / "weights"
+    tensors = load_file(whole[0] / "students/500params/model.safetensors")
+    weights.mkdir()
+    shutil.copy(whole[0] / "students/100ms/model.safetensors", weights / "100kparams.safetensors")
+    save_file(tensors | {"fc.weight": tensors["fc.weight"] * torch.nan}, weights / "500params.safetensors")
+    words = [
+        "fleet.py",
+        "--teacher",
+        teacher,
+        "--budgets",
+        "500params",
+        "100kparams",
+        "--rank",
+        "macs",
+        "--epochs",
+        "1",
+    ]
+    words += ["--batch_size", "128", "--weights", weights, "--output_dir", folder]
+    times = []
+    for _ in range(2):
+        done = forked(*words)
+        assert done.returncode == 1 and "500params: was not distilled; python distill.py --output" in done.stderr
+        assert done.stderr.count("\n") == 1
+        found = read_json(folder / "fleet.json")
+        assert list(found["students"]) == ["100kparams"] and list(found["failed"]) == ["500params"]
+        assert "model.onnx" in found["students"]["100kparams"]["files"] and "failed" in done.stdout
+        assert "Failed: 500params (was not distilled)" in (folder / "report.html").read_text()
+        times.append({path: path.stat().st_mtime_ns for path in folder.glob("students/100kparams/**/*.*")})
+    assert times[0] == times[1]
+    save_file(tensors, weights / "500params.safetensors")
+    succeeded(forked(*words))
+    assert list(read_json(folder / "fleet.json")["students"]) == ["500params", "100kparams"]
 
 
 def test_a_limit_is_one_of_every_file():
