@@ -9,6 +9,7 @@ there is not repeated.
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -82,15 +83,33 @@ def predicted(
 
 def train(members: Members, member: int, seed: int, teacher: str, options: argparse.Namespace) -> float:
     """The top-1 of a member that is distilled from the teacher; `options`: epochs, batch_size, runs, further."""
-    folder = Path(options.runs) / f"seed{seed}-{member}"
+    folder = run_folder(members, member, seed, teacher, options)
     if not (folder / "summary.json").is_file():
         spec = folder.with_name(f"{folder.name}.json")
         write_atomically(spec, json.dumps(members.pool.spec(members.choice(member))) + "\n")
-        words = ["--teacher", teacher, "--student", spec, "--epochs", options.epochs, "--output_dir", folder]
-        words += ["--batch_size", options.batch_size, "--seed", seed, "--overwrite", *options.further]
-        command = [sys.executable, "distill.py", *map(str, words)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        words = ["--teacher", teacher, "--student", spec, "--output_dir", folder, "--overwrite", *given(seed, options)]
+        subprocess.run([sys.executable, "distill.py", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
     return json.loads((folder / "summary.json").read_text())["top1"]
+
+
+def given(seed: int, options: argparse.Namespace) -> list[str]:
+    """The options of distill.py that all members have in common, but for the teacher."""
+    words = ["--epochs", options.epochs, "--batch_size", options.batch_size, "--seed", seed, *options.further]
+    return list(map(str, words))
+
+
+def run_folder(members: Members, member: int, seed: int, teacher: str, options: argparse.Namespace) -> Path:
+    """Where the run of a member is; its name has a hash of all that it depends on, so that no other is taken for it."""
+    parts = [json.dumps(members.pool.spec(members.choice(member))), *map(content, [teacher, *given(seed, options)])]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return Path(options.runs) / f"seed{seed}-{member}-{key}"
+
+
+def content(word: str) -> str:
+    """A word of a command; a run folder or a file (FILE, or FILE:NAME) as what it holds."""
+    name, _, rest = word.partition(":")
+    path = Path(name, "model.json") if Path(name).is_dir() else Path(name)  # which holds the hash of the weights
+    return hashlib.sha256(path.read_bytes()).hexdigest() + rest if path.is_file() else word
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """search.py: sums are members' true costs, a profile predicts latencies it has not seen, scores need their statistics,
 and what is chosen keeps to its budget."""
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -612,25 +614,47 @@ class Started:
         return succeeded(forked(*command[1:]))
 
 
+def kendall(ours: list[float], theirs: list[float]) -> float:
+    """Tau-b by its definition: pairs in the same order less those in the other, over those that are no ties."""
+    pairs = [(a, b) for a in range(len(ours)) for b in range(a)]
+    one, other = ([np.sign(values[a] - values[b]) for a, b in pairs] for values in (ours, theirs))
+    return np.dot(one, other) / np.sqrt(np.abs(one).sum() * np.abs(other).sum())
+
+
 def test_the_ranking_benchmark_trains_members_and_gives_tau(generic, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(subprocess, "run", Started())
-    words = ["--teacher", str(generic), "--members", "3", "--epochs", "1", "--batch_size", "128", "--paths", "12"]
+    monkeypatch.setattr(subprocess, "run", started := Started())
+    words = ["--teacher", str(generic), "--members", "4", "--epochs", "1", "--batch_size", "64", "--paths", "12"]
     words += ["--first_steps", "2", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "ranking.json")]
     monkeypatch.setattr(sys, "argv", ["benchmarks/ranking.py", *words])
     ranking_benchmark.main()
     found = read_json(tmp_path / "ranking.json")
     for name in ("predicted", "path", "params", "macs"):
-        pairs = [(a, b) for a in range(3) for b in range(a)]
-        signs = [
-            np.sign(found[name][a] - found[name][b]) * np.sign(found["top1"][a] - found["top1"][b]) for a, b in pairs
-        ]
-        ties = len({*found[name]}) < 3 or len({*found["top1"]}) < 3
-        assert ties or found["tau"][name] == pytest.approx(sum(signs) / 3)
+        assert found["tau"][name] == pytest.approx(kendall(found[name], found["top1"]))
+    assert len({*found["top1"]}) > 1 and len({*found["predicted"]}) > 1
     summaries = [read_json(path)["top1"] for path in tmp_path.glob("runs/*/summary.json")]
-    assert sorted(summaries) == sorted(found["top1"]) and len(summaries) == 3
+    assert sorted(summaries) == sorted(found["top1"]) and len(summaries) == 4
     assert ("search.py --rank macs" in capsys.readouterr().out) == (
         not found["tau"]["predicted"] > found["tau"]["macs"]
     )
+    ranking_benchmark.main()  # nothing is left to train
+    assert started.scripts == 4 and read_json(tmp_path / "ranking.json")["top1"] == found["top1"]
+
+
+def test_a_benchmarks_run_is_taken_for_no_other(generic, members, tmp_path):
+    (recipe := tmp_path / "recipe.yaml").write_text("lr: 0.1\n")
+    options = {"epochs": 1, "batch_size": 64, "further": ["--config", str(recipe)], "runs": str(tmp_path)}
+
+    def place(member=5, seed=0, teacher=generic, **changed) -> Path:
+        namespace = argparse.Namespace(**options | changed)
+        return ranking_benchmark.run_folder(members, member, seed, str(teacher), namespace)
+
+    shutil.copytree(generic, tmp_path / "copy")
+    assert place(teacher=tmp_path / "copy") == place() and place().parent == tmp_path
+    (tmp_path / "copy/model.json").write_text("{}")
+    more = [place(teacher=tmp_path / "copy"), place(6), place(seed=1), place(epochs=2), place(batch_size=32)]
+    more += [place(), place(further=[]), place(further=["--lr", "0.1"])]
+    recipe.write_text("lr: 0.2\n")
+    assert len({*more, place()}) == len(more) + 1
 
 
 def network(choice: list[str]) -> tuple[list[str], list[str]]:
@@ -647,18 +671,20 @@ def test_the_benchmark_of_chosen_members_holds_them_against_others_of_their_cost
     succeeded(here("search.py", *words, "--profile", tmp_path / "p.json", "--output_dir", tmp_path / "s"))
     students = read_json(tmp_path / "s/search.json")["students"]
     top1 = np.random.default_rng(0).uniform(50, 60, (len(members), 3))
+    options = {"epochs": 1, "batch_size": 128, "further": ["--train_fraction", "0.3"], "runs": str(tmp_path / "runs")}
+    place = partial(ranking_benchmark.run_folder, teacher=str(generic), options=argparse.Namespace(**options))
     chosen = [members.number(entry["choice"]) for entry in students.values()]
-    for member, place in np.ndindex(top1.shape):  # all runs are there, but one that is made
-        (run := tmp_path / f"runs/seed{place + 3}-{member}").mkdir(parents=True)
-        if (member, place) != (chosen[0], 2):
-            (run / "summary.json").write_text(json.dumps({"top1": top1[member, place]}))
+    for member, seed in np.ndindex(top1.shape):  # all runs are there, but one that is made
+        (run := place(members, member, seed + 3)).mkdir(parents=True)
+        if (member, seed) != (chosen[0], 2):
+            (run / "summary.json").write_text(json.dumps({"top1": top1[member, seed]}))
     words = ["--search", str(tmp_path / "s"), "--profile", str(tmp_path / "p.json"), "--runs", str(tmp_path / "runs")]
     more = ["--random", "3", "--tolerance", "0.1", "--seeds", "3", "4", "5", "--epochs", "1", "--batch_size", "128"]
     more += ["--output", str(tmp_path / "chosen.json"), "--", "--train_fraction", "0.3"]
     monkeypatch.setattr(sys, "argv", ["benchmarks/chosen.py", *words, *more])
     monkeypatch.setattr(subprocess, "run", started := Started())
     chosen_benchmark.main()
-    config = yaml.safe_load((run := tmp_path / f"runs/seed5-{chosen[0]}" / "config.yaml").read_text())
+    config = yaml.safe_load((run := place(members, chosen[0], 5) / "config.yaml").read_text())
     assert (config["teacher"], config["train_fraction"], config["seed"]) == ([str(generic)], 0.3, 5)
     top1[chosen[0], 2] = read_json(run.with_name("summary.json"))["top1"]
     found, every = read_json(tmp_path / "chosen.json"), []
