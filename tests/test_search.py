@@ -4,6 +4,7 @@ and what is chosen keeps to its budget."""
 import argparse
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -224,6 +225,40 @@ def test_this_device_is_profiled_without_our_code_and_the_sum_ranks_whole_member
         line.split()[1] for line in (ROOT / "searching/device.py").read_text().splitlines() if line[:7] == "import "
     }
     assert imported - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
+
+
+GRAVITON = """processor	: 0
+BogoMIPS	: 243.75
+Features	: fp asimd evtstrm
+CPU implementer	: 0x41
+CPU architecture: 8
+CPU variant	: 0x3
+CPU part	: 0xd0c
+CPU revision	: 1
+"""
+
+
+def test_processors_without_a_name_are_told_apart(monkeypatch):
+    """Texts of /proc/cpuinfo: of ARM servers, of a board and of a PC."""
+
+    def name(text: str, node: str = "a") -> str:
+        monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
+        monkeypatch.setattr(platform, "node", lambda: node)
+        monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+        return device.device_name()
+
+    assert name(GRAVITON).startswith("aarch64, implementer 0x41, part 0xd0c, variant 0x3, computer ")
+    cores = GRAVITON + GRAVITON.replace("0xd0c", "0xd05")
+    changed = [
+        GRAVITON.replace("0xd0c", "0xd40"),
+        GRAVITON.replace("0x3", "0x1"),
+        GRAVITON.replace("0x41", "0x61"),
+        cores,
+    ]
+    assert len({name(GRAVITON), name(GRAVITON, "b"), *map(name, changed)}) == 6 and "0xd0c/0xd05" in name(cores)
+    assert name(GRAVITON) == name(GRAVITON)
+    assert name(GRAVITON + "Model\t\t: Raspberry Pi 4 Model B\n") == "Raspberry Pi 4 Model B"
+    assert name("model\t: 1\nmodel name\t: AMD EPYC\n" * 2) == name("model name\t: AMD EPYC\n", "b") == "AMD EPYC"
 
 
 @pytest.mark.parametrize(
