@@ -31,7 +31,7 @@ def prove(fleet: Fleet) -> dict:
         each = {"budget": name, "limits": budget.limits, "student": fleet.students[name], "promised": promised}
         limits = {unit: limit for unit, limit in budget.limits.items() if unit != "ms" or measurable}
         each |= {"choice": entry["choice"], "why": entry["why"], "checked": limits.keys() == budget.limits.keys()}
-        budgets.append(each | {"over": excess(limits, student) if student else []})
+        budgets.append(each | {"over": excess(limits, student) if student else {}})
     teacher = {"path": fleet.teacher, "model": fleet.info.name, "sha256": fleet.info.sha256}
     teacher["top1"] = accuracy(Path(fleet.teacher))
     names = list(dict.fromkeys(fleet.students.values()))
@@ -73,20 +73,20 @@ def measure(folder: Path) -> dict:
     return found
 
 
-def excess(limits: dict[str, float], student: dict) -> list[str]:
-    """Where a student, or a file of it, costs more than the limits, in words: nothing of it where it keeps to them."""
-    found = [
+def excess(limits: dict[str, float], student: dict) -> dict[str, list[str]]:
+    """By file: where it, or the student, costs more than the limits, in words; without the files that keep to them."""
+    sizes = [
         f"takes {in_words(unit, student[unit])}, more than {in_words(unit, limit)}"
         for unit, limit in limits.items()
         if unit != "ms" and student[unit] > limit
     ]
-    if limit := limits.get("ms"):
-        found += [
-            f"{name} takes {in_words('ms', each['ms'])}, more than {in_words('ms', limit)} + {TOLERANCE:.0%}"
-            for name, each in student["files"].items()
-            if each["ms"] > (1 + TOLERANCE) * limit
-        ]
-    return found
+    found = {}
+    for name, each in student["files"].items():
+        found[name] = list(sizes)
+        if (limit := limits.get("ms")) and each["ms"] > (1 + TOLERANCE) * limit:
+            most = f"{in_words('ms', limit)} + {TOLERANCE:.0%}"
+            found[name].append(f"{name} takes {in_words('ms', each['ms'])}, more than {most}")
+    return {name: why for name, why in found.items() if why}
 
 
 def accuracy(folder: Path) -> float | None:

@@ -32,20 +32,21 @@ def rows(found: dict) -> list[list[str]]:
         for name, file in student["files"].items():
             cells.append([each["budget"], each["student"], "" if promised is None else f"{promised:.3f}"])
             cells[-1] += [f"{file['ms']:.3f}", f"{student['params']:,}", f"{student['macs'] / 1e6:,.2f}", name]
-            cells[-1] += [f"{file['top1']:.2f}", f"{file['drop']:.2f}", within(each)]
+            cells[-1] += [f"{file['top1']:.2f}", f"{file['drop']:.2f}", within(each, name)]
     return cells
 
 
-def within(budget: dict) -> str:
-    """Whether a student keeps to its budget, as far as that could be measured here."""
-    if budget["over"]:
+def within(budget: dict, file: str) -> str:
+    """Whether a file of a student keeps to its budget, as far as that could be measured here."""
+    if file in budget["over"]:
         return "no"
     return "yes" if budget["checked"] else "not checked"
 
 
 def exceeded(found: dict) -> list[str]:
-    """What is over its budget, in words."""
-    return [f"{each['budget']}: {why}" for each in found["budgets"] for why in each["over"]]
+    """What is over its budget, in words; a student's size once, not for each file."""
+    said = [f"{each['budget']}: {why}" for each in found["budgets"] for file in each["over"].values() for why in file]
+    return list(dict.fromkeys(said))
 
 
 def page(found: dict, plot: bytes) -> str:

@@ -18,6 +18,7 @@ from searching import device
 from searching.members import Members
 from shipping import fleet
 from shipping.proof import excess
+from shipping.report import exceeded, within
 from tests.runs import TINY_GTN, forked, forked_signalled, here, read_json, read_rows, succeeded
 from tests.test_search import made_up
 
@@ -76,7 +77,7 @@ def test_each_budget_gets_files_that_keep_to_it(whole, teacher):
     for name, each in by_budget.items():
         student = found["students"][each["student"]]
         network = load_pretrained(folder / "students" / each["student"])
-        assert each["choice"] == searched["students"][name]["choice"] and each["over"] == []
+        assert each["choice"] == searched["students"][name]["choice"] and each["over"] == {}
         assert student["params"] == count_parameters(network) == each["promised"]["params"]
         assert student["macs"] == each["promised"]["macs"] and student["params"] <= each["limits"].get("params", 1e9)
         exported = read_json(folder / "students" / each["student"] / "export/export.json")["files"]
@@ -216,11 +217,16 @@ def test_a_student_that_diverges_keeps_no_other_from_being_shipped(whole, teache
 
 def test_a_limit_is_one_of_every_file():
     student = {"params": 300, "macs": 2e6, "files": {"a": {"ms": 1.0}, "b": {"ms": 1.06}}}
-    assert excess({"params": 300, "macs": 2e6, "ms": 1.06}, student) == []
-    assert excess({"ms": 1.02}, student) == []
-    assert excess({"ms": 1.0}, student) == ["b takes 1.06 ms, more than 1 ms + 5%"]
-    assert excess({"params": 299, "ms": 2.0}, student) == ["takes 300 parameters, more than 299 parameters"]
-    assert excess({"macs": 1e6}, student) == ["takes 2.00 million MACs, more than 1.00 million MACs"]
+    assert excess({"params": 300, "macs": 2e6, "ms": 1.06}, student) == {}
+    assert excess({"ms": 1.02}, student) == {}
+    found = {"budget": "1ms", "checked": True, "over": excess({"ms": 1.0}, student)}
+    assert found["over"] == {"b": ["b takes 1.06 ms, more than 1 ms + 5%"]}
+    assert [within(found, name) for name in "ab"] == ["yes", "no"]
+    found["over"] = excess({"params": 299, "ms": 2.0}, student)
+    assert [within(found, name) for name in "ab"] == ["no", "no"]
+    assert exceeded({"budgets": [found]}) == ["1ms: takes 300 parameters, more than 299 parameters"]
+    takes = ["takes 2.00 million MACs, more than 1.00 million MACs"]
+    assert excess({"macs": 1e6}, student) == {"a": takes, "b": takes}
 
 
 @pytest.mark.parametrize(
