@@ -89,6 +89,11 @@ def main() -> None:
         profile = find_profile(target, members, info, config)
         costs["ms"] = profile.latency()
         console.print("\n".join(profile.lines()))
+        if not measured_here(profile):
+            console.print(
+                f"latencies: not of this device ({', ONNX Runtime '.join(device.here())}): no finalist is measured "
+                "whole here; leave budgets in ms some room"
+            )
     for budget in budgets:  # before what takes long
         check_possible(budget, members, costs)
     ranking, paths = rank(members, costs, subject, config, console)

@@ -478,6 +478,7 @@ def test_a_gtn_teacher_is_searched_by_its_supernet(generic, tmp_path):
         done = here("search.py", *words, "--output_dir", tmp_path / name)
         assert done.returncode == 0, done.stderr
         outputs.append(read_json(tmp_path / name / "search.json"))
+    assert f"latencies: not of this device ({device.here()[0]}, ONNX" in done.stdout
     assert "no branch has the stem and the first 1 layer(s)" in done.stdout and "held none out" not in done.stdout
     (first, second), paths = outputs, {"spec": "", "weights": ""}
     assert first["fronts"] == second["fronts"] and first["ranked_by"] == "the supernet's top-1"
@@ -532,8 +533,8 @@ def test_any_teacher_is_searched_by_macs_and_measured_here(vanilla, tmp_path, mo
     trusted = json.dumps(noisy | {name: made_up(Members(POOL), (0, 0))[name] for name in ("ms", "passes", "members")})
     (tmp_path / "s/profile.json").write_text(trusted)
     monkeypatch.setattr("search.write_folder", None)  # what was measured is used again
-    succeeded(here("search.py", *words, "--output_dir", tmp_path / "s", "--overwrite"))
-    assert (tmp_path / "s/profile.json").read_text() == trusted
+    done = succeeded(here("search.py", *words, "--output_dir", tmp_path / "s", "--overwrite"))
+    assert (tmp_path / "s/profile.json").read_text() == trusted and "not of this device" not in done.stdout
 
 
 def test_a_search_that_is_killed_while_it_replaces_another_leaves_nothing_untrue(vanilla, tmp_path, monkeypatch):
