@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
 
@@ -37,6 +37,7 @@ from searching.paths import FILE as SUPERNET
 from searching.profile import Profile, read_profile
 from searching.ranking import Ranking, by_macs
 from searching.scoring import Paths, score_pool
+from searching.trained import Trained, judge_ranking, read_trained
 
 RESULT, PROFILE, PLOT = "search.json", "profile.json", "pareto.png"
 
@@ -96,7 +97,7 @@ def main() -> None:
             )
     for budget in budgets:  # before what takes long
         check_possible(budget, members, costs)
-    ranking, paths = rank(members, costs, subject, config, console)
+    ranking, paths, trained = rank(members, costs, subject, config, console)
     stopwatch = Stopwatch(members, info) if profile and measured_here(profile) else None
     score = paths.score if ranking.measured else None
     every = Field(members, costs, ranking, config.finalists, score, stopwatch)
@@ -104,7 +105,8 @@ def main() -> None:
     others = other_students(info, stopwatch)
     remove_earlier(target)
     write_students(target, chosen, members, paths)
-    write(target, chosen, every, others, {"profile": profile and profile.summary()}, config)
+    found = {"profile": profile and profile.summary(), "trained": trained and asdict(trained)}
+    write(target, chosen, every, others, found, config)
     show(chosen, target, config, console)
 
 
@@ -207,19 +209,30 @@ class Stopwatch:
 
 def rank(
     members: Members, costs: dict, subject: Subject, config: SearchConfig, console: Console
-) -> tuple[Ranking, Paths | None]:
-    """The ranking of all members and, where a supernet was looked at, their paths."""
-    kept, macs, paths = (subject.folder / SUPERNET).is_file(), costs["macs"], None
+) -> tuple[Ranking, Paths | None, Trained | None]:
+    """The ranking of all members; where a supernet was looked at, their paths, and what trained members say of it."""
+    kept, macs = (subject.folder / SUPERNET).is_file(), costs["macs"]
     if config.rank == "supernet" and not kept:
         raise UserError(f"--rank supernet: {subject.folder} holds no {SUPERNET}; train_teacher.py --save_supernet")
-    why = "as --rank says" if config.rank == "macs" else f"as {subject.folder} holds no {SUPERNET}"
-    if kept and config.rank != "macs":
-        ranking, paths = score_pool(members, macs, subject, config, console.through, console.print)
-        if config.rank == "supernet" or ranking.beats_macs:
-            return ranking, paths
-        why = "as the supernet's scores are predicted no better than by them (--rank supernet takes these all the same)"
-    console.print(f"scores: by multiply-accumulates, {why}: the more the better")
-    return by_macs(macs), paths
+    if config.rank == "macs" or not kept:
+        why = "as --rank says" if config.rank == "macs" else f"as {subject.folder} holds no {SUPERNET}"
+        console.print(f"scores: by multiply-accumulates, {why}: the more the better")
+        return by_macs(macs), None, None
+    trained = read_trained(subject.folder, subject.info.sha256)
+    ranking, paths = score_pool(members, macs, subject, config, console.through, console.print)
+    if config.rank == "supernet":
+        return ranking, paths, trained
+    by_scores, why = judge_ranking(ranking, trained)
+    if by_scores:
+        console.print(f"scores: by the supernet, {why}")
+    else:
+        console.print(f"scores: by multiply-accumulates, {why} (--rank supernet takes the scores all the same)")
+    if trained is None:
+        console.print(
+            "scores: no member of this teacher's pool has been trained to check the ranking: "
+            f"python -m benchmarks.ranking --teacher {quote(config.teacher)}"
+        )
+    return (ranking if by_scores else by_macs(macs)), paths, trained
 
 
 def other_students(info: ModelInfo, stopwatch: Stopwatch | None) -> dict[str, dict[str, float]]:

@@ -13,6 +13,7 @@ from models import load_pretrained
 from models.network import cost
 from searching import device
 from searching.budget import in_words
+from searching.trained import Trained
 from shipping.fleet import Fleet
 from shipping.folder import STUDENTS, read_record
 
@@ -105,11 +106,14 @@ def doubts(fleet: Fleet, measurable: bool) -> list[str]:
         found.append("The profile does not predict whole members well: a faster or better one may have been missed.")
     if not measurable:
         found.append(f"Members were chosen by latencies of {profile['device']}; here no budget in ms could be checked.")
+    trained = Trained(**known).in_words() if (known := fleet.searched.get("trained")) else None
     if fleet.searched["scored_paths"] == 0:
-        found.append("Members were ranked by multiply-accumulates: nothing was looked at of what they can learn.")
+        why = trained or "nothing was looked at of what they can learn"
+        found.append(f"Members were ranked by multiply-accumulates: {why}.")
     else:
         known = "" if spearman is None else f"; Spearman's correlation on paths not seen was {spearman:.2f}"
-        found.append(f"Members were ranked by scores of the supernet, not by training them{known}.")
+        why = trained or "no member was trained to check that"
+        found.append(f"Members were ranked by scores of the supernet{known}; {why}.")
     if fleet.searched["scored_paths"] and not fleet.held_out:
         found.append("These scores are on images that the teacher was trained on: it held none out.")
     if len({*fleet.students.values()}) < len(fleet.budgets):

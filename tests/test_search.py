@@ -42,7 +42,7 @@ from searching.members import Members, block_name, blocks
 from searching.pareto import front
 from searching.paths import complete, estimate_statistics, judge, load_supernet
 from searching.profile import Profile, read_profile
-from searching.ranking import Ranking, draw_paths, predict, rank_correlation
+from searching.ranking import Ranking, by_chance, draw_paths, predict, rank_correlation
 from searching.scoring import batches, score_pool
 from tests.runs import ROOT, TINY_GTN, Fork, forked, here, read_json, succeeded
 
@@ -497,15 +497,59 @@ def test_a_gtn_teacher_is_searched_by_its_supernet(generic, tmp_path):
     assert not list(tmp_path.glob("a/students/*.safetensors"))  # by now they would be other members'
 
 
-@pytest.mark.parametrize("spearman", [1.0, -1.0, None])
-def test_a_supernet_that_is_predicted_no_better_than_by_macs_is_left(spearman, generic, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("spearman", "chance", "tau", "ranked_by", "said"),
+    [
+        (
+            1.0,
+            0.0,
+            None,
+            "supernet",
+            "scores: by the supernet, as they are above chance, and predicted better than by mu",
+        ),
+        (-1.0, 0.0, None, "macs", "scores: by multiply-accumulates, as the supernet's scores are predicted no better"),
+        (None, 0.0, None, "macs", "scores: by multiply-accumulates, as the supernet's scores are predicted no better"),
+        (1.0, None, None, "macs", "scores: by multiply-accumulates, as half the paths have no more than "),
+        (-1.0, None, (0.5, 0.4), "supernet", "is 0.50 of predicted scores, 0.40 of multiply-accumulates"),
+        (1.0, 0.0, (0.4, 0.4), "macs", "is 0.40 of predicted scores, 0.40 of multiply-accumulates"),
+    ],
+)
+def test_members_are_ranked_by_scores_where_trained_members_say_so(
+    spearman, chance, tau, ranked_by, said, generic, tmp_path, monkeypatch
+):
+    """Where none were trained: where scores are above chance, which they are not here, and beat MACs as predictors."""
     monkeypatch.setattr("searching.scoring.predict", lambda members, *_: (np.zeros(len(members)), spearman))
-    words = ["--teacher", generic, "--budgets", "3kparams", "--paths", "4", "--images", "50", "--first_steps", "1"]
+    if chance is not None:
+        monkeypatch.setattr("searching.scoring.by_chance", lambda labels: chance)
+    teacher, sha256 = shutil.copytree(generic, tmp_path / "t"), read_json(generic / "model.json")["sha256"]
+    record = {"teacher": sha256 if tau else "of other weights", "members": 16, "epochs": 3}
+    record |= {"tau": dict(zip(("predicted", "macs"), tau or (1.0, 0.0), strict=True))}
+    (teacher / "ranking.json").write_text(json.dumps(record))
+    words = ["--teacher", teacher, "--budgets", "3kparams", "--paths", "4", "--images", "50", "--first_steps", "1"]
     done = succeeded(here("search.py", *words, "--output_dir", tmp_path / "s"))
     found = read_json(tmp_path / "s/search.json")
-    left = spearman != 1.0
-    assert found["ranked_by"] == ("multiply-accumulates" if left else "the supernet's top-1")
-    assert ("scores: by multiply-accumulates, as the supernet's scores are predicted no better" in done.stdout) == left
+    assert found["ranked_by"] == {"supernet": "the supernet's top-1", "macs": "multiply-accumulates"}[ranked_by]
+    assert said in done.stdout and ("scores: by the supernet" in done.stdout) == (ranked_by == "supernet")
+    command = f"has been trained to check the ranking: python -m benchmarks.ranking --teacher {teacher}\n"
+    assert (command in done.stdout) == (tau is None) == (found["trained"] is None)
+
+
+def test_a_record_of_trained_members_that_is_none_is_one_line(generic, tmp_path):
+    teacher = shutil.copytree(generic, tmp_path / "t")
+    for text in ("[]", "{", "{}", '{"teacher": "x", "members": 3, "epochs": 1, "tau": {"predicted": 1, "macs": "x"}}'):
+        (teacher / "ranking.json").write_text(text)
+        done = here("search.py", "--teacher", teacher, "--budgets", "3kparams", "--output_dir", tmp_path / "s")
+        assert done.returncode == 2 and f"--teacher {teacher}/ranking.json: " in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_guessing_seldom_has_more_than_what_is_called_chance():
+    random = np.random.default_rng(0)
+    for weights in ([0.1] * 10, [0.6, 0.2, 0.2]):
+        labels = random.choice(len(weights), 500, p=weights)
+        most = np.bincount(labels).argmax()
+        guessed = 100 * (random.choice(labels, (20_000, 500)) == most).mean(axis=1)
+        assert 0.005 < (guessed > by_chance(labels)).mean() < 0.012
 
 
 def test_macs_are_held_against_the_scores_of_their_own_paths(members):
@@ -659,7 +703,8 @@ def kendall(ours: list[float], theirs: list[float]) -> float:
 
 def test_the_ranking_benchmark_trains_members_and_gives_tau(generic, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", started := Started())
-    words = ["--teacher", str(generic), "--members", "4", "--epochs", "1", "--batch_size", "64", "--paths", "12"]
+    teacher = shutil.copytree(generic, tmp_path / "t")
+    words = ["--teacher", str(teacher), "--members", "4", "--epochs", "1", "--batch_size", "64", "--paths", "12"]
     words += ["--first_steps", "2", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "ranking.json")]
     monkeypatch.setattr(sys, "argv", ["benchmarks/ranking.py", *words])
     ranking_benchmark.main()
@@ -669,9 +714,13 @@ def test_the_ranking_benchmark_trains_members_and_gives_tau(generic, tmp_path, m
     assert len({*found["top1"]}) > 1 and len({*found["predicted"]}) > 1
     summaries = [read_json(path)["top1"] for path in tmp_path.glob("runs/*/summary.json")]
     assert sorted(summaries) == sorted(found["top1"]) and len(summaries) == 4
-    assert ("search.py --rank macs" in capsys.readouterr().out) == (
-        not found["tau"]["predicted"] > found["tau"]["macs"]
-    )
+    scores = found["tau"]["predicted"] > found["tau"]["macs"]
+    ranked = f"ranks this teacher's members by {'the supernet' if scores else 'multiply-acc'}"
+    assert ranked in capsys.readouterr().out and read_json(teacher / "ranking.json") == found
+    words = ["--teacher", teacher, "--budgets", "3kparams", "--paths", "4", "--images", "50", "--first_steps", "1"]
+    succeeded(here("search.py", *words, "--output_dir", tmp_path / "s"))
+    taus = {name: found["tau"][name] for name in ("predicted", "macs")}
+    assert read_json(tmp_path / "s/search.json")["trained"] == {"members": 4, "epochs": 1} | taus
     ranking_benchmark.main()  # nothing is left to train
     assert started.scripts == 4 and read_json(tmp_path / "ranking.json")["top1"] == found["top1"]
 
