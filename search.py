@@ -32,7 +32,7 @@ from searching.budget import check_possible, is_name, parse_budgets
 from searching.choice import Field, choose
 from searching.members import Members
 from searching.options import SearchOptions
-from searching.pareto import front, plot
+from searching.pareto import MOST, front, plot, rows
 from searching.paths import FILE as SUPERNET
 from searching.profile import Profile, read_profile
 from searching.ranking import Ranking, by_macs
@@ -106,8 +106,7 @@ def main() -> None:
     remove_earlier(target)
     write_students(target, chosen, members, paths)
     found = {"profile": profile and profile.summary(), "trained": trained and asdict(trained)}
-    write(target, chosen, every, others, found, config)
-    show(chosen, target, config, console)
+    show(write(target, chosen, every, others, found, config), target, console)
 
 
 def pool_of(subject: Subject, config: SearchConfig) -> Pool:
@@ -258,8 +257,8 @@ def write_students(target: Path, chosen: dict, members: Members, paths: Paths | 
             entry["weights"] = str(weights)
 
 
-def write(target: Path, chosen: dict, every: Field, others: dict, found: dict, config: SearchConfig) -> None:
-    """pareto.png and search.json."""
+def write(target: Path, chosen: dict, every: Field, others: dict, found: dict, config: SearchConfig) -> dict:
+    """pareto.png and search.json; the latter's content."""
     costs, ranking = every.costs, every.ranking
     fronts = {
         unit: [
@@ -274,10 +273,15 @@ def write(target: Path, chosen: dict, every: Field, others: dict, found: dict, c
     content |= {"scored_paths": ranking.measured, "spearman": ranking.spearman, **found, "students": chosen}
     content |= {"others": others, "fronts": fronts, **machine()}
     write_atomically(target / RESULT, json.dumps(content, indent=1) + "\n")
+    return content
 
 
-def show(chosen: dict, target: Path, config: SearchConfig, console: Console) -> None:
-    """A row a budget, why each was chosen, and what to do with them."""
+def show(found: dict, target: Path, console: Console) -> None:
+    """The fronts, a row a budget, why each was chosen, and what to do with them; `found` is search.json's content."""
+    chosen = found["students"]
+    console.print(f"Pareto fronts, {found['ranked_by']}: at most {MOST} members of each, evenly along it")
+    for row in rows(found["fronts"]):
+        console.cells(row)
     width = max(map(len, chosen))
     for name, entry in chosen.items():
         costs = entry["costs"]
@@ -295,7 +299,7 @@ def show(chosen: dict, target: Path, config: SearchConfig, console: Console) -> 
     also = ", with weights to start from (--weights)" if "weights" in first else ""
     console.print(f"written: {target}/{RESULT}, {target}/{PLOT} and the specs in {target}/students{also}")
     console.print(
-        f"next: python distill.py --teacher {quote(config.teacher)} --student {quote(first['spec'])} --method kd "
+        f"next: python distill.py --teacher {quote(found['teacher'])} --student {quote(first['spec'])} --method kd "
         f"--output_dir {quote(f'{target}-{next(iter(chosen))}')}"
     )
 

@@ -9,7 +9,10 @@ from common import write_atomically
 from engine.console import Console
 from reports.page import render, versions
 from search import PLOT
-from shipping.folder import PAGE, RESULT, SEARCH, STUDENTS
+from search import RESULT as RESULT_OF_SEARCH
+from searching.pareto import MOST
+from searching.pareto import rows as front_rows
+from shipping.folder import PAGE, RESULT, SEARCH, STUDENTS, read_record
 
 COLUMNS = ["budget", "student", "ms promised", "ms measured", "parameters", "million MACs", "file", "top-1, %"]
 COLUMNS += ["lost by export", "within"]
@@ -18,7 +21,8 @@ COLUMNS += ["lost by export", "within"]
 def write_report(folder: Path, found: dict) -> None:
     """Write both, from the content of fleet.json."""
     write_atomically(folder / RESULT, json.dumps(found, indent=1) + "\n")
-    write_atomically(folder / PAGE, page(found, (folder / SEARCH / PLOT).read_bytes()))
+    fronts = read_record(folder / SEARCH / RESULT_OF_SEARCH)["fronts"]
+    write_atomically(folder / PAGE, page(found, (folder / SEARCH / PLOT).read_bytes(), front_rows(fronts)))
 
 
 def rows(found: dict) -> list[list[str]]:
@@ -49,12 +53,13 @@ def exceeded(found: dict) -> list[str]:
     return list(dict.fromkeys(said))
 
 
-def page(found: dict, plot: bytes) -> str:
+def page(found: dict, plot: bytes, fronts: list[dict[str, str]]) -> str:
     """report.html.
 
     Args:
         found: the content of fleet.json.
         plot: a PNG of all members of the pool.
+        fronts: rows of the members on its Pareto fronts.
     """
     image = f'<img alt="Pareto fronts" src="data:image/png;base64,{base64.b64encode(plot).decode()}" width="960">'
     caption = "All members of the pool by what they cost and their predicted score; the chosen ones by budget."
@@ -62,6 +67,11 @@ def page(found: dict, plot: bytes) -> str:
         {"title": "Students", "columns": COLUMNS, "rows": rows(found)},
         {"title": "Why these", "points": [f"{each['budget']}: {each['why']}" for each in found["budgets"]]},
         {"title": "The pool", "figures": [{"svg": image, "caption": caption}]},
+        {
+            "title": f"Pareto fronts: at most {MOST} members of each, evenly along it",
+            "columns": list(fronts[0]),
+            "rows": [list(row.values()) for row in fronts],
+        },
         {"title": "What to doubt", "points": found["doubts"]},
     ]
     code = "\n".join([found["command"], "", "# which is", *found["commands"]])

@@ -93,6 +93,15 @@ def test_each_budget_gets_files_that_keep_to_it(whole, teacher):
     assert (
         "data:image/png;base64," in page and "500params" in page and found["commands"][1] in page.replace("&#39;", "'")
     )
+    for unit, members in searched["fronts"].items():
+        name, scale, digits = {"ms": ("ms", 1, 3), "params": ("k params", 1e3, 1), "macs": ("M MACs", 1e6, 2)}[unit]
+        for place in (0, len(members) - 1):
+            cost = f"{members[place]['costs'][unit] / scale:,.{digits}f}"
+            words = [name, f"{place + 1}/{len(members)}", cost]
+            assert any(
+                all(f" {word} " in f" {' '.join(line.split())} " for word in words) for line in said.splitlines()
+            )
+            assert all(f">{word}</td>" in page for word in words)
     assert all(doubt in said for doubt in found["doubts"]) and "share a student" in said
 
 

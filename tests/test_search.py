@@ -40,6 +40,7 @@ from searching.budget import check_possible, parse_budget, parse_budgets
 from searching.choice import Field, choose
 from searching.members import Members, block_name, blocks
 from searching.pareto import front
+from searching.pareto import rows as pareto_rows
 from searching.paths import complete, estimate_statistics, judge, load_supernet
 from searching.profile import Profile, read_profile
 from searching.ranking import Ranking, by_chance, draw_paths, predict, rank_correlation
@@ -368,6 +369,17 @@ def test_a_front_is_what_no_member_beats():
     ]
     found = front(cost, scores)
     assert {(cost[i], scores[i]) for i in found} == {(cost[i], scores[i]) for i in range(200) if not beaten[i]}
+
+
+def test_a_table_shows_a_front_evenly_with_its_ends():
+    member = {"choice": ["zero", "res3x2"], "score": 1.0}
+    long = [member | {"costs": {"params": 1000.0 * cost, "macs": 2e6, "ms": 0.5}} for cost in range(1, 101)]
+    cells = pareto_rows({"params": long, "ms": long[:3]})
+    assert [row["place"] for row in cells if row["front"] == "ms"] == ["1/3", "2/3", "3/3"]
+    places = [int(row["place"].split("/")[0]) for row in cells if row["front"] == "k params"]
+    assert (places[0], places[-1], len(places)) == (1, 100, 12) and set(np.diff(places)) == {9}
+    assert cells[1]["k params"] == f"{places[1]}.0" and cells[1]["M MACs"] == "2.00" and cells[1]["ms"] == "0.500"
+    assert all(list(row) == list(cells[0]) for row in cells) and cells[0]["layers"] == "zero res3x2"
 
 
 def test_paths_are_balanced_different_and_a_sum_over_layers_is_predicted(members):
