@@ -13,7 +13,7 @@ from losses.registry import describe_methods
 from models import describe_models
 from shipping.fleet import Fleet
 from shipping.options import FleetConfig
-from shipping.proof import prove
+from shipping.proof import measure_fleet
 from shipping.report import exceeded, show, write_report
 
 LISTINGS = {"models": describe_models, "methods": describe_methods}
@@ -26,7 +26,7 @@ def main() -> None:
     fleet.export()
     over = []
     if fleet.shipped:
-        found = prove(fleet)
+        found = measure_fleet(fleet)
         write_report(fleet.folder, found)
         show(fleet.folder, found)
         over = exceeded(found)

@@ -98,11 +98,11 @@ def main() -> None:
     for budget in budgets:  # before what takes long
         check_possible(budget, members, costs)
     ranking, paths, trained = rank(members, costs, subject, config, console)
-    stopwatch = Stopwatch(members, info) if profile and measured_here(profile) else None
+    latencies = Latencies(members, info) if profile and measured_here(profile) else None
     score = paths.score if ranking.measured else None
-    every = Field(members, costs, ranking, config.finalists, score, stopwatch)
+    every = Field(members, costs, ranking, config.finalists, score, latencies)
     chosen = {budget.name: choose(budget, every) for budget in console.through(budgets, len(budgets), "budgets")}
-    others = other_students(info, stopwatch)
+    others = other_students(info, latencies)
     remove_earlier(target)
     write_students(target, chosen, members, paths)
     found = {"profile": profile and profile.summary(), "trained": trained and asdict(trained)}
@@ -187,7 +187,7 @@ def measured_here(profile: Profile) -> bool:
     return (profile.content["device"], profile.content["onnxruntime"]) == device.here()
 
 
-class Stopwatch:
+class Latencies:
     """Milliseconds of whole members, or of other students by their spec, on this device; each is measured once."""
 
     def __init__(self, members: Members, info: ModelInfo):
@@ -234,13 +234,13 @@ def rank(
     return (ranking if by_scores else by_macs(macs)), paths, trained
 
 
-def other_students(info: ModelInfo, stopwatch: Stopwatch | None) -> dict[str, dict[str, float]]:
+def other_students(info: ModelInfo, latencies: Latencies | None) -> dict[str, dict[str, float]]:
     """What the paper's students cost: they are no members, and have no score."""
     found = {}
     for name, spec in Console(True).through(NAS_STUDENTS.items(), len(NAS_STUDENTS), "nas_s, nas_m, nas_l"):
         with torch.device("meta"):
             parameters, flops, _ = cost(PoolNet(spec, info.num_classes).eval(), info.image_size)
-        found[name] = {"params": parameters, "macs": flops / 2} | ({"ms": stopwatch.of(spec)} if stopwatch else {})
+        found[name] = {"params": parameters, "macs": flops / 2} | ({"ms": latencies.of(spec)} if latencies else {})
     return found
 
 

@@ -20,10 +20,10 @@ from shipping.folder import STUDENTS, read_record
 TOLERANCE = 0.05  # of a latency that was measured before: what two measurements may differ by
 
 
-def prove(fleet: Fleet) -> dict:
+def measure_fleet(fleet: Fleet) -> dict:
     """The content of fleet.json."""
     searched, measurable = fleet.searched, of_this_device(fleet.searched.get("profile"))
-    students = {name: measure(fleet.folder / STUDENTS / name) for name in fleet.shipped}
+    students = {name: measure_student(fleet.folder / STUDENTS / name) for name in fleet.shipped}
     budgets = []
     for name, budget in fleet.budgets.items():
         entry, student = searched["students"][name], students.get(fleet.students[name])
@@ -51,7 +51,7 @@ def of_this_device(profile: dict | None) -> bool:
     return profile is None or (profile["device"], profile["onnxruntime"]) == device.here()
 
 
-def measure(folder: Path) -> dict:
+def measure_student(folder: Path) -> dict:
     """What is known of a student: its accuracy, its size counted anew, and of each file the accuracy that it loses and
     the milliseconds of an image with one thread, measured now as search.py measures."""
     network, exported = load_pretrained(folder), read_record(folder / "export/export.json")
