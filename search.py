@@ -87,7 +87,7 @@ def main() -> None:
     console.print(f"{len(members):,} members for {info.num_classes} classes of {info.image_size}x{info.image_size}")
     profile = None
     if config.profile or any("ms" in budget.limits for budget in budgets):
-        profile = find_profile(target, members, info, config)
+        profile = find_profile(target, members, info, config, console)
         costs["ms"] = profile.latency()
         console.print("\n".join(profile.lines()))
         if not measured_here(profile):
@@ -102,7 +102,7 @@ def main() -> None:
     score = paths.score if ranking.measured else None
     every = Field(members, costs, ranking, config.finalists, score, latencies)
     chosen = {budget.name: choose(budget, every) for budget in console.through(budgets, len(budgets), "budgets")}
-    others = other_students(info, latencies)
+    others = other_students(info, latencies, console)
     remove_earlier(target)
     write_students(target, chosen, members, paths)
     found = {"profile": profile and profile.summary(), "trained": trained and asdict(trained)}
@@ -161,7 +161,7 @@ def remove_earlier(target: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def find_profile(target: Path, members: Members, info: ModelInfo, config: SearchConfig) -> Profile:
+def find_profile(target: Path, members: Members, info: ModelInfo, config: SearchConfig, console: Console) -> Profile:
     """That of --profile, or what an earlier search on this device left in `target`, if it is to be trusted, or a new
     one."""
     if config.profile:
@@ -174,9 +174,9 @@ def find_profile(target: Path, members: Members, info: ModelInfo, config: Search
         if profile and profile.trusted and measured_here(profile):
             return profile
     with tempfile.TemporaryDirectory() as folder:
-        write_folder(Path(folder), members, info.num_classes, info.image_size, config.seed, Console(True).through)
+        write_folder(Path(folder), members, info.num_classes, info.image_size, config.seed, console.through)
         total = device.PASSES * len(list(Path(folder).glob("*.onnx")))
-        with Console(True).bar(total, 0, "latencies") as shown:
+        with console.bar(total, 0, "latencies") as shown:
             content = device.measure(Path(folder), device.SECONDS, lambda done, total: shown.update())
     write_atomically(target / PROFILE, json.dumps(content, indent=1) + "\n")
     return Profile(content, members)
@@ -234,10 +234,10 @@ def rank(
     return (ranking if by_scores else by_macs(macs)), paths, trained
 
 
-def other_students(info: ModelInfo, latencies: Latencies | None) -> dict[str, dict[str, float]]:
+def other_students(info: ModelInfo, latencies: Latencies | None, console: Console) -> dict[str, dict[str, float]]:
     """What the paper's students cost: they are no members, and have no score."""
     found = {}
-    for name, spec in Console(True).through(NAS_STUDENTS.items(), len(NAS_STUDENTS), "nas_s, nas_m, nas_l"):
+    for name, spec in console.through(NAS_STUDENTS.items(), len(NAS_STUDENTS), "nas_s, nas_m, nas_l"):
         with torch.device("meta"):
             parameters, flops, _ = cost(PoolNet(spec, info.num_classes).eval(), info.image_size)
         found[name] = {"params": parameters, "macs": flops / 2} | ({"ms": latencies.of(spec)} if latencies else {})
