@@ -104,7 +104,7 @@ def main() -> None:
     chosen = {budget.name: choose(budget, every) for budget in console.through(budgets, len(budgets), "budgets")}
     others = other_students(info, latencies, console)
     remove_earlier(target)
-    write_students(target, chosen, members, paths)
+    chosen = write_students(target, chosen, members, paths)
     found = {"profile": profile and profile.summary(), "trained": trained and asdict(trained)}
     show(write(target, chosen, every, others, found, config), target, console)
 
@@ -244,17 +244,18 @@ def other_students(info: ModelInfo, latencies: Latencies | None, console: Consol
     return found
 
 
-def write_students(target: Path, chosen: dict, members: Members, paths: Paths | None) -> None:
-    """students/: specs and, where there are paths, weights to start from."""
+def write_students(target: Path, chosen: dict, members: Members, paths: Paths | None) -> dict:
+    """students/: specs and, where there are paths, weights to start from; the entries of search.json with both."""
+    written = {}
     for name, entry in chosen.items():
         path = target / "students" / f"{name}.json"
-        weights = path.with_suffix(".safetensors")
         write_atomically(path, json.dumps(members.pool.spec(entry["choice"]), indent=1) + "\n")
-        entry["spec"] = str(path)
+        written[name] = entry | {"spec": str(path)}
         if paths:
-            network = paths.network(members.number(entry["choice"]))
+            network, weights = paths.network(members.number(entry["choice"])), path.with_suffix(".safetensors")
             write_atomically(weights, serialised(network, {LAYERS: network.described}))
-            entry["weights"] = str(weights)
+            written[name]["weights"] = str(weights)
+    return written
 
 
 def write(target: Path, chosen: dict, every: Field, others: dict, found: dict, config: SearchConfig) -> dict:
