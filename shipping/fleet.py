@@ -11,7 +11,7 @@ from pathlib import Path
 import distill
 import export
 import search
-from common import UserError, check_writable
+from common import UserError, check_writable, read_json
 from comparing.executors import create_executor
 from comparing.order import execute
 from comparing.places import Places
@@ -24,7 +24,7 @@ from engine.run_folder import plain
 from models.pool import Pool
 from reports.subject import load_subject
 from searching.budget import parse_budgets
-from shipping.folder import SEARCH, STUDENTS, begin, check_folder, read_record
+from shipping.folder import SEARCH, STUDENTS, begin, check_folder
 from shipping.options import FleetConfig
 
 GOES_ON = "interrupted; all is saved, and the same command goes on (--overwrite begins anew)"
@@ -99,7 +99,7 @@ class Fleet:
     @cached_property
     def searched(self) -> dict:
         """What search.py has found."""
-        found = read_record(path := self.folder / SEARCH / search.RESULT)
+        found = read_json(path := self.folder / SEARCH / search.RESULT)
         if not isinstance(students := found.get("students"), dict) or self.budgets.keys() - students.keys():
             raise UserError(f"{path}: does not hold these budgets; --overwrite begins anew")
         return found

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 from pathlib import Path
@@ -78,14 +77,3 @@ def _check_same(folder: Path, options: dict) -> None:
     for name in {**options, **before}:
         if (now := options.get(name)) != (then := before.get(name)):
             raise UserError(f"--output_dir {folder}: was made with {name} {then}, not {now}; {ANEW}")
-
-
-def read_record(path: Path) -> dict:
-    """A JSON file that one of the scripts has written. Raises UserError where it is none."""
-    try:
-        found = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: is no record of ours")
-    return found

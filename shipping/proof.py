@@ -7,7 +7,7 @@ from shlex import join
 
 import torch
 
-from common import UserError
+from common import UserError, read_json
 from engine.run_folder import machine
 from models import load_pretrained
 from models.network import cost
@@ -15,7 +15,7 @@ from searching import device
 from searching.budget import in_words
 from searching.trained import Trained
 from shipping.fleet import Fleet
-from shipping.folder import STUDENTS, read_record
+from shipping.folder import STUDENTS
 
 TOLERANCE = 0.05  # of a latency that was measured before: what two measurements may differ by
 
@@ -54,7 +54,7 @@ def of_this_device(profile: dict | None) -> bool:
 def measure_student(folder: Path) -> dict:
     """What is known of a student: its accuracy, its size counted anew, and of each file the accuracy that it loses and
     the milliseconds of an image with one thread, measured now as search.py measures."""
-    network, exported = load_pretrained(folder), read_record(folder / "export/export.json")
+    network, exported = load_pretrained(folder), read_json(folder / "export/export.json")
     if exported.get("with_preprocessing"):
         raise UserError(f"{folder}/export: was made --with_preprocessing; a fleet measures files that take float32")
     side = network.info.image_size
@@ -93,7 +93,7 @@ def excess(limits: dict[str, float], student: dict) -> dict[str, list[str]]:
 def accuracy(folder: Path) -> float | None:
     """Top-1 on the test split as a run's summary has it, percent; None where there is none."""
     try:
-        found = read_record(folder / "summary.json").get("top1")
+        found = read_json(folder / "summary.json").get("top1")
     except UserError:
         return None
     return found if isinstance(found, float) else None

@@ -5,14 +5,14 @@ import json
 from pathlib import Path
 from shlex import quote
 
-from common import write_atomically
+from common import read_json, write_atomically
 from engine.console import Console
 from reports.page import render, versions
 from search import PLOT
 from search import RESULT as RESULT_OF_SEARCH
 from searching.pareto import MOST
 from searching.pareto import rows as front_rows
-from shipping.folder import PAGE, RESULT, SEARCH, STUDENTS, read_record
+from shipping.folder import PAGE, RESULT, SEARCH, STUDENTS
 
 COLUMNS = ["budget", "student", "ms promised", "ms measured", "parameters", "million MACs", "file", "top-1, %"]
 COLUMNS += ["lost by export", "within"]
@@ -21,7 +21,7 @@ COLUMNS += ["lost by export", "within"]
 def write_report(folder: Path, found: dict) -> None:
     """Write both, from the content of fleet.json."""
     write_atomically(folder / RESULT, json.dumps(found, indent=1) + "\n")
-    fronts = read_record(folder / SEARCH / RESULT_OF_SEARCH)["fronts"]
+    fronts = read_json(folder / SEARCH / RESULT_OF_SEARCH)["fronts"]
     write_atomically(folder / PAGE, page(found, (folder / SEARCH / PLOT).read_bytes(), front_rows(fronts)))
 
 

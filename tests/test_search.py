@@ -636,7 +636,7 @@ def test_students_start_from_the_paths_that_were_scored(generic, tmp_path, monke
     monkeypatch.setattr("search.score_pool", lambda *given: kept.append(score_pool(*given)) or kept[0])
     monkeypatch.setattr("distill.run_together", lambda loops, _: begun.update(loops) or loops)
     words = ["--teacher", generic, "--budgets", "700params", "2kparams", "--output_dir", tmp_path / "s"]
-    words += ["--paths", "12", "--images", "100", "--first_steps", "4", "--finalists", "2"]
+    words += ["--paths", "12", "--images", "100", "--first_steps", "4", "--finalists", "2", "--rank", "supernet"]
     succeeded(here("search.py", *words))
     entries, (_, paths) = read_json(tmp_path / "s/search.json")["students"], kept[0]
     assert len({tuple(entry["choice"]) for entry in entries.values()}) == 2
