@@ -5,6 +5,7 @@ import difflib
 import errno
 import hashlib
 import importlib.util
+import json
 import os
 import sys
 import traceback
@@ -84,6 +85,18 @@ def read_text(path: str | Path) -> str:
     if len(content) > MOST_TEXT:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
     return content.decode()
+
+
+def read_json(path: Path, argument: str = "") -> dict:
+    """The object in a JSON file. Raises UserError, naming `argument`, where there is none."""
+    where = f"{argument} {path}".strip()
+    try:
+        found = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: holds no JSON object")
+    return found
 
 
 def check_writable(argument: str, path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.ranking import train
-from common import UserError, derive_seed, read_text, write_atomically
+from common import UserError, derive_seed, read_json, write_atomically
 from engine.console import Console
 from engine.distributed import run_script
 from engine.run_folder import machine
@@ -70,11 +70,10 @@ def arguments() -> argparse.Namespace:
 
 def read_search(folder: Path) -> dict:
     """search.json of a folder. Raises UserError where there is none."""
-    try:
-        found = json.loads(read_text(folder / "search.json"))
-        return {"teacher": found["teacher"], "students": found["students"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--search {folder}: holds no search.json of search.py ({error})") from None
+    found = read_json(folder / "search.json", "--search")
+    if not found.keys() >= {"teacher", "students"}:
+        raise UserError(f"--search {folder}: its search.json is none of search.py")
+    return found
 
 
 def costs_of(members: Members, search: dict, subject: Subject, options: argparse.Namespace) -> dict[str, np.ndarray]:

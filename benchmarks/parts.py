@@ -133,7 +133,7 @@ def measure(loop: Loop, steps: int) -> dict:
         with FlopCounterMode(display=False) as counter:
             step()
         operations[phase].append(counter.get_total_flops())
-    watch = Stopwatch(device)
+    watch = PartTimer(device)
     batches = watch_loop(watch, loop)
     parts: dict[str, list[dict[str, float]]] = {phase: [] for phase in phases}
     for phase, step in runs(batches):
@@ -151,7 +151,7 @@ def measure(loop: Loop, steps: int) -> dict:
     return {"phases": rows, "matrix_gflops_per_second": fastest / 1e9, "peak_memory_bytes": peak_memory}
 
 
-class Stopwatch:
+class PartTimer:
     """Seconds by part. What runs within a part and is a part itself counts for itself alone."""
 
     def __init__(self, device: torch.device):
@@ -189,7 +189,7 @@ class Stopwatch:
         return time.perf_counter()
 
 
-def watch_loop(watch: Stopwatch, loop: Loop) -> Iterator:
+def watch_loop(watch: PartTimer, loop: Loop) -> Iterator:
     """Time the parts of the loop's steps from now on; returns its watched batches."""
 
     def put(owner: object, name: str, part: str) -> None:

@@ -67,6 +67,14 @@ def parse_budgets(texts: list[str]) -> list[Budget]:
     return found
 
 
+def is_name(text: str) -> bool:
+    """Whether a budget could be called so."""
+    try:
+        return parse_budget(text.replace("-", ",")).name == text
+    except UserError:
+        return False
+
+
 def check_possible(budget: Budget, members: Members, costs: dict[str, np.ndarray]) -> None:
     """Raise UserError for a budget that no member keeps to, naming the one that comes nearest."""
     excess = budget.excess(costs)

@@ -8,6 +8,9 @@ from matplotlib.figure import Figure
 
 LABELS = {"ms": "latency, ms", "params": "thousand parameters", "macs": "million multiply-accumulates"}
 SCALES = {"ms": 1.0, "params": 1e3, "macs": 1e6}
+NAMES = {"ms": "ms", "params": "k params", "macs": "M MACs"}  # of a table's columns
+TEXTS = {"ms": "{:.3f}", "params": "{:,.1f}", "macs": "{:,.2f}"}
+MOST = 12  # rows of a front in a table
 SHOWN = 4000  # members that are drawn, of more evenly many
 COLOURS = {"members": "#b8c2cc", "front": "#3b82c4", "chosen": "#c4473b", "others": "#8a8f3c"}
 
@@ -17,6 +20,21 @@ def front(cost: np.ndarray, scores: np.ndarray) -> np.ndarray:
     order = np.lexsort((-scores, cost))
     best = np.maximum.accumulate(scores[order])
     return order[np.concatenate([[True], best[1:] > best[:-1]])]
+
+
+def rows(fronts: Mapping[str, Sequence[Mapping]]) -> list[dict[str, str]]:
+    """The cells of a table of the fronts of search.json, the cheapest first: of each at most MOST members, evenly along
+    it, its ends among them."""
+    cells = []
+    for unit, members in fronts.items():
+        shown = np.unique(np.linspace(0, len(members) - 1, min(MOST, len(members))).round().astype(int))
+        for place in shown.tolist():
+            costs = members[place]["costs"]
+            row = {"front": NAMES[unit], "place": f"{place + 1}/{len(members)}"}
+            row |= {NAMES[name]: TEXTS[name].format(costs[name] / SCALES[name]) for name in NAMES if name in costs}
+            row |= {"predicted": f"{members[place]['score']:.2f}", "layers": " ".join(members[place]["choice"])}
+            cells.append(row)
+    return cells
 
 
 def plot(

@@ -1,6 +1,5 @@
 """A device profile: what each block of a pool takes there, and how well sums of blocks predict whole members."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from common import UserError, read_text
+from common import UserError, read_json
 from exporters.onnx import OPSET
 from searching.blocks import WEIGHTS
 from searching.members import Members, blocks
@@ -108,18 +107,15 @@ def read_profile(path: Path, members: Members, num_classes: int, image_size: int
     Raises:
         UserError: no such file, or one that is no profile of these members, classes, images and opset.
     """
-    try:
-        content = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--profile {path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+    content = read_json(path, "--profile")
     expected = {"opset": OPSET, "threads": 1, "image_size": image_size, "num_classes": num_classes}
     expected["pool"] = asdict(members.pool)
-    if isinstance(content, dict) and {"passes", "pool"} <= content.keys() and content.get("weights") != WEIGHTS:
+    if {"passes", "pool"} <= content.keys() and content.get("weights") != WEIGHTS:
         raise UserError(
             f"--profile {path}: is of files whose weights were all alike, which run faster than a student's; measure "
             "again: --write_blocks writes what to measure"
         )
-    if not isinstance(content, dict) or not content.keys() >= {*expected, "device", "onnxruntime", "ms", "passes"}:
+    if not content.keys() >= {*expected, "device", "onnxruntime", "ms", "passes"}:
         raise UserError(f"--profile {path}: is no file of profile_device.py")
     if not (isinstance(content["device"], str) and isinstance(content["onnxruntime"], str)):
         raise UserError(f"--profile {path}: does not name its device and version of onnxruntime; measure again there")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import binom, spearmanr
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import KFold, cross_val_predict
 
@@ -12,6 +12,7 @@ from common import derive_seed
 from searching.members import Members
 
 FOLDS = 5
+LEVEL = 0.01  # of the test against chance, one-sided
 PENALTIES = np.logspace(-3, 3, 13)  # of the ridge regression; the best by leave-one-out
 
 
@@ -26,6 +27,8 @@ class Ranking:
         measured: how many members the scores were learnt from; 0 where they are known of all.
         spearman: between measured scores and those that the regression predicts without having seen them.
         macs_spearman: between measured scores and multiply-accumulates.
+        median: of measured scores.
+        chance: what a score must exceed not to be guessed: see `by_chance`.
     """
 
     by: str
@@ -34,6 +37,13 @@ class Ranking:
     measured: int = 0
     spearman: float | None = None
     macs_spearman: float | None = None
+    median: float | None = None
+    chance: float | None = None
+
+    @property
+    def above_chance(self) -> bool:
+        """Whether half the measured paths, or more, have learnt something: a one-sided test of the median."""
+        return self.median is not None and self.median > self.chance
 
     @property
     def beats_macs(self) -> bool:
@@ -58,6 +68,13 @@ def draw_paths(members: Members, count: int, seed: int) -> np.ndarray:
 def by_macs(macs: np.ndarray) -> Ranking:
     """The more multiply-accumulates [members], the better."""
     return Ranking("multiply-accumulates", "million MACs", macs / 1e6)
+
+
+def by_chance(labels: np.ndarray) -> float:
+    """The top-1, in percent on images with these labels [n], that one who always names the most frequent class exceeds
+    in one of 100 draws of so many images (binomial)."""
+    share = np.unique(labels, return_counts=True)[1].max() / len(labels)
+    return float(100 * binom.ppf(1 - LEVEL, len(labels), share) / len(labels))
 
 
 def rank_correlation(members: Members, values: np.ndarray, places: np.ndarray, scores: Sequence[float]) -> float:

@@ -19,7 +19,7 @@ from models.supernet import Draw
 from reports.subject import Subject
 from searching.members import Members
 from searching.paths import BATCH, Judge, complete, extract, load_supernet
-from searching.ranking import Ranking, draw_paths, predict, rank_correlation
+from searching.ranking import Ranking, by_chance, draw_paths, predict, rank_correlation
 
 HELD_OUT = 0.1  # of the training images of a run that kept none apart
 
@@ -118,7 +118,9 @@ def score_pool(
     found = [judge(row)[0] for row in bar(drawn, len(drawn), "paths")]
     scores, spearman = predict(members, drawn, found)
     ranking = Ranking("the supernet's top-1", "predicted top-1 of the path, %", scores, len(drawn), spearman)
-    message = f"{len(drawn)} paths on {len(images.held)} images have a top-1 of {min(found):.1f} to {max(found):.1f}%"
+    ranking.median, ranking.chance = float(np.median(found)), by_chance(images.labels.cpu().numpy())
+    message = f"{len(drawn)} paths on {len(images.held)} images have a top-1 of {min(found):.1f} to {max(found):.1f}%, "
+    message += f"half of them at most {ranking.median:.1f}%; guessing seldom has more than {ranking.chance:.1f}%"
     if spearman is not None:
         ranking.macs_spearman = rank_correlation(members, macs, drawn, found)
         message += f"; the regression predicts unseen ones with Spearman {spearman:.2f}, multiply-accumulates with "

@@ -11,7 +11,7 @@ from pathlib import Path
 import distill
 import export
 import search
-from common import UserError, check_writable
+from common import UserError, check_writable, read_json
 from comparing.executors import create_executor
 from comparing.order import execute
 from comparing.places import Places
@@ -24,7 +24,7 @@ from engine.run_folder import plain
 from models.pool import Pool
 from reports.subject import load_subject
 from searching.budget import parse_budgets
-from shipping.folder import SEARCH, STUDENTS, begin, check_folder, read_record
+from shipping.folder import SEARCH, STUDENTS, begin, check_folder
 from shipping.options import FleetConfig
 
 GOES_ON = "interrupted; all is saved, and the same command goes on (--overwrite begins anew)"
@@ -40,6 +40,7 @@ class Fleet:
         folder: of all that is made.
         teacher: the run folder of the teacher, `info` what is known of that.
         budgets: by name.
+        failed: why a student could not be made or shipped, by its name; the others are.
 
     Raises:
         UserError: options that one of the scripts would refuse, a teacher that is none, a folder that is in use or
@@ -61,6 +62,7 @@ class Fleet:
         parse(distill.DistillConfig, "", {}, self._distill_command(["STUDENT.json"])[1:])
         self.budgets = {budget.name: budget for budget in parse_budgets(config.budgets)}
         options = {name: value for name, value in config.as_dict().items() if name not in NOT_COMPUTED | ELSEWHERE}
+        self.failed: dict[str, str] = {}
         self._lock = begin(self.folder, options | {"teacher's sha256": self.info.sha256}, config.overwrite)
 
     @property
@@ -97,7 +99,7 @@ class Fleet:
     @cached_property
     def searched(self) -> dict:
         """What search.py has found."""
-        found = read_record(path := self.folder / SEARCH / search.RESULT)
+        found = read_json(path := self.folder / SEARCH / search.RESULT)
         if not isinstance(students := found.get("students"), dict) or self.budgets.keys() - students.keys():
             raise UserError(f"{path}: does not hold these budgets; --overwrite begins anew")
         return found
@@ -114,15 +116,26 @@ class Fleet:
         if not (self.folder / SEARCH / search.RESULT).is_file():
             run(self.search_command)
 
+    @property
+    def shipped(self) -> list[str]:
+        """The students that have not failed."""
+        return [name for name in dict.fromkeys(self.students.values()) if name not in self.failed]
+
     def distil(self) -> None:
         """Train the students that are not done: in one pass of the teacher, or each by itself elsewhere."""
-        names = dict.fromkeys(self.students.values())
-        left = [name for name in names if not (self.folder / STUDENTS / name / "summary.json").is_file()]
-        if left and self.config.executor != "local":
-            self._distil_elsewhere(left)
-        elif left:
-            begun = any((self.folder / STUDENTS / name).exists() for name in left)
-            run(self.distill_command(left) + (["--resume_from_checkpoint", "latest"] if begun else []))
+        left = [name for name in self.shipped if not self._is_done(name)]
+        try:
+            if left and self.config.executor != "local":
+                self._distil_elsewhere(left)
+            elif left:
+                begun = any((self.folder / STUDENTS / name).exists() for name in left)
+                run(self.distill_command(left) + (["--resume_from_checkpoint", "latest"] if begun else []))
+        except RunError as error:
+            print(f"stopped: {error}", flush=True)
+            self.failed |= {name: "was not distilled" for name in left if not self._is_done(name)}
+
+    def _is_done(self, name: str) -> bool:
+        return (self.folder / STUDENTS / name / "summary.json").is_file()
 
     def _distil_elsewhere(self, names: list[str]) -> None:
         """Hand the students to a cluster. Raises RunError where one fails, Interrupted by Ctrl-C."""
@@ -145,19 +158,27 @@ class Fleet:
         return PlannedRun(name, "distill.py", options, source="teacher", seed=self.config.seed, place=name)
 
     def export(self) -> None:
-        """Write and prove the files of the students that have none. Raises RunError where some could not be shipped."""
-        failed = []
-        for name in dict.fromkeys(self.students.values()):
+        """Write and prove the files of the students that have none."""
+        for name in self.shipped:
             if not (self.folder / STUDENTS / name / "export/export.json").is_file():
                 try:
                     run(self.export_command(name))
                 except RunError as error:
-                    failed.append(f"{name}: {error}")
-        if failed:
-            raise RunError(
-                f"{'; '.join(failed)}; python export.py {self.folder / STUDENTS}/NAME takes other options, and then "
-                "the same command goes on"
+                    print(f"stopped: {error}", flush=True)
+                    self.failed[name] = str(error)
+
+    def check(self, over: list[str]) -> None:
+        """Raise RunError for students that failed, and for what is `over` its budget, in words."""
+        place, said = self.folder / STUDENTS, [f"{name}: {why}" for name, why in self.failed.items()]
+        if said:
+            said.append(
+                f"python distill.py --output_dir {place}/NAME --overwrite and python export.py {place}/NAME take other "
+                "options, and then the same command goes on"
             )
+        if over:
+            said.append(f"not within the budget: {'; '.join(over)}; the same command measures again")
+        if said:
+            raise RunError("; ".join(said))
 
 
 def tell(run: PlannedRun, reason: str | None) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import IO
 import yaml
 
 from common import UserError, read_text, write_atomically
+from search import remove_earlier
 
 OPTIONS, RESULT, PAGE, LOCK = "fleet.yaml", "fleet.json", "report.html", ".lock"
-SEARCH, STUDENTS = "search", "students"
+SEARCH, STUDENTS, GONE = "search", "students", ".students.tmp"
 OURS = {OPTIONS, RESULT, PAGE, LOCK, SEARCH, STUDENTS}
 ANEW = "choose another folder, or --overwrite replaces it"
 
@@ -47,6 +47,7 @@ def begin(folder: Path, options: dict, overwrite: bool) -> IO:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
             raise
+    shutil.rmtree(folder / GONE, ignore_errors=True)  # left by a kill
     if overwrite:
         _remove(folder)
     elif (folder / SEARCH / "search.json").is_file():
@@ -57,12 +58,13 @@ def begin(folder: Path, options: dict, overwrite: bool) -> IO:
 
 def _remove(folder: Path) -> None:
     """Remove a fleet but for the latencies that were measured: killed in here it leaves no student without its search,
-    which another fleet would take for its own."""
-    for name in (STUDENTS, f"{SEARCH}/students"):
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-    for name in (RESULT, PAGE, f"{SEARCH}/search.json"):
+    which another fleet would take for its own, and none of which a part is missing."""
+    for name in (RESULT, PAGE):
         (folder / name).unlink(missing_ok=True)
+    if (folder / STUDENTS).is_dir():
+        (folder / STUDENTS).rename(folder / GONE)
+        shutil.rmtree(folder / GONE)
+    remove_earlier(folder / SEARCH)
 
 
 def _check_same(folder: Path, options: dict) -> None:
@@ -75,14 +77,3 @@ def _check_same(folder: Path, options: dict) -> None:
     for name in {**options, **before}:
         if (now := options.get(name)) != (then := before.get(name)):
             raise UserError(f"--output_dir {folder}: was made with {name} {then}, not {now}; {ANEW}")
-
-
-def read_record(path: Path) -> dict:
-    """A JSON file that one of the scripts has written. Raises UserError where it is none."""
-    try:
-        found = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: is no record of ours")
-    return found

@@ -180,7 +180,7 @@ def test_a_stopwatch_charges_what_runs_within_a_part_to_itself(monkeypatch):
         clock[0] += seconds
 
     monkeypatch.setattr(parts_benchmark.time, "perf_counter", lambda: clock[0])
-    watch = parts_benchmark.Stopwatch(torch.device("cpu"))
+    watch = parts_benchmark.PartTimer(torch.device("cpu"))
     inner = watch.watched("teacher", lambda: work(5))
     watch.start()
     watch.watched("loss", lambda: [inner(), work(2)])()

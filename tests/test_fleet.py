@@ -7,6 +7,8 @@ import sys
 
 import onnxruntime
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from engine.distributed import RunError
 from models import load_pretrained
@@ -16,6 +18,7 @@ from searching import device
 from searching.members import Members
 from shipping import fleet
 from shipping.proof import excess
+from shipping.report import exceeded, within
 from tests.runs import TINY_GTN, forked, forked_signalled, here, read_json, read_rows, succeeded
 from tests.test_search import made_up
 
@@ -74,7 +77,7 @@ def test_each_budget_gets_files_that_keep_to_it(whole, teacher):
     for name, each in by_budget.items():
         student = found["students"][each["student"]]
         network = load_pretrained(folder / "students" / each["student"])
-        assert each["choice"] == searched["students"][name]["choice"] and each["over"] == []
+        assert each["choice"] == searched["students"][name]["choice"] and each["over"] == {}
         assert student["params"] == count_parameters(network) == each["promised"]["params"]
         assert student["macs"] == each["promised"]["macs"] and student["params"] <= each["limits"].get("params", 1e9)
         exported = read_json(folder / "students" / each["student"] / "export/export.json")["files"]
@@ -90,6 +93,15 @@ def test_each_budget_gets_files_that_keep_to_it(whole, teacher):
     assert (
         "data:image/png;base64," in page and "500params" in page and found["commands"][1] in page.replace("&#39;", "'")
     )
+    for unit, members in searched["fronts"].items():
+        name, scale, digits = {"ms": ("ms", 1, 3), "params": ("k params", 1e3, 1), "macs": ("M MACs", 1e6, 2)}[unit]
+        for place in (0, len(members) - 1):
+            cost = f"{members[place]['costs'][unit] / scale:,.{digits}f}"
+            words = [name, f"{place + 1}/{len(members)}", cost]
+            assert any(
+                all(f" {word} " in f" {' '.join(line.split())} " for word in words) for line in said.splitlines()
+            )
+            assert all(f">{word}</td>" in page for word in words)
     assert all(doubt in said for doubt in found["doubts"]) and "share a student" in said
 
 
@@ -163,9 +175,9 @@ def test_a_student_that_is_not_shipped_keeps_no_other_from_it(whole, command, tm
 
     monkeypatch.setitem(fleet.MAINS, "export.py", fail)
     done = here(*command, folder)
-    message = f"500params: model.int8.onnx is not shipped; python export.py {folder}/students/NAME takes other options"
+    message = f"500params: model.int8.onnx is not shipped; python distill.py --output_dir {folder}/students/NAME"
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
-    assert (folder / "students/100ms/export/export.json").is_file()
+    assert list(read_json(folder / "fleet.json")["students"]) == ["100ms"]
     monkeypatch.undo()
     by_hand = ["export.py", folder / "students/500params", "--formats", "onnx", "pt2"]
     succeeded(forked(*by_hand))
@@ -176,13 +188,54 @@ def test_a_student_that_is_not_shipped_keeps_no_other_from_it(whole, command, tm
     assert done.returncode == 2 and "500params/export: was made --with_preprocessing" in done.stderr
 
 
+def test_a_student_that_diverges_keeps_no_other_from_being_shipped(whole, teacher, tmp_path):
+    """It starts from weights that are no numbers."""
+    folder, weights = tmp_path / "f", tmp_path / "weights"
+    tensors = load_file(whole[0] / "students/500params/model.safetensors")
+    weights.mkdir()
+    shutil.copy(whole[0] / "students/100ms/model.safetensors", weights / "100kparams.safetensors")
+    save_file(tensors | {"fc.weight": tensors["fc.weight"] * torch.nan}, weights / "500params.safetensors")
+    words = [
+        "fleet.py",
+        "--teacher",
+        teacher,
+        "--budgets",
+        "500params",
+        "100kparams",
+        "--rank",
+        "macs",
+        "--epochs",
+        "1",
+    ]
+    words += ["--batch_size", "128", "--weights", weights, "--output_dir", folder]
+    times = []
+    for _ in range(2):
+        done = forked(*words)
+        assert done.returncode == 1 and "500params: was not distilled; python distill.py --output" in done.stderr
+        assert done.stderr.count("\n") == 1
+        found = read_json(folder / "fleet.json")
+        assert list(found["students"]) == ["100kparams"] and list(found["failed"]) == ["500params"]
+        assert "model.onnx" in found["students"]["100kparams"]["files"] and "failed" in done.stdout
+        assert "Failed: 500params (was not distilled)" in (folder / "report.html").read_text()
+        times.append({path: path.stat().st_mtime_ns for path in folder.glob("students/100kparams/**/*.*")})
+    assert times[0] == times[1]
+    save_file(tensors, weights / "500params.safetensors")
+    succeeded(forked(*words))
+    assert list(read_json(folder / "fleet.json")["students"]) == ["500params", "100kparams"]
+
+
 def test_a_limit_is_one_of_every_file():
     student = {"params": 300, "macs": 2e6, "files": {"a": {"ms": 1.0}, "b": {"ms": 1.06}}}
-    assert excess({"params": 300, "macs": 2e6, "ms": 1.06}, student) == []
-    assert excess({"ms": 1.02}, student) == []
-    assert excess({"ms": 1.0}, student) == ["b takes 1.06 ms, more than 1 ms + 5%"]
-    assert excess({"params": 299, "ms": 2.0}, student) == ["takes 300 parameters, more than 299 parameters"]
-    assert excess({"macs": 1e6}, student) == ["takes 2.00 million MACs, more than 1.00 million MACs"]
+    assert excess({"params": 300, "macs": 2e6, "ms": 1.06}, student) == {}
+    assert excess({"ms": 1.02}, student) == {}
+    found = {"budget": "1ms", "checked": True, "over": excess({"ms": 1.0}, student)}
+    assert found["over"] == {"b": ["b takes 1.06 ms, more than 1 ms + 5%"]}
+    assert [within(found, name) for name in "ab"] == ["yes", "no"]
+    found["over"] = excess({"params": 299, "ms": 2.0}, student)
+    assert [within(found, name) for name in "ab"] == ["no", "no"]
+    assert exceeded({"budgets": [found]}) == ["1ms: takes 300 parameters, more than 299 parameters"]
+    takes = ["takes 2.00 million MACs, more than 1.00 million MACs"]
+    assert excess({"macs": 1e6}, student) == {"a": takes, "b": takes}
 
 
 @pytest.mark.parametrize(
@@ -231,4 +284,4 @@ def test_other_options_are_refused_unless_they_may_replace_it(whole, command, te
     assert "--overwrite replaces it" in here(*words).stderr and (folder / "students/100ms").is_dir()
     assert "the smallest member" in here(*words, "--overwrite").stderr  # which has left nothing of it
     assert {each.name for each in folder.iterdir()} == {".lock", "fleet.yaml", "search"}
-    assert [each.name for each in (folder / "search").iterdir()] == ["pareto.png"]
+    assert [str(each.relative_to(folder)) for each in folder.glob("search/**/*")] == ["search/students"]

@@ -1,9 +1,16 @@
 """search.py: sums are members' true costs, a profile predicts latencies it has not seen, scores need their statistics,
 and what is chosen keeps to its budget."""
 
+import argparse
 import json
+import os
+import platform
+import shutil
 import subprocess
 import sys
+import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -33,11 +40,12 @@ from searching.budget import check_possible, parse_budget, parse_budgets
 from searching.choice import Field, choose
 from searching.members import Members, block_name, blocks
 from searching.pareto import front
+from searching.pareto import rows as pareto_rows
 from searching.paths import complete, estimate_statistics, judge, load_supernet
 from searching.profile import Profile, read_profile
-from searching.ranking import Ranking, draw_paths, predict, rank_correlation
+from searching.ranking import Ranking, by_chance, draw_paths, predict, rank_correlation
 from searching.scoring import batches, score_pool
-from tests.runs import ROOT, TINY_GTN, forked, here, read_json, succeeded
+from tests.runs import ROOT, TINY_GTN, Fork, forked, here, read_json, succeeded
 
 NARROW = {"stem": 8, "widths": [16, 16, 16, 32, 64, 64], "head": 128}
 FOUR = ["res3x2", "res3x4", "identity", "zero"]
@@ -178,6 +186,22 @@ def test_a_pool_that_cannot_be_exported_is_one_line_before_anything_is_measured(
         monkeypatch.setattr(PoolLayer, "forward", lambda self, x: torch.special.bessel_j0(before(self, x)))
 
 
+def test_blocks_that_a_kill_left_unfinished_are_no_obstacle(vanilla, tmp_path):
+    words = ["search.py", "--teacher", vanilla, *WORDS, "--write_blocks", tmp_path / "blocks"]
+    killed = Fork(*words)
+    while killed.poll() is None and not list(tmp_path.glob("**/*.onnx")):
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -9 and not (tmp_path / "blocks").exists()
+    (tmp_path / "blocks").mkdir()
+    succeeded(here(*words))
+    described = read_json(tmp_path / "blocks/blocks.json")
+    names = {*(f"{name}.onnx" for name in described["shapes"]), "blocks.json", "noise.bin", "profile_device.py"}
+    assert {path.name for path in tmp_path.glob("blocks/*")} == names and len(list(tmp_path.iterdir())) == 1
+    again = here(*words)
+    assert again.returncode == 2 and "is there already" in again.stderr
+
+
 def test_a_profile_recovers_the_overhead_and_predicts_members_that_it_was_not_fitted_on(members):
     profile = Profile(made_up(members, (0.3, -0.04)), members)
     np.testing.assert_allclose(profile.overhead, [0.3, -0.04], atol=1e-9)
@@ -202,6 +226,40 @@ def test_this_device_is_profiled_without_our_code_and_the_sum_ranks_whole_member
         line.split()[1] for line in (ROOT / "searching/device.py").read_text().splitlines() if line[:7] == "import "
     }
     assert imported - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
+
+
+GRAVITON = """processor	: 0
+BogoMIPS	: 243.75
+Features	: fp asimd evtstrm
+CPU implementer	: 0x41
+CPU architecture: 8
+CPU variant	: 0x3
+CPU part	: 0xd0c
+CPU revision	: 1
+"""
+
+
+def test_processors_without_a_name_are_told_apart(monkeypatch):
+    """Texts of /proc/cpuinfo: of ARM servers, of a board and of a PC."""
+
+    def name(text: str, node: str = "a") -> str:
+        monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
+        monkeypatch.setattr(platform, "node", lambda: node)
+        monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+        return device.device_name()
+
+    assert name(GRAVITON).startswith("aarch64, implementer 0x41, part 0xd0c, variant 0x3, computer ")
+    cores = GRAVITON + GRAVITON.replace("0xd0c", "0xd05")
+    changed = [
+        GRAVITON.replace("0xd0c", "0xd40"),
+        GRAVITON.replace("0x3", "0x1"),
+        GRAVITON.replace("0x41", "0x61"),
+        cores,
+    ]
+    assert len({name(GRAVITON), name(GRAVITON, "b"), *map(name, changed)}) == 6 and "0xd0c/0xd05" in name(cores)
+    assert name(GRAVITON) == name(GRAVITON)
+    assert name(GRAVITON + "Model\t\t: Raspberry Pi 4 Model B\n") == "Raspberry Pi 4 Model B"
+    assert name("model\t: 1\nmodel name\t: AMD EPYC\n" * 2) == name("model name\t: AMD EPYC\n", "b") == "AMD EPYC"
 
 
 @pytest.mark.parametrize(
@@ -313,6 +371,17 @@ def test_a_front_is_what_no_member_beats():
     assert {(cost[i], scores[i]) for i in found} == {(cost[i], scores[i]) for i in range(200) if not beaten[i]}
 
 
+def test_a_table_shows_a_front_evenly_with_its_ends():
+    member = {"choice": ["zero", "res3x2"], "score": 1.0}
+    long = [member | {"costs": {"params": 1000.0 * cost, "macs": 2e6, "ms": 0.5}} for cost in range(1, 101)]
+    cells = pareto_rows({"params": long, "ms": long[:3]})
+    assert [row["place"] for row in cells if row["front"] == "ms"] == ["1/3", "2/3", "3/3"]
+    places = [int(row["place"].split("/")[0]) for row in cells if row["front"] == "k params"]
+    assert (places[0], places[-1], len(places)) == (1, 100, 12) and set(np.diff(places)) == {9}
+    assert cells[1]["k params"] == f"{places[1]}.0" and cells[1]["M MACs"] == "2.00" and cells[1]["ms"] == "0.500"
+    assert all(list(row) == list(cells[0]) for row in cells) and cells[0]["layers"] == "zero res3x2"
+
+
 def test_paths_are_balanced_different_and_a_sum_over_layers_is_predicted(members):
     drawn = draw_paths(members, 120, 0)
     assert len(np.unique(drawn, axis=0)) == len(drawn) > 105
@@ -421,6 +490,7 @@ def test_a_gtn_teacher_is_searched_by_its_supernet(generic, tmp_path):
         done = here("search.py", *words, "--output_dir", tmp_path / name)
         assert done.returncode == 0, done.stderr
         outputs.append(read_json(tmp_path / name / "search.json"))
+    assert f"latencies: not of this device ({device.here()[0]}, ONNX" in done.stdout
     assert "no branch has the stem and the first 1 layer(s)" in done.stdout and "held none out" not in done.stdout
     (first, second), paths = outputs, {"spec": "", "weights": ""}
     assert first["fronts"] == second["fronts"] and first["ranked_by"] == "the supernet's top-1"
@@ -439,15 +509,59 @@ def test_a_gtn_teacher_is_searched_by_its_supernet(generic, tmp_path):
     assert not list(tmp_path.glob("a/students/*.safetensors"))  # by now they would be other members'
 
 
-@pytest.mark.parametrize("spearman", [1.0, -1.0, None])
-def test_a_supernet_that_is_predicted_no_better_than_by_macs_is_left(spearman, generic, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("spearman", "chance", "tau", "ranked_by", "said"),
+    [
+        (
+            1.0,
+            0.0,
+            None,
+            "supernet",
+            "scores: by the supernet, as they are above chance, and predicted better than by mu",
+        ),
+        (-1.0, 0.0, None, "macs", "scores: by multiply-accumulates, as the supernet's scores are predicted no better"),
+        (None, 0.0, None, "macs", "scores: by multiply-accumulates, as the supernet's scores are predicted no better"),
+        (1.0, None, None, "macs", "scores: by multiply-accumulates, as half the paths have no more than "),
+        (-1.0, None, (0.5, 0.4), "supernet", "is 0.50 of predicted scores, 0.40 of multiply-accumulates"),
+        (1.0, 0.0, (0.4, 0.4), "macs", "is 0.40 of predicted scores, 0.40 of multiply-accumulates"),
+    ],
+)
+def test_members_are_ranked_by_scores_where_trained_members_say_so(
+    spearman, chance, tau, ranked_by, said, generic, tmp_path, monkeypatch
+):
+    """Where none were trained: where scores are above chance, which they are not here, and beat MACs as predictors."""
     monkeypatch.setattr("searching.scoring.predict", lambda members, *_: (np.zeros(len(members)), spearman))
-    words = ["--teacher", generic, "--budgets", "3kparams", "--paths", "4", "--images", "50", "--first_steps", "1"]
+    if chance is not None:
+        monkeypatch.setattr("searching.scoring.by_chance", lambda labels: chance)
+    teacher, sha256 = shutil.copytree(generic, tmp_path / "t"), read_json(generic / "model.json")["sha256"]
+    record = {"teacher": sha256 if tau else "of other weights", "members": 16, "epochs": 3}
+    record |= {"tau": dict(zip(("predicted", "macs"), tau or (1.0, 0.0), strict=True))}
+    (teacher / "ranking.json").write_text(json.dumps(record))
+    words = ["--teacher", teacher, "--budgets", "3kparams", "--paths", "4", "--images", "50", "--first_steps", "1"]
     done = succeeded(here("search.py", *words, "--output_dir", tmp_path / "s"))
     found = read_json(tmp_path / "s/search.json")
-    left = spearman != 1.0
-    assert found["ranked_by"] == ("multiply-accumulates" if left else "the supernet's top-1")
-    assert ("scores: by multiply-accumulates, as the supernet's scores are predicted no better" in done.stdout) == left
+    assert found["ranked_by"] == {"supernet": "the supernet's top-1", "macs": "multiply-accumulates"}[ranked_by]
+    assert said in done.stdout and ("scores: by the supernet" in done.stdout) == (ranked_by == "supernet")
+    command = f"has been trained to check the ranking: python -m benchmarks.ranking --teacher {teacher}\n"
+    assert (command in done.stdout) == (tau is None) == (found["trained"] is None)
+
+
+def test_a_record_of_trained_members_that_is_none_is_one_line(generic, tmp_path):
+    teacher = shutil.copytree(generic, tmp_path / "t")
+    for text in ("[]", "{", "{}", '{"teacher": "x", "members": 3, "epochs": 1, "tau": {"predicted": 1, "macs": "x"}}'):
+        (teacher / "ranking.json").write_text(text)
+        done = here("search.py", "--teacher", teacher, "--budgets", "3kparams", "--output_dir", tmp_path / "s")
+        assert done.returncode == 2 and f"--teacher {teacher}/ranking.json: " in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_guessing_seldom_has_more_than_what_is_called_chance():
+    random = np.random.default_rng(0)
+    for weights in ([0.1] * 10, [0.6, 0.2, 0.2]):
+        labels = random.choice(len(weights), 500, p=weights)
+        most = np.bincount(labels).argmax()
+        guessed = 100 * (random.choice(labels, (20_000, 500)) == most).mean(axis=1)
+        assert 0.005 < (guessed > by_chance(labels)).mean() < 0.012
 
 
 def test_macs_are_held_against_the_scores_of_their_own_paths(members):
@@ -461,6 +575,9 @@ def test_any_teacher_is_searched_by_macs_and_measured_here(vanilla, tmp_path, mo
     monkeypatch.setattr("searching.blocks.WHOLE", 5)
     monkeypatch.setattr(device, "SECONDS", 0.01)
     words = ["--teacher", vanilla, *WORDS, "--budgets", "10ms", "100kparams", "--finalists", "2"]
+    (tmp_path / "s").mkdir()
+    noisy = made_up(Members(POOL), (0, 0), noise=0.3) | dict(zip(("device", "onnxruntime"), device.here(), strict=True))
+    (tmp_path / "s/profile.json").write_text(json.dumps(noisy))  # it is not to be trusted: this device is measured
     done = succeeded(here("search.py", *words, "--output_dir", tmp_path / "s"))
     assert "scores: by multiply-accumulates, as" in done.stdout and "holds no supernet.safetensors" in done.stdout
     found = read_json(tmp_path / "s/search.json")
@@ -468,10 +585,49 @@ def test_any_teacher_is_searched_by_macs_and_measured_here(vanilla, tmp_path, mo
     assert found["students"]["10ms"]["choice"] == largest and found["students"]["10ms"]["measured_ms"] < 10
     assert (found["profile"]["device"], found["profile"]["onnxruntime"]) == device.here()
     assert {"ms", "params", "macs"} == set(found["others"]["nas_m"]) and found["others"]["nas_m"]["params"] > 1e6
-    before = (tmp_path / "s/profile.json").read_bytes()
+    assert len(read_json(tmp_path / "s/profile.json")["members"]) == 10
+    trusted = json.dumps(noisy | {name: made_up(Members(POOL), (0, 0))[name] for name in ("ms", "passes", "members")})
+    (tmp_path / "s/profile.json").write_text(trusted)
     monkeypatch.setattr("search.write_folder", None)  # what was measured is used again
-    succeeded(here("search.py", *words, "--output_dir", tmp_path / "s", "--overwrite"))
-    assert (tmp_path / "s/profile.json").read_bytes() == before
+    done = succeeded(here("search.py", *words, "--output_dir", tmp_path / "s", "--overwrite"))
+    assert (tmp_path / "s/profile.json").read_text() == trusted and "not of this device" not in done.stdout
+
+
+def test_a_search_that_is_killed_while_it_replaces_another_leaves_nothing_untrue(vanilla, tmp_path, monkeypatch):
+    """Killed before each file that it removes or writes."""
+    target, words = tmp_path / "s", ["--teacher", vanilla, *WORDS, "--output_dir", tmp_path / "s"]
+    monkeypatch.setattr("search.other_students", lambda *_: {})
+    succeeded(here("search.py", *words, "--budgets", "100kparams", "60kparams", "1Mmacs"))
+    (target / "students/100kparams.safetensors").touch()  # as a search by the supernet leaves them
+    for own in ("mine.json", "mine.safetensors", "1ms.txt"):
+        (target / "students" / own).write_text("not the search's")
+    changes, left = [], tmp_path / "left"
+
+    def changing(change):
+        def counted(*given, **options):
+            if str(target) in str(given[0]) and Path(given[-1]).suffix != ".tmp":
+                changes.append(str(given[-1]))
+                shutil.copytree(target, left / str(len(changes)))
+            return change(*given, **options)
+
+        return counted
+
+    monkeypatch.setattr(Path, "unlink", changing(Path.unlink))
+    monkeypatch.setattr(os, "replace", changing(os.replace))
+    succeeded(here("search.py", *words, "--budgets", "80kparams", "1Mmacs", "--overwrite"))
+    monkeypatch.undo()
+    for folder in [*left.iterdir(), target]:
+        specs = {path.stem: read_json(path) for path in folder.glob("students/*k*.json")}
+        specs |= {path.stem: read_json(path) for path in folder.glob("students/*M*.json")}
+        if (folder / "search.json").is_file():
+            entries = read_json(folder / "search.json")["students"]
+            assert specs == {name: POOL.spec(entry["choice"]) for name, entry in entries.items()}
+        assert all((folder / "students" / own).is_file() for own in ("mine.json", "mine.safetensors", "1ms.txt"))
+    assert len(changes) == 2 + 4 + 2 + 2
+    begun = left / str(len(changes) - 1)  # search.json is not there: it is no search that is to be replaced
+    succeeded(here("search.py", *words[:-1], begun, "--budgets", "90kparams"))
+    ours = {path.name for path in begun.glob("students/*")} - {"mine.json", "mine.safetensors", "1ms.txt"}
+    assert ours == {"90kparams.json"}
 
 
 def test_students_start_from_the_paths_that_were_scored(generic, tmp_path, monkeypatch):
@@ -480,7 +636,7 @@ def test_students_start_from_the_paths_that_were_scored(generic, tmp_path, monke
     monkeypatch.setattr("search.score_pool", lambda *given: kept.append(score_pool(*given)) or kept[0])
     monkeypatch.setattr("distill.run_together", lambda loops, _: begun.update(loops) or loops)
     words = ["--teacher", generic, "--budgets", "700params", "2kparams", "--output_dir", tmp_path / "s"]
-    words += ["--paths", "12", "--images", "100", "--first_steps", "4", "--finalists", "2"]
+    words += ["--paths", "12", "--images", "100", "--first_steps", "4", "--finalists", "2", "--rank", "supernet"]
     succeeded(here("search.py", *words))
     entries, (_, paths) = read_json(tmp_path / "s/search.json")["students"], kept[0]
     assert len({tuple(entry["choice"]) for entry in entries.values()}) == 2
@@ -550,25 +706,52 @@ class Started:
         return succeeded(forked(*command[1:]))
 
 
+def kendall(ours: list[float], theirs: list[float]) -> float:
+    """Tau-b by its definition: pairs in the same order less those in the other, over those that are no ties."""
+    pairs = [(a, b) for a in range(len(ours)) for b in range(a)]
+    one, other = ([np.sign(values[a] - values[b]) for a, b in pairs] for values in (ours, theirs))
+    return np.dot(one, other) / np.sqrt(np.abs(one).sum() * np.abs(other).sum())
+
+
 def test_the_ranking_benchmark_trains_members_and_gives_tau(generic, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(subprocess, "run", Started())
-    words = ["--teacher", str(generic), "--members", "3", "--epochs", "1", "--batch_size", "128", "--paths", "12"]
+    monkeypatch.setattr(subprocess, "run", started := Started())
+    teacher = shutil.copytree(generic, tmp_path / "t")
+    words = ["--teacher", str(teacher), "--members", "4", "--epochs", "1", "--batch_size", "64", "--paths", "12"]
     words += ["--first_steps", "2", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "ranking.json")]
     monkeypatch.setattr(sys, "argv", ["benchmarks/ranking.py", *words])
     ranking_benchmark.main()
     found = read_json(tmp_path / "ranking.json")
     for name in ("predicted", "path", "params", "macs"):
-        pairs = [(a, b) for a in range(3) for b in range(a)]
-        signs = [
-            np.sign(found[name][a] - found[name][b]) * np.sign(found["top1"][a] - found["top1"][b]) for a, b in pairs
-        ]
-        ties = len({*found[name]}) < 3 or len({*found["top1"]}) < 3
-        assert ties or found["tau"][name] == pytest.approx(sum(signs) / 3)
+        assert found["tau"][name] == pytest.approx(kendall(found[name], found["top1"]))
+    assert len({*found["top1"]}) > 1 and len({*found["predicted"]}) > 1
     summaries = [read_json(path)["top1"] for path in tmp_path.glob("runs/*/summary.json")]
-    assert sorted(summaries) == sorted(found["top1"]) and len(summaries) == 3
-    assert ("search.py --rank macs" in capsys.readouterr().out) == (
-        not found["tau"]["predicted"] > found["tau"]["macs"]
-    )
+    assert sorted(summaries) == sorted(found["top1"]) and len(summaries) == 4
+    scores = found["tau"]["predicted"] > found["tau"]["macs"]
+    ranked = f"ranks this teacher's members by {'the supernet' if scores else 'multiply-acc'}"
+    assert ranked in capsys.readouterr().out and read_json(teacher / "ranking.json") == found
+    words = ["--teacher", teacher, "--budgets", "3kparams", "--paths", "4", "--images", "50", "--first_steps", "1"]
+    succeeded(here("search.py", *words, "--output_dir", tmp_path / "s"))
+    taus = {name: found["tau"][name] for name in ("predicted", "macs")}
+    assert read_json(tmp_path / "s/search.json")["trained"] == {"members": 4, "epochs": 1} | taus
+    ranking_benchmark.main()  # nothing is left to train
+    assert started.scripts == 4 and read_json(tmp_path / "ranking.json")["top1"] == found["top1"]
+
+
+def test_a_benchmarks_run_is_taken_for_no_other(generic, members, tmp_path):
+    (recipe := tmp_path / "recipe.yaml").write_text("lr: 0.1\n")
+    options = {"epochs": 1, "batch_size": 64, "further": ["--config", str(recipe)], "runs": str(tmp_path)}
+
+    def place(member=5, seed=0, teacher=generic, **changed) -> Path:
+        namespace = argparse.Namespace(**options | changed)
+        return ranking_benchmark.run_folder(members, member, seed, str(teacher), namespace)
+
+    shutil.copytree(generic, tmp_path / "copy")
+    assert place(teacher=tmp_path / "copy") == place() and place().parent == tmp_path
+    (tmp_path / "copy/model.json").write_text("{}")
+    more = [place(teacher=tmp_path / "copy"), place(6), place(seed=1), place(epochs=2), place(batch_size=32)]
+    more += [place(), place(further=[]), place(further=["--lr", "0.1"])]
+    recipe.write_text("lr: 0.2\n")
+    assert len({*more, place()}) == len(more) + 1
 
 
 def network(choice: list[str]) -> tuple[list[str], list[str]]:
@@ -585,18 +768,20 @@ def test_the_benchmark_of_chosen_members_holds_them_against_others_of_their_cost
     succeeded(here("search.py", *words, "--profile", tmp_path / "p.json", "--output_dir", tmp_path / "s"))
     students = read_json(tmp_path / "s/search.json")["students"]
     top1 = np.random.default_rng(0).uniform(50, 60, (len(members), 3))
+    options = {"epochs": 1, "batch_size": 128, "further": ["--train_fraction", "0.3"], "runs": str(tmp_path / "runs")}
+    place = partial(ranking_benchmark.run_folder, teacher=str(generic), options=argparse.Namespace(**options))
     chosen = [members.number(entry["choice"]) for entry in students.values()]
-    for member, place in np.ndindex(top1.shape):  # all runs are there, but one that is made
-        (run := tmp_path / f"runs/seed{place + 3}-{member}").mkdir(parents=True)
-        if (member, place) != (chosen[0], 2):
-            (run / "summary.json").write_text(json.dumps({"top1": top1[member, place]}))
+    for member, seed in np.ndindex(top1.shape):  # all runs are there, but one that is made
+        (run := place(members, member, seed + 3)).mkdir(parents=True)
+        if (member, seed) != (chosen[0], 2):
+            (run / "summary.json").write_text(json.dumps({"top1": top1[member, seed]}))
     words = ["--search", str(tmp_path / "s"), "--profile", str(tmp_path / "p.json"), "--runs", str(tmp_path / "runs")]
     more = ["--random", "3", "--tolerance", "0.1", "--seeds", "3", "4", "5", "--epochs", "1", "--batch_size", "128"]
     more += ["--output", str(tmp_path / "chosen.json"), "--", "--train_fraction", "0.3"]
     monkeypatch.setattr(sys, "argv", ["benchmarks/chosen.py", *words, *more])
     monkeypatch.setattr(subprocess, "run", started := Started())
     chosen_benchmark.main()
-    config = yaml.safe_load((run := tmp_path / f"runs/seed5-{chosen[0]}" / "config.yaml").read_text())
+    config = yaml.safe_load((run := place(members, chosen[0], 5) / "config.yaml").read_text())
     assert (config["teacher"], config["train_fraction"], config["seed"]) == ([str(generic)], 0.3, 5)
     top1[chosen[0], 2] = read_json(run.with_name("summary.json"))["top1"]
     found, every = read_json(tmp_path / "chosen.json"), []
