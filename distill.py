@@ -132,7 +132,7 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
         """
         if not (self.students or self.methods):
             return [self]
-        base, found = Path(self.output_dir or default_folder("distilled", "students", self.dataset or "")), {}
+        base, found = Path(self.output_dir or default_folder("distilled", "students", self.dataset)), {}
         for student in self.students or [self.student]:
             for method in self.methods or [self.method]:
                 name = "-".join(map(plain, [student, *([method] if self.methods else [])]))

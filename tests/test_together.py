@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from itertools import product
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from common import UserError
 from data.datasets import load_images
 from distill import DistillConfig
 from engine.console import Console
@@ -187,6 +189,18 @@ def test_outputs_are_shared_within_a_batch_alone():
     shared.next_batch()
     shared.get(images, "a", compute)
     assert len(made) == 4
+
+
+def test_the_usual_folder_of_several_names_the_teachers_data_set(teacher, monkeypatch):
+    made = []
+
+    def stop(config, *names):
+        made.append(config)
+        raise UserError("seen")
+
+    monkeypatch.setattr("distill.Run", stop)
+    here("distill.py", "--teacher", teacher, "--students", "resnet8", "pool:1")
+    assert re.fullmatch(r"runs/\d{4}-\d\d-\d\d-distilled-students-digits/resnet8", made[0].output_dir)
 
 
 @pytest.mark.parametrize(
