@@ -29,7 +29,7 @@ from engine.command_line import parse
 from engine.config import ScriptOptions
 from engine.console import Console
 from engine.distributed import RunError, run_script
-from engine.run_folder import machine
+from engine.run_folder import cpu_name, machine
 from exporters.card import write_card
 from exporters.deployed import Deployed
 from exporters.finetune import FinetuneOptions, finetune, load_teachers
@@ -313,7 +313,7 @@ def describe(
     info = deployed.network.info
     found = {"model": info.name, "sha256": info.sha256, "dataset": config.dataset or info.dataset}
     found |= {"parameters": count_parameters(deployed.network), "with_preprocessing": config.with_preprocessing}
-    found |= {"threads": torch.get_num_threads(), "files": {}, **machine()}
+    found |= {"threads": torch.get_num_threads(), "measured_on": cpu_name(), "files": {}, **machine()}
     for name, function in files.items():
         content = (folder / name).read_bytes()
         found["files"][name] = proofs[name].results() | {

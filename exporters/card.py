@@ -20,7 +20,7 @@ An image classifier of {classes} classes for RGB images of {side}x{side}, with {
 | --- | ---: | ---: | ---: | ---: |
 {rows}
 
-On the {images:,} test images of {dataset}; latency is the median on {device}, {threads} thread(s). Every file was run
+On the {images:,} test images of {measured}; latency is the median on {device}, {threads} thread(s). Every file was run
 on all of these images before it was kept (export.json).
 
 ## Input and output
@@ -33,9 +33,9 @@ on all of these images before it was kept (export.json).
 
 {commands}## Intended use and limits
 
-For images like those of {dataset}; nothing was measured on others. It always names one of its {classes} classes, also
-where an image shows none of them, and its confidence is no warranty. What the training images leave out or
-over-represent, it does too.
+For images like those of {dataset}, on which it was trained; nothing was measured on others than the above. It always
+names one of its {classes} classes, also where an image shows none of them, and its confidence is no warranty. What the
+training images leave out or over-represent, it does too.
 """
 
 # Options that are places on the trainer's machine.
@@ -55,13 +55,13 @@ def write_card(path: Path, info: ModelInfo, export: dict, run: dict, options: di
     """
     name = Path(info.name).stem if info.name.endswith(".json") else info.name  # of a spec without its place on a disk
     top1 = next(iter(export["files"].values()))["top1"]
-    metric = {"metric_type": "accuracy", "metric_value": round(top1 / 100, 4), "dataset_type": info.dataset}
+    metric = {"metric_type": "accuracy", "metric_value": round(top1 / 100, 4), "dataset_type": export["dataset"]}
     data = ModelCardData(
         model_name=name,
         license=licence,
         pipeline_tag="image-classification",
         tags=["knowledge-distillation", "onnx"],
-        eval_results=[EvalResult(task_type="image-classification", dataset_name=info.dataset, **metric)],
+        eval_results=[EvalResult(task_type="image-classification", dataset_name=export["dataset"], **metric)],
     )
     rows = [
         f"| {name} | {each['top1']:.2f} | {each['bytes']:,} | {each['latency_ms']['1']['p50']:.2f} | "
@@ -72,12 +72,13 @@ def write_card(path: Path, info: ModelInfo, export: dict, run: dict, options: di
         data=data.to_yaml(),
         name=name,
         dataset=info.dataset,
+        measured=export["dataset"],
         classes=info.num_classes,
         side=info.image_size,
         parameters=export["parameters"],
         rows="\n".join(rows),
         images=next(iter(export["files"].values()))["images"],
-        device=export["device"],
+        device=export["measured_on"],
         threads=export["threads"],
         interface=_interface(info, export),
         names=_names(info.class_names),
