@@ -32,7 +32,7 @@ from engine.distributed import RunError, run_script
 from engine.run_folder import cpu_name, machine
 from exporters.card import write_card
 from exporters.deployed import Deployed
-from exporters.finetune import FinetuneOptions, finetune, load_teachers
+from exporters.finetune import finetune, finetune_options, load_teachers
 from exporters.hub import OURS, HubError, check_repository, find_token, push
 from exporters.int8 import write_trained_int8
 from exporters.onnx import load_onnx, write_int8, write_onnx
@@ -41,7 +41,7 @@ from exporters.pt2 import load_pt2, write_pt2
 from exporters.pte import MAX_BATCH, check_executorch, load_pte, write_pte
 from exporters.quantized import Quantized
 from models.network import Network, count_parameters
-from reports.subject import Subject, load_subject, run_options
+from reports.subject import Subject, load_subject
 
 CPU = torch.device("cpu")
 METADATA = ("name", "dataset", "num_classes", "class_names", "image_size", "mean", "std", "sha256")
@@ -219,7 +219,7 @@ def teachers_of(subject: Subject, config: ExportConfig) -> list[Network]:
         f"--finetune_epochs {config.finetune_epochs}",
         {} if config.teacher else summary_of(subject.folder),
     )
-    places = config.teacher or run_options(subject.folder, FinetuneOptions).teacher
+    places = config.teacher or finetune_options(subject.folder).teacher
     if not places:
         raise UserError(f"{what}: the run {subject.folder} had no teacher; name one with --teacher")
     return load_teachers(subject, places, summary.get("teachers", []), what)
@@ -229,7 +229,7 @@ def finetuned(
     subject: Subject, teachers: list[Network], pipeline: Pipeline, train: AnySplit, config: ExportConfig
 ) -> Quantized:
     """The network with the int8 file's roundings, distilled with them."""
-    options, network = run_options(subject.folder, FinetuneOptions), Quantized(subject.network)
+    options, network = finetune_options(subject.folder), Quantized(subject.network)
     network.calibrate(calibration(Deployed(subject.network, False), pipeline, train, config.calibration_images))
     loader = pipeline.training(train, options.batch_size)
     steps = config.finetune_epochs * len(loader)

@@ -15,7 +15,7 @@ from data.batch import Batch
 from data.datasets import load_images
 from exporters import quantized
 from exporters.deployed import Deployed
-from exporters.finetune import FinetuneOptions, finetune
+from exporters.finetune import FinetuneOptions, finetune, finetune_options
 from exporters.int8 import write_trained_int8
 from exporters.onnx import load_onnx
 from exporters.quantized import Activation, Quantized, Weight
@@ -124,11 +124,18 @@ def runs(tmp_path_factory):
     """A teacher, and a student of it."""
     folder = tmp_path_factory.mktemp("finetune")
     common = ["--image_size", "8", "--batch_size", "64", "--epochs", "4"]
+    words = ["--temperature", "3", "--output_dir", folder / "s"]
     succeeded(forked("train_teacher.py", *TINY[:2], *common, "--output_dir", folder / "t"))
-    succeeded(
-        forked("distill.py", "--teacher", folder / "t", "--student", "resnet8", *common, "--output_dir", folder / "s")
-    )
+    succeeded(forked("distill.py", "--teacher", folder / "t", "--student", "resnet8", *common, *words))
     return folder
+
+
+def test_the_loss_is_that_of_the_students_run_and_no_teachers(runs):
+    """A teacher's config.yaml has an alpha and a temperature, too: those of its branches."""
+    found = finetune_options(runs / "s")
+    assert (found.teacher, found.alpha, found.temperature) == ([str(runs / "t")], 0.9, 3.0)
+    assert "alpha: 3.0" in (runs / "t/config.yaml").read_text()
+    assert finetune_options(runs / "t") == FinetuneOptions(batch_size=64)
 
 
 def test_an_int8_file_that_loses_too_much_is_distilled_once_more(runs, tmp_path):
