@@ -9,9 +9,7 @@ python export.py runs/pool7 --license apache-2.0 --push_to_hub me/pool7 --hub_pr
 import hashlib
 import itertools
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from common import UserError, check_writable, read_text
+from common import UserError, read_text
 from data.datasets import hold_out, load_images
 from data.pipeline import Pipeline
 from data.splits import AnySplit, StreamSplit
@@ -33,7 +31,8 @@ from engine.run_folder import cpu_name, machine
 from exporters.card import write_card
 from exporters.deployed import Deployed
 from exporters.finetune import finetune, finetune_options, load_teachers
-from exporters.hub import OURS, HubError, check_repository, find_token, push
+from exporters.folder import check_target, replace_folder, workplace
+from exporters.hub import HubError, check_repository, find_token, push
 from exporters.int8 import write_trained_int8
 from exporters.onnx import load_onnx, write_int8, write_onnx
 from exporters.proof import Function, Proof, latency, prove
@@ -46,7 +45,6 @@ from reports.subject import Subject, load_subject
 CPU = torch.device("cpu")
 METADATA = ("name", "dataset", "num_classes", "class_names", "image_size", "mean", "std", "sha256")
 INT8, PTE = "model.int8.onnx", "model.pte"
-WRITTEN = {*OURS, "export.json", "README.md", "model.safetensors", "model.json"}
 BATCH, CALIBRATION_BATCH = 250, 50  # images a forward pass
 
 
@@ -135,10 +133,7 @@ def main() -> None:
     upload, teachers = pusher(config, target), teachers_of(subject, config)
     deployed = Deployed(subject.network, config.with_preprocessing)
     pipeline, train, test = images_of(subject, config)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as place:
-        folder = Path(place) / "export"
-        folder.mkdir()
+    with workplace(target) as folder:
         files = write(deployed, folder, config, calibration(deployed, pipeline, train, config.calibration_images))
         proofs = prove(files, deployed, bar(pipeline, test))
         told = {}
@@ -162,23 +157,6 @@ def main() -> None:
         replace_folder(folder, target)
     show(found, target)
     upload()
-
-
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raise UserError for a folder that is not this script's to write."""
-    if target.is_dir() and any(target.iterdir()):
-        if not (target / "export.json").is_file():
-            raise UserError(f"--output_dir {target}: holds files that are no export's; choose another folder")
-        if not overwrite:
-            raise UserError(f"--output_dir {target}: holds an export; --overwrite replaces it")
-        if others := {each.name for each in target.iterdir()} - WRITTEN:
-            raise UserError(
-                f"--output_dir {target}: holds {min(others)}, which is no export's and --overwrite would remove; move "
-                "it away, or choose another folder"
-            )
-    elif target.exists() and not target.is_dir():
-        raise UserError(f"--output_dir {target}: is a file")
-    check_writable("--output_dir", target)
 
 
 def pusher(config: ExportConfig, target: Path) -> Callable[[], None]:
@@ -338,17 +316,6 @@ def mapping_in(path: Path, read: Callable[[str], object]) -> dict:
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Put a finished folder where `target` is; an earlier one is gone only when the new one is there."""
-    if target.is_dir():
-        old = source.parent / "old"
-        os.rename(target, old)
-        os.rename(source, target)
-        shutil.rmtree(old)
-    else:
-        os.rename(source, target)
 
 
 def show(found: dict, target: Path) -> None:
