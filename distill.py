@@ -110,6 +110,10 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
             return
         if self.resume_from_checkpoint not in (None, "latest"):
             raise UserError("--resume_from_checkpoint: of several students it can only be 'latest'")
+        if self.cuda_graph and self.needs_teacher:
+            raise UserError(
+                "--cuda_graph: records a step with the teacher's own for each of several students; give one"
+            )
         names = self.methods or [self.method]
         free = [name for name in names if not learns_from_teacher(find_methods(name))]
         if free and (self.cache_teacher == "disk" or self.unlabeled):

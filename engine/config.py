@@ -94,7 +94,8 @@ class PlaceOptions:
         compile: compile the networks' blocks with torch.compile, each once, when they first run.
         cuda_graph: record the steady step as a CUDA graph and replay it: one launch instead of hundreds; of gtn, which
             draws its paths, the teacher's blocks and every candidate, each by itself. On one GPU, with --opt sgd, not
-            with fp16, for methods of your own only if they decide nothing on the host within an epoch.
+            with fp16, for one student at a time, for methods of your own only if they decide nothing on the host within
+            an epoch.
         kernels: triton or reference (plain PyTorch) for losses and gates; auto is Triton on an NVIDIA GPU.
         with_tracking: also log to the trackers of --report_to.
         report_to: tracker names known to Accelerate, comma-separated.

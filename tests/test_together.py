@@ -211,6 +211,7 @@ def test_the_usual_folder_of_several_names_the_teachers_data_set(teacher, monkey
         (["--methods", "kd", "rco"], "--method rco: goes with no other"),
         (["--students", "resnet8", "--method", "rco"], "--method rco: goes with no other"),
         (["--methods", "kd", "--dkd_beta", "2"], "not read by --method kd"),
+        (["--methods", "kd", "none", "--cuda_graph"], "--cuda_graph: records a step with the teacher's own for each"),
         (["--students", "a.json", "--resume_from_checkpoint", "x"], "it can only be 'latest'"),
     ],
 )
