@@ -24,7 +24,7 @@ from data.datasets import hold_out, load_images
 from data.pipeline import Pipeline
 from data.splits import AnySplit, StreamSplit
 from engine.command_line import parse
-from engine.config import ScriptOptions
+from engine.config import INPUTS, NOT_COMPUTED, PLACES, ScriptOptions
 from engine.console import Console
 from engine.distributed import RunError, run_script
 from engine.run_folder import cpu_name, machine
@@ -150,8 +150,9 @@ def main() -> None:
         if told:
             found["files"][INT8]["finetuned"] = told
         (folder / "export.json").write_text(json.dumps(found, indent=1) + "\n")
-        options = mapping_in(subject.folder / "config.yaml", yaml.safe_load)
-        write_card(folder / "README.md", subject.info, found, summary_of(subject.folder), options, config.license)
+        recipe, inputs = recipe_of(mapping_in(subject.folder / "config.yaml", yaml.safe_load))
+        run = summary_of(subject.folder)
+        write_card(folder / "README.md", subject.info, found, run, recipe, inputs, config.license)
         for name in ("model.safetensors", "model.json"):
             shutil.copyfile(subject.folder / name, folder / name)
         replace_folder(folder, target)
@@ -302,6 +303,18 @@ def describe(
     if PTE in files:
         found["files"][PTE]["max_batch"] = MAX_BATCH
     return found
+
+
+def recipe_of(options: dict) -> tuple[dict, list[str]]:
+    """A run's options, as its config.yaml has them, for other machines.
+
+    Returns:
+        Those that are no places, and flags for what the run reads, with their names for values.
+    """
+    recipe = {name: value for name, value in options.items() if name not in NOT_COMPUTED | PLACES}
+    given = {name: value for name, value in options.items() if name in {*INPUTS, "unlabeled"} and value}
+    counts = {name: len(value) if isinstance(value, list) else 1 for name, value in given.items()}
+    return recipe, [" ".join([f"--{name}", *[name.upper()] * count]) for name, count in counts.items()]
 
 
 def summary_of(folder: Path) -> dict:

@@ -243,6 +243,11 @@ NOT_COMPUTED |= {"checkpointing_epochs", "tracker_project_name", "run_name", "pr
 NOT_COMPUTED |= {"students", "methods"}  # of distill.py: each of their runs is as if it were alone
 NOT_COMPUTED |= {"cache_folder"}  # of distill.py: what is in it is checked
 
+# Options that name run folders and files which a run reads: known by what these hold.
+INPUTS = {"teacher", "teacher_weights", "teacher_classes", "weights", "vanilla_run"}
+# Options that name places on the machine of whoever trains.
+PLACES = INPUTS | {"unlabeled", "data_dir", "cache_dir", "cache_folder", "output_dir", "resume_from_checkpoint"}
+
 
 def union(classes: Iterable[type]) -> tuple[type, ...]:
     """Bases of a dataclass with the options of all `classes`.
