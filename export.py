@@ -2,7 +2,7 @@
 
 python export.py runs/pool7
 python export.py runs/pool7 --formats onnx pt2 --quantize int8 --with_preprocessing --output_dir shipped/pool7
-python export.py runs/pool7 --quantize int8 --finetune_epochs 3 --overwrite
+python export.py runs/pool7 --quantize int8 --finetune_epochs 6 --overwrite
 python export.py runs/pool7 --license apache-2.0 --push_to_hub me/pool7 --hub_private
 """
 
@@ -40,6 +40,7 @@ from exporters.pt2 import load_pt2, write_pt2
 from exporters.pte import MAX_BATCH, check_executorch, load_pte, write_pte
 from exporters.quantized import Quantized
 from models.network import Network, count_parameters
+from models.preprocessing import Preprocessed
 from reports.subject import Subject, load_subject
 
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ class ExportConfig(ScriptOptions):
         calibration_images: training images from whose activations its ranges are taken.
         max_drop: points of top-1 that the int8 file may lose on the test split.
         finetune_epochs: where it loses more, distil the network for so many further epochs, with its roundings in
-            its forward pass; 0: never.
+            its forward pass; 0: never; default: 3 where a teacher is found.
         finetune_lr: learning rate of these epochs, Adam's in the first step.
         teacher: run folders of trained teachers for it (logits of several are averaged); default: those of the run.
         with_preprocessing: uint8 RGB in, probabilities out: normalisation and softmax are part of the files.
@@ -82,7 +83,7 @@ class ExportConfig(ScriptOptions):
     quantize: Literal["no", "int8"] = "no"
     calibration_images: int = 512
     max_drop: float = 1.0
-    finetune_epochs: int = 0
+    finetune_epochs: int | None = None
     finetune_lr: float = 0.0005
     teacher: list[str] = field(default_factory=list)
     with_preprocessing: bool = False
@@ -93,6 +94,11 @@ class ExportConfig(ScriptOptions):
     hub_private: bool = False
     output_dir: str | None = None
     overwrite: bool = False
+
+    @property
+    def further_epochs(self) -> int:
+        """Of fine-tuning, where there is a teacher and it is needed."""
+        return 3 if self.finetune_epochs is None else self.finetune_epochs
 
     def check(self) -> None:
         """Raise UserError for options that do not go together, or outside their range."""
@@ -106,14 +112,14 @@ class ExportConfig(ScriptOptions):
             raise UserError(f"--calibration_images {self.calibration_images}: must be at least 1")
         if not 0 <= self.max_drop <= 100:
             raise UserError(f"--max_drop {self.max_drop}: must be from 0 to 100 points")
-        if not 0 <= self.finetune_epochs <= 10**4:
+        if not 0 <= self.further_epochs <= 10**4:
             raise UserError(f"--finetune_epochs {self.finetune_epochs}: must be from 0 to 10000")
         if not 0 < self.finetune_lr < 100:
             raise UserError(f"--finetune_lr {self.finetune_lr}: must be above 0 and below 100")
         if self.finetune_epochs and self.quantize != "int8":
             raise UserError(f"--finetune_epochs {self.finetune_epochs}: goes with --quantize int8")
-        if self.teacher and not self.finetune_epochs:
-            raise UserError(f"--teacher {' '.join(self.teacher)}: goes with --finetune_epochs")
+        if self.teacher and not (self.further_epochs and self.quantize == "int8"):
+            raise UserError(f"--teacher {' '.join(self.teacher)}: goes with --finetune_epochs of --quantize int8")
         if self.hub_private and self.push_to_hub is None:
             raise UserError("--hub_private: goes with --push_to_hub")
         if self.push_to_hub is not None:
@@ -130,22 +136,24 @@ def main() -> None:
     subject = load_subject(config.run[0])
     target = Path(config.output_dir or subject.folder / "export")
     check_target(target, config.overwrite)
-    upload, teachers = pusher(config, target), teachers_of(subject, config)
+    upload, (teachers, untaught) = pusher(config, target), teachers_of(subject, config)
     deployed = Deployed(subject.network, config.with_preprocessing)
     pipeline, train, test = images_of(subject, config)
     with workplace(target) as folder:
         files = write(deployed, folder, config, calibration(deployed, pipeline, train, config.calibration_images))
         proofs = prove(files, deployed, bar(pipeline, test))
         told = {}
-        if config.finetune_epochs and proofs[INT8].failure(config.max_drop):
+        if teachers and proofs[INT8].failure(config.max_drop):
             rounded = finetuned(subject, teachers, pipeline, train, config)
             told = replace_int8(files, proofs, rounded, deployed, folder, lambda: bar(pipeline, test))
-            told |= {"epochs": config.finetune_epochs, "lr": config.finetune_lr}
+            told |= {"epochs": config.further_epochs, "lr": config.finetune_lr}
             told |= {"teachers": [teacher.info.sha256 for teacher in teachers]}
         for name, proof in proofs.items():
             if why := proof.failure(config.max_drop if name == INT8 else None):
-                hint = "; --finetune_epochs 3 may mend it" if name == INT8 and not config.finetune_epochs else ""
-                raise RunError(f"{name} is not shipped: {why}{hint}; nothing was written")
+                after = (
+                    f" after {config.further_epochs} further epochs (--finetune_epochs)" if told else f"; {untaught}"
+                )
+                raise RunError(f"{name} is not shipped: {why}{after if name == INT8 else ''}; nothing was written")
         found = describe(deployed, files, proofs, folder, config)
         if told:
             found["files"][INT8]["finetuned"] = told
@@ -190,29 +198,37 @@ def images_of(subject: Subject, config: ExportConfig) -> tuple[Pipeline, AnySpli
     return Pipeline(data, options, CPU), data.train, data.test
 
 
-def teachers_of(subject: Subject, config: ExportConfig) -> list[Network]:
-    """Whom the network learns from once more, should it have to; none without --finetune_epochs."""
-    if not config.finetune_epochs:
-        return []
-    what, summary = (
-        f"--finetune_epochs {config.finetune_epochs}",
-        {} if config.teacher else summary_of(subject.folder),
-    )
+def teachers_of(subject: Subject, config: ExportConfig) -> tuple[list[Network | Preprocessed], str]:
+    """Whom the network learns from once more, should its int8 file lose too much; where that is nobody, why, in words.
+
+    Raises:
+        UserError: nobody, where fine-tuning or a teacher was asked for.
+    """
+    if config.quantize != "int8":
+        return [], ""
+    if not config.further_epochs:
+        return [], "--finetune_epochs 3 may mend it"
+    what, before = f"--finetune_epochs {config.further_epochs}", summary_of(subject.folder).get("teachers", [])
     places = config.teacher or finetune_options(subject.folder).teacher
-    if not places:
-        raise UserError(f"{what}: the run {subject.folder} had no teacher; name one with --teacher")
-    return load_teachers(subject, places, summary.get("teachers", []), what)
+    try:
+        if not places:
+            raise UserError(f"{what}: the run {subject.folder} had no teacher; name one with --teacher")
+        return load_teachers(subject, places, [] if config.teacher else before, what), ""
+    except UserError as error:
+        if config.finetune_epochs or config.teacher:
+            raise
+        return [], str(error)
 
 
 def finetuned(
-    subject: Subject, teachers: list[Network], pipeline: Pipeline, train: AnySplit, config: ExportConfig
+    subject: Subject, teachers: list[Network | Preprocessed], pipeline: Pipeline, train: AnySplit, config: ExportConfig
 ) -> Quantized:
     """The network with the int8 file's roundings, distilled with them."""
     options, network = finetune_options(subject.folder), Quantized(subject.network)
     network.calibrate(calibration(Deployed(subject.network, False), pipeline, train, config.calibration_images))
     loader = pipeline.training(train, options.batch_size)
-    steps = config.finetune_epochs * len(loader)
-    batches = (batch for epoch in range(config.finetune_epochs) for batch in loader.epoch(epoch))
+    steps = config.further_epochs * len(loader)
+    batches = (batch for epoch in range(config.further_epochs) for batch in loader.epoch(epoch))
     shown = Console(True).through(batches, steps, "fine-tuning")
 
     def taught(images: Tensor) -> Tensor:
