@@ -11,8 +11,9 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -141,8 +142,10 @@ def main() -> None:
     pipeline, train, test = images_of(subject, config)
     with workplace(target) as folder:
         files = write(deployed, folder, config, calibration(deployed, pipeline, train, config.calibration_images))
-        proofs = prove(files, deployed, bar(pipeline, test))
-        told = {}
+        proofs, told = prove(files, deployed, bar(pipeline, test)), {}
+        if config.with_preprocessing:
+            for name, proof in proofs_of_logits(subject.network, pipeline, test, folder, config).items():
+                proofs[name].include(proof)
         if teachers and proofs[INT8].failure(config.max_drop):
             rounded = finetuned(subject, teachers, pipeline, train, config)
             told = replace_int8(files, proofs, rounded, deployed, folder, lambda: bar(pipeline, test))
@@ -285,6 +288,19 @@ def write(deployed: Deployed, folder: Path, config: ExportConfig, calibrate: Ite
         write_pte(deployed, folder / PTE, metadata)
         files[PTE] = load_pte(folder / PTE, threads)
     return files
+
+
+def proofs_of_logits(
+    network: Network, pipeline: Pipeline, test: AnySplit, folder: Path, config: ExportConfig
+) -> dict[str, Proof]:
+    """Of the files with preprocessing, by name: the same graphs up to the logits, which are written for that alone.
+
+    In probabilities an error of a class that has next to none is not seen.
+    """
+    bare = Deployed(network, True, softmax=False)
+    with TemporaryDirectory(dir=folder) as place:
+        files = write(bare, Path(place), replace(config, quantize="no"), iter(()))
+        return prove(files, bare, bar(pipeline, test))
 
 
 def metadata_of(deployed: Deployed) -> dict:

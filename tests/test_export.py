@@ -293,6 +293,29 @@ def test_what_is_not_proven_is_not_shipped(run, tmp_path, monkeypatch):
     assert exporters_onnx.load_onnx is load_onnx
 
 
+def test_with_preprocessing_it_is_the_logits_that_are_proven(run, tmp_path, monkeypatch):
+    """The probability of the third class is 0, in the file and in the network, whatever the file makes of its logit."""
+    model, folder = load_pretrained(run), tmp_path / "run"
+    with torch.no_grad():
+        model.fc.bias[2] = -1e4
+    save_pretrained(model, model.info, folder)
+
+    def wrong(deployed, path, metadata):
+        write_onnx(deployed, path, metadata)
+        written = onnx.load(path)
+        bias = next(each for each in written.graph.initializer if list(each.dims) == [10])
+        bias.CopyFrom(
+            numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(99) * (np.arange(10) == 2), bias.name)
+        )
+        onnx.save(written, path)
+
+    succeeded(here("export.py", folder, "--with_preprocessing"))
+    monkeypatch.setattr("export.write_onnx", wrong)
+    done = here("export.py", folder, "--with_preprocessing", "--overwrite")
+    assert done.returncode == 1 and "model.onnx is not shipped: its outputs differ" in done.stderr
+    assert {each.name for each in folder.iterdir()} == {"model.json", "model.safetensors", "export"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
