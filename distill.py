@@ -221,37 +221,47 @@ class Student:
         self.run, self.teachers, self.data, config = run, teachers, data, run.config
         self.name = run.folder.path.name
         self.pool = pool_of(config, [teacher.info for teacher in teachers]) or Pool()
-        torch.manual_seed(config.seed)
-        student = {"argument": "--student", "image_size": data.image_size, "stages": config.student_stages}
-        self.network = create_model(config.student, data.num_classes, self.pool, **student)
-        check_classes(self.network, data.num_classes, "--student")
-        initial = run.first(initial_weights, self.network, config.pretrained, config.own_weights)
-        frozen = freeze(self.network, config.freeze, initial, f"--student {config.student}")
+        self.taught = describe_teachers(config, teachers)
         others = (config.peers or [config.student]) if methods[0].peers else []
+        self.alone = not (teachers or others)
+        torch.manual_seed(config.seed)
+        self.network, *started = self._make_network()
         peers = [create_model(name, data.num_classes, self.pool, "--peers", data.image_size) for name in others]
         if config.compile:
             for network in (self.network, *peers, *teachers):
                 compile_regions(network)
-        self.taught = describe_teachers(config, teachers)
         if peers:
             weight = 1.0 if config.kd_weight is None else config.kd_weight
             objective = Peers([self.network, *peers], methods[0], weight)
         else:
             objective = distillation(config, methods, self.network, teachers, data, shared)
+        self.weights = objective.term_weights
         cached = cache_logits(config, objective, data)
         self.loop = run.loop(objective, data, {f"the teacher {each['path']}": each["sha256"] for each in self.taught})
-        self.alone = not (teachers or peers)
+        self._introduce(others, [*started, cached])
+
+    def _make_network(self) -> tuple[Network, str | None, str | None]:
+        """The student with the weights that it starts from; lines on these, and on those that it keeps."""
+        config, data = self.run.config, self.data
+        built = {"argument": "--student", "image_size": data.image_size, "stages": config.student_stages}
+        network = create_model(config.student, data.num_classes, self.pool, **built)
+        check_classes(network, data.num_classes, "--student")
+        initial = self.run.first(initial_weights, network, config.pretrained, config.own_weights)
+        frozen = freeze(network, config.freeze, initial, f"--student {config.student}")
+        return network, initial and f"initial weights: {initial}", frozen
+
+    def _introduce(self, peers: list[str], lines: list[str | None]) -> None:
+        """Tell the user what is trained, beside what `lines` say."""
+        run, data, config = self.run, self.data, self.run.config
         parameters = count_parameters(self.network)
-        what = f"student {config.student} ({parameters:,} parameters), {describe_source(config, teachers, others)},"
-        self.weights = objective.term_weights
+        source = describe_source(config, self.teachers, peers)
         loss = f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in self.weights.items())}"
         loss += f"; after epoch {config.stop_kd_epoch} the labels alone" if self.taught and config.stop_kd_epoch else ""
-        lines = [loss, initial and f"initial weights: {initial}", frozen, cached]
-        lines += map(describe_stages, [self.network, *teachers])
-        lines += map(describe_preprocessing, teachers)
+        lines = [loss, *lines, *map(describe_stages, [self.network, *self.teachers])]
+        lines += map(describe_preprocessing, self.teachers)
         lines += [data.unlabeled.described] if data.unlabeled else []
-        lines.append(advice(objective, config, run.accelerator))
-        run.introduce(what, data, lines)
+        lines.append(advice(self.loop.objective, config, run.accelerator))
+        run.introduce(f"student {config.student} ({parameters:,} parameters), {source},", data, lines)
 
     def finish(self) -> None:
         """Save the student and tell the user what came out."""
