@@ -238,7 +238,8 @@ class Student:
         self.weights = objective.term_weights
         cached = cache_logits(config, objective, data)
         self.loop = run.loop(objective, data, {f"the teacher {each['path']}": each["sha256"] for each in self.taught})
-        self._introduce(others, [*started, cached])
+        following = advice(objective, config, run.accelerator) if shared is None else None
+        self._introduce(others, [*started, cached], following)
 
     def _make_network(self) -> tuple[Network, str | None, str | None]:
         """The student with the weights that it starts from; lines on these, and on those that it keeps."""
@@ -250,8 +251,8 @@ class Student:
         frozen = freeze(network, config.freeze, initial, f"--student {config.student}")
         return network, initial and f"initial weights: {initial}", frozen
 
-    def _introduce(self, peers: list[str], lines: list[str | None]) -> None:
-        """Tell the user what is trained, beside what `lines` say."""
+    def _introduce(self, peers: list[str], lines: list[str | None], last: str | None) -> None:
+        """Tell the user what is trained, beside what `lines` say, and `last`."""
         run, data, config = self.run, self.data, self.run.config
         parameters = count_parameters(self.network)
         source = describe_source(config, self.teachers, peers)
@@ -260,8 +261,7 @@ class Student:
         lines = [loss, *lines, *map(describe_stages, [self.network, *self.teachers])]
         lines += map(describe_preprocessing, self.teachers)
         lines += [data.unlabeled.described] if data.unlabeled else []
-        lines.append(advice(self.loop.objective, config, run.accelerator))
-        run.introduce(f"student {config.student} ({parameters:,} parameters), {source},", data, lines)
+        run.introduce(f"student {config.student} ({parameters:,} parameters), {source},", data, [*lines, last])
 
     def finish(self) -> None:
         """Save the student and tell the user what came out."""

@@ -203,6 +203,19 @@ def test_the_usual_folder_of_several_names_the_teachers_data_set(teacher, monkey
     assert re.fullmatch(r"runs/\d{4}-\d\d-\d\d-distilled-students-digits/resnet8", made[0].output_dir)
 
 
+@pytest.mark.parametrize("students", [["--students", "resnet8", "pool:1"], ["--student", "resnet8"]])
+def test_several_students_are_not_told_of_what_they_are_refused(teacher, students, tmp_path, monkeypatch):
+    def stop(*_):
+        raise UserError("introduced")
+
+    monkeypatch.setattr("distill.advice", lambda *_: "--cuda_graph is several times as fast")
+    monkeypatch.setattr("distill.run_together", stop)
+    monkeypatch.setattr("engine.loop.Loop.run", stop)
+    done = here("distill.py", "--teacher", teacher, *students, "--image_size", "8", "--output_dir", tmp_path / "x")
+    assert "introduced" in done.stderr and "loss: " in done.stdout
+    assert ("--cuda_graph" in done.stdout) == (students[0] == "--student")
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
