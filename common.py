@@ -1,8 +1,9 @@
 """What every package needs: an error for the user, names with the nearest known ones, the user's own modules, seeds,
-safe writing."""
+locks, safe writing."""
 
 import difflib
 import errno
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -14,9 +15,15 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import IO
+from weakref import WeakSet
 
 OWN = "own_"  # what the names of the user's own modules begin with
 MOST_TEXT = 2**26  # bytes of a recipe, spec, summary or table of metrics
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # what a file system without locks says
+
+_locks: WeakSet = WeakSet()  # of this process; a worker that outlives it must not hold them
+os.register_at_fork(after_in_child=lambda: [each.close() for each in list(_locks)])
 
 
 class UserError(ValueError):
@@ -97,6 +104,19 @@ def read_json(path: Path, argument: str = "") -> dict:
     if not isinstance(found, dict):
         raise UserError(f"{where}: holds no JSON object")
     return found
+
+
+def lock(path: Path, kind: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> IO:
+    """A file, made where there is none, that is locked until it is closed or this process ends.
+
+    Raises:
+        BlockingIOError: another has it.
+        OSError: it cannot be opened, or its file system has no locks (NO_LOCKS).
+    """
+    file = open(path, "a", opener=without_waiting)  # noqa: SIM115 - the caller's to close
+    _locks.add(file)
+    fcntl.flock(file, kind)
+    return file
 
 
 def check_writable(argument: str, path: Path) -> None:

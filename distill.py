@@ -7,6 +7,7 @@ accelerate launch --config_file accelerate_config.yaml distill.py \\
     --config recipes/cifar100_kd.yaml --teacher runs/t --student nas_m --output_dir runs/s
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -109,19 +110,33 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
             return
         if self.resume_from_checkpoint not in (None, "latest"):
             raise UserError("--resume_from_checkpoint: of several students it can only be 'latest'")
+        if self.cuda_graph and self.needs_teacher:
+            raise UserError(
+                "--cuda_graph: records a step with the teacher's own for each of several students; give one"
+            )
         names = self.methods or [self.method]
-        free = [name for name in names if not any(method.needs_teacher for method in find_methods(name))]
+        free = [name for name in names if not learns_from_teacher(find_methods(name))]
         if free and (self.cache_teacher == "disk" or self.unlabeled):
             other = "--unlabeled" if self.unlabeled else "--cache_teacher disk"
             raise UserError(f"--methods {free[0]}: has no teacher, and {other} decides on its images too")
         if alone := next((name for name in names if ".py:" in name or "rco" in name.split("+")), None):
             raise UserError(f"--method {alone}: goes with no other; give it to one --student")
 
-    def each(self) -> list["DistillConfig"]:
-        """The options of every student's run, as if it were the only one."""
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any of its students learns from one."""
+        return any(learns_from_teacher(find_methods(name)) for name in self.methods or [self.method])
+
+    def each(self, known: Sequence[ModelInfo] = ()) -> list["DistillConfig"]:
+        """The options of every student's run, as if it were the only one.
+
+        Args:
+            known: the teachers of run folders. What they decide for the students that learn from them, the size of
+                images and the pool, the options of the others say.
+        """
         if not (self.students or self.methods):
             return [self]
-        base, found = Path(self.output_dir or default_folder("distilled", "students", self.dataset or "")), {}
+        base, found = Path(self.output_dir or default_folder("distilled", "students", self.dataset)), {}
         for student in self.students or [self.student]:
             for method in self.methods or [self.method]:
                 name = "-".join(map(plain, [student, *([method] if self.methods else [])]))
@@ -131,6 +146,9 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
                 one = {"student": student, "method": method, "students": [], "methods": []}
                 found[name] = replace(self, **one, output_dir=str(base / name))
                 set_to_defaults(found[name], unread_options(found[name]))
+                if not found[name].needs_teacher:
+                    found[name].image_size = image_size(self, known)
+                    found[name].pool = pool_of(self, known)
         return list(found.values())
 
     @property
@@ -151,23 +169,26 @@ class DistillConfig(*union(each for method in METHODS.values() for each in optio
 
 def main() -> None:
     config = parse(DistillConfig, __doc__, LISTINGS)
-    configs = config.each()
     trust([config.student, *config.students, *getattr(config, "peers", []), *config.teacher])
-    methods = [check_methods(each) for each in configs]
-    teachers = load_teachers(config, needed=any(method.needs_teacher for joined in methods for method in joined))
+    teachers = load_teachers(config, config.needs_teacher)
     known = [teacher.info for teacher in teachers if isinstance(teacher, Network)]
-    for each in configs:
-        each.dataset = config.dataset or (known[0].dataset if known else "digits")
+    config.dataset = config.dataset or (known[0].dataset if known else "digits")
+    configs = config.each(known)
+    methods = [check_methods(each) for each in configs]
     runs = [Run(each, each.method, each.student) for each in configs]
     first = runs[0]
     data = first.load_data(image_size(config, known))
     teachers = [first.first(build_teacher, each, data, config) if isinstance(each, str) else each for each in teachers]
-    data, val = hold_out(fit_to_teachers(data, teachers), config.val_fraction, "validation")
-    data, teachers = replace(data, val=val), preprocessed(teachers, data, config)
+    data, val = hold_out(data, config.val_fraction, "validation")
+    data = replace(data, val=val)
     if config.unlabeled:
         data = first.first(with_unlabeled, data, config, first.accelerator.device, first.is_main)
-    shared = SharedOutputs() if len(runs) > 1 else None
-    students = [Student(*each, teachers, data, shared) for each in zip(runs, methods, strict=True)]
+    fitted = fit_to_teachers(data, teachers)
+    teachers, shared = preprocessed(teachers, fitted, config), SharedOutputs() if len(runs) > 1 else None
+    students = [
+        Student(run, joined, *((teachers, fitted) if learns_from_teacher(joined) else ([], data)), shared)
+        for run, joined in zip(runs, methods, strict=True)
+    ]
     with run_with([method for joined in methods for method in joined]):
         if len(students) == 1:
             students[0].loop.run()
@@ -199,39 +220,48 @@ class Student:
     ):
         self.run, self.teachers, self.data, config = run, teachers, data, run.config
         self.name = run.folder.path.name
-        pools = [Pool(**teacher.info.pool) for teacher in teachers if teacher.info.pool]
-        self.pool = config.pool or next(iter(pools), Pool())
-        torch.manual_seed(config.seed)
-        student = {"argument": "--student", "image_size": data.image_size, "stages": config.student_stages}
-        self.network = create_model(config.student, data.num_classes, self.pool, **student)
-        check_classes(self.network, data.num_classes, "--student")
-        initial = run.first(initial_weights, self.network, config.pretrained, config.own_weights)
-        frozen = freeze(self.network, config.freeze, initial, f"--student {config.student}")
+        self.pool = pool_of(config, [teacher.info for teacher in teachers]) or Pool()
+        self.taught = describe_teachers(config, teachers)
         others = (config.peers or [config.student]) if methods[0].peers else []
+        self.alone = not (teachers or others)
+        torch.manual_seed(config.seed)
+        self.network, *started = self._make_network()
         peers = [create_model(name, data.num_classes, self.pool, "--peers", data.image_size) for name in others]
         if config.compile:
             for network in (self.network, *peers, *teachers):
                 compile_regions(network)
-        self.taught = describe_teachers(config, teachers)
         if peers:
             weight = 1.0 if config.kd_weight is None else config.kd_weight
             objective = Peers([self.network, *peers], methods[0], weight)
         else:
             objective = distillation(config, methods, self.network, teachers, data, shared)
+        self.weights = objective.term_weights
         cached = cache_logits(config, objective, data)
         self.loop = run.loop(objective, data, {f"the teacher {each['path']}": each["sha256"] for each in self.taught})
-        self.alone = not (teachers or peers)
+        following = advice(objective, config, run.accelerator) if shared is None else None
+        self._introduce(others, [*started, cached], following)
+
+    def _make_network(self) -> tuple[Network, str | None, str | None]:
+        """The student with the weights that it starts from; lines on these, and on those that it keeps."""
+        config, data = self.run.config, self.data
+        built = {"argument": "--student", "image_size": data.image_size, "stages": config.student_stages}
+        network = create_model(config.student, data.num_classes, self.pool, **built)
+        check_classes(network, data.num_classes, "--student")
+        initial = self.run.first(initial_weights, network, config.pretrained, config.own_weights)
+        frozen = freeze(network, config.freeze, initial, f"--student {config.student}")
+        return network, initial and f"initial weights: {initial}", frozen
+
+    def _introduce(self, peers: list[str], lines: list[str | None], last: str | None) -> None:
+        """Tell the user what is trained, beside what `lines` say, and `last`."""
+        run, data, config = self.run, self.data, self.run.config
         parameters = count_parameters(self.network)
-        what = f"student {config.student} ({parameters:,} parameters), {describe_source(config, teachers, others)},"
-        self.weights = objective.term_weights
+        source = describe_source(config, self.teachers, peers)
         loss = f"loss: {' + '.join(f'{weight:g} {name}' for name, weight in self.weights.items())}"
         loss += f"; after epoch {config.stop_kd_epoch} the labels alone" if self.taught and config.stop_kd_epoch else ""
-        lines = [loss, initial and f"initial weights: {initial}", frozen, cached]
-        lines += map(describe_stages, [self.network, *teachers])
-        lines += map(describe_preprocessing, teachers)
+        lines = [loss, *lines, *map(describe_stages, [self.network, *self.teachers])]
+        lines += map(describe_preprocessing, self.teachers)
         lines += [data.unlabeled.described] if data.unlabeled else []
-        lines.append(advice(objective, config, run.accelerator))
-        run.introduce(what, data, lines)
+        run.introduce(f"student {config.student} ({parameters:,} parameters), {source},", data, [*lines, last])
 
     def finish(self) -> None:
         """Save the student and tell the user what came out."""
@@ -260,6 +290,16 @@ def with_own_options(config_class: type[DistillConfig], names: str) -> type[Dist
     except TypeError as error:
         raise UserError(f"--method {names}: its options need defaults and names of their own ({error})") from None
     return found
+
+
+def learns_from_teacher(methods: Sequence[type[Method]]) -> bool:
+    """Whether a student that is trained by these methods together has a teacher."""
+    return any(method.needs_teacher for method in methods)
+
+
+def pool_of(config: DistillConfig, known: Sequence[ModelInfo]) -> Pool | None:
+    """The pool of pool:SEED: the user's, else the first that a teacher brings; None: the paper's."""
+    return config.pool or next((Pool(**info.pool) for info in known if info.pool), None)
 
 
 def check_methods(config: DistillConfig) -> list[type[Method]]:

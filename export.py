@@ -2,38 +2,38 @@
 
 python export.py runs/pool7
 python export.py runs/pool7 --formats onnx pt2 --quantize int8 --with_preprocessing --output_dir shipped/pool7
-python export.py runs/pool7 --quantize int8 --finetune_epochs 3 --overwrite
+python export.py runs/pool7 --quantize int8 --finetune_epochs 6 --overwrite
 python export.py runs/pool7 --license apache-2.0 --push_to_hub me/pool7 --hub_private
 """
 
 import hashlib
 import itertools
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
 import yaml
 from torch import Tensor
 
-from common import UserError, check_writable, read_text
+from common import UserError, read_text
 from data.datasets import hold_out, load_images
 from data.pipeline import Pipeline
 from data.splits import AnySplit, StreamSplit
 from engine.command_line import parse
-from engine.config import ScriptOptions
+from engine.config import INPUTS, NOT_COMPUTED, PLACES, ScriptOptions
 from engine.console import Console
 from engine.distributed import RunError, run_script
-from engine.run_folder import machine
+from engine.run_folder import cpu_name, machine
 from exporters.card import write_card
 from exporters.deployed import Deployed
-from exporters.finetune import FinetuneOptions, finetune, load_teachers
-from exporters.hub import OURS, HubError, check_repository, find_token, push
+from exporters.finetune import finetune, finetune_options, load_teachers
+from exporters.folder import check_target, replace_folder, workplace
+from exporters.hub import HubError, check_repository, find_token, push
 from exporters.int8 import write_trained_int8
 from exporters.onnx import load_onnx, write_int8, write_onnx
 from exporters.proof import Function, Proof, latency, prove
@@ -41,12 +41,12 @@ from exporters.pt2 import load_pt2, write_pt2
 from exporters.pte import MAX_BATCH, check_executorch, load_pte, write_pte
 from exporters.quantized import Quantized
 from models.network import Network, count_parameters
-from reports.subject import Subject, load_subject, run_options
+from models.preprocessing import Preprocessed
+from reports.subject import Subject, load_subject
 
 CPU = torch.device("cpu")
 METADATA = ("name", "dataset", "num_classes", "class_names", "image_size", "mean", "std", "sha256")
 INT8, PTE = "model.int8.onnx", "model.pte"
-WRITTEN = {*OURS, "export.json", "README.md", "model.safetensors", "model.json"}
 BATCH, CALIBRATION_BATCH = 250, 50  # images a forward pass
 
 
@@ -62,7 +62,7 @@ class ExportConfig(ScriptOptions):
         calibration_images: training images from whose activations its ranges are taken.
         max_drop: points of top-1 that the int8 file may lose on the test split.
         finetune_epochs: where it loses more, distil the network for so many further epochs, with its roundings in
-            its forward pass; 0: never.
+            its forward pass; 0: never; default: 3 where a teacher is found.
         finetune_lr: learning rate of these epochs, Adam's in the first step.
         teacher: run folders of trained teachers for it (logits of several are averaged); default: those of the run.
         with_preprocessing: uint8 RGB in, probabilities out: normalisation and softmax are part of the files.
@@ -84,7 +84,7 @@ class ExportConfig(ScriptOptions):
     quantize: Literal["no", "int8"] = "no"
     calibration_images: int = 512
     max_drop: float = 1.0
-    finetune_epochs: int = 0
+    finetune_epochs: int | None = None
     finetune_lr: float = 0.0005
     teacher: list[str] = field(default_factory=list)
     with_preprocessing: bool = False
@@ -95,6 +95,11 @@ class ExportConfig(ScriptOptions):
     hub_private: bool = False
     output_dir: str | None = None
     overwrite: bool = False
+
+    @property
+    def further_epochs(self) -> int:
+        """Of fine-tuning, where there is a teacher and it is needed."""
+        return 3 if self.finetune_epochs is None else self.finetune_epochs
 
     def check(self) -> None:
         """Raise UserError for options that do not go together, or outside their range."""
@@ -108,14 +113,14 @@ class ExportConfig(ScriptOptions):
             raise UserError(f"--calibration_images {self.calibration_images}: must be at least 1")
         if not 0 <= self.max_drop <= 100:
             raise UserError(f"--max_drop {self.max_drop}: must be from 0 to 100 points")
-        if not 0 <= self.finetune_epochs <= 10**4:
+        if not 0 <= self.further_epochs <= 10**4:
             raise UserError(f"--finetune_epochs {self.finetune_epochs}: must be from 0 to 10000")
         if not 0 < self.finetune_lr < 100:
             raise UserError(f"--finetune_lr {self.finetune_lr}: must be above 0 and below 100")
         if self.finetune_epochs and self.quantize != "int8":
             raise UserError(f"--finetune_epochs {self.finetune_epochs}: goes with --quantize int8")
-        if self.teacher and not self.finetune_epochs:
-            raise UserError(f"--teacher {' '.join(self.teacher)}: goes with --finetune_epochs")
+        if self.teacher and not (self.further_epochs and self.quantize == "int8"):
+            raise UserError(f"--teacher {' '.join(self.teacher)}: goes with --finetune_epochs of --quantize int8")
         if self.hub_private and self.push_to_hub is None:
             raise UserError("--hub_private: goes with --push_to_hub")
         if self.push_to_hub is not None:
@@ -132,53 +137,38 @@ def main() -> None:
     subject = load_subject(config.run[0])
     target = Path(config.output_dir or subject.folder / "export")
     check_target(target, config.overwrite)
-    upload, teachers = pusher(config, target), teachers_of(subject, config)
+    upload, (teachers, untaught) = pusher(config, target), teachers_of(subject, config)
     deployed = Deployed(subject.network, config.with_preprocessing)
     pipeline, train, test = images_of(subject, config)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as place:
-        folder = Path(place) / "export"
-        folder.mkdir()
+    with workplace(target) as folder:
         files = write(deployed, folder, config, calibration(deployed, pipeline, train, config.calibration_images))
-        proofs = prove(files, deployed, bar(pipeline, test))
-        told = {}
-        if config.finetune_epochs and proofs[INT8].failure(config.max_drop):
+        proofs, told = prove(files, deployed, bar(pipeline, test)), {}
+        if config.with_preprocessing:
+            for name, proof in proofs_of_logits(subject.network, pipeline, test, folder, config).items():
+                proofs[name].include(proof)
+        if teachers and proofs[INT8].failure(config.max_drop):
             rounded = finetuned(subject, teachers, pipeline, train, config)
             told = replace_int8(files, proofs, rounded, deployed, folder, lambda: bar(pipeline, test))
-            told |= {"epochs": config.finetune_epochs, "lr": config.finetune_lr}
+            told |= {"epochs": config.further_epochs, "lr": config.finetune_lr}
             told |= {"teachers": [teacher.info.sha256 for teacher in teachers]}
         for name, proof in proofs.items():
             if why := proof.failure(config.max_drop if name == INT8 else None):
-                hint = "; --finetune_epochs 3 may mend it" if name == INT8 and not config.finetune_epochs else ""
-                raise RunError(f"{name} is not shipped: {why}{hint}; nothing was written")
+                after = (
+                    f" after {config.further_epochs} further epochs (--finetune_epochs)" if told else f"; {untaught}"
+                )
+                raise RunError(f"{name} is not shipped: {why}{after if name == INT8 else ''}; nothing was written")
         found = describe(deployed, files, proofs, folder, config)
         if told:
             found["files"][INT8]["finetuned"] = told
         (folder / "export.json").write_text(json.dumps(found, indent=1) + "\n")
-        options = mapping_in(subject.folder / "config.yaml", yaml.safe_load)
-        write_card(folder / "README.md", subject.info, found, summary_of(subject.folder), options, config.license)
+        recipe, inputs = recipe_of(mapping_in(subject.folder / "config.yaml", yaml.safe_load))
+        run = summary_of(subject.folder)
+        write_card(folder / "README.md", subject.info, found, run, recipe, inputs, config.license)
         for name in ("model.safetensors", "model.json"):
             shutil.copyfile(subject.folder / name, folder / name)
         replace_folder(folder, target)
     show(found, target)
     upload()
-
-
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raise UserError for a folder that is not this script's to write."""
-    if target.is_dir() and any(target.iterdir()):
-        if not (target / "export.json").is_file():
-            raise UserError(f"--output_dir {target}: holds files that are no export's; choose another folder")
-        if not overwrite:
-            raise UserError(f"--output_dir {target}: holds an export; --overwrite replaces it")
-        if others := {each.name for each in target.iterdir()} - WRITTEN:
-            raise UserError(
-                f"--output_dir {target}: holds {min(others)}, which is no export's and --overwrite would remove; move "
-                "it away, or choose another folder"
-            )
-    elif target.exists() and not target.is_dir():
-        raise UserError(f"--output_dir {target}: is a file")
-    check_writable("--output_dir", target)
 
 
 def pusher(config: ExportConfig, target: Path) -> Callable[[], None]:
@@ -211,29 +201,37 @@ def images_of(subject: Subject, config: ExportConfig) -> tuple[Pipeline, AnySpli
     return Pipeline(data, options, CPU), data.train, data.test
 
 
-def teachers_of(subject: Subject, config: ExportConfig) -> list[Network]:
-    """Whom the network learns from once more, should it have to; none without --finetune_epochs."""
-    if not config.finetune_epochs:
-        return []
-    what, summary = (
-        f"--finetune_epochs {config.finetune_epochs}",
-        {} if config.teacher else summary_of(subject.folder),
-    )
-    places = config.teacher or run_options(subject.folder, FinetuneOptions).teacher
-    if not places:
-        raise UserError(f"{what}: the run {subject.folder} had no teacher; name one with --teacher")
-    return load_teachers(subject, places, summary.get("teachers", []), what)
+def teachers_of(subject: Subject, config: ExportConfig) -> tuple[list[Network | Preprocessed], str]:
+    """Whom the network learns from once more, should its int8 file lose too much; where that is nobody, why, in words.
+
+    Raises:
+        UserError: nobody, where fine-tuning or a teacher was asked for.
+    """
+    if config.quantize != "int8":
+        return [], ""
+    if not config.further_epochs:
+        return [], "--finetune_epochs 3 may mend it"
+    what, before = f"--finetune_epochs {config.further_epochs}", summary_of(subject.folder).get("teachers", [])
+    places = config.teacher or finetune_options(subject.folder).teacher
+    try:
+        if not places:
+            raise UserError(f"{what}: the run {subject.folder} had no teacher; name one with --teacher")
+        return load_teachers(subject, places, [] if config.teacher else before, what), ""
+    except UserError as error:
+        if config.finetune_epochs or config.teacher:
+            raise
+        return [], str(error)
 
 
 def finetuned(
-    subject: Subject, teachers: list[Network], pipeline: Pipeline, train: AnySplit, config: ExportConfig
+    subject: Subject, teachers: list[Network | Preprocessed], pipeline: Pipeline, train: AnySplit, config: ExportConfig
 ) -> Quantized:
     """The network with the int8 file's roundings, distilled with them."""
-    options, network = run_options(subject.folder, FinetuneOptions), Quantized(subject.network)
+    options, network = finetune_options(subject.folder), Quantized(subject.network)
     network.calibrate(calibration(Deployed(subject.network, False), pipeline, train, config.calibration_images))
     loader = pipeline.training(train, options.batch_size)
-    steps = config.finetune_epochs * len(loader)
-    batches = (batch for epoch in range(config.finetune_epochs) for batch in loader.epoch(epoch))
+    steps = config.further_epochs * len(loader)
+    batches = (batch for epoch in range(config.further_epochs) for batch in loader.epoch(epoch))
     shown = Console(True).through(batches, steps, "fine-tuning")
 
     def taught(images: Tensor) -> Tensor:
@@ -292,6 +290,19 @@ def write(deployed: Deployed, folder: Path, config: ExportConfig, calibrate: Ite
     return files
 
 
+def proofs_of_logits(
+    network: Network, pipeline: Pipeline, test: AnySplit, folder: Path, config: ExportConfig
+) -> dict[str, Proof]:
+    """Of the files with preprocessing, by name: the same graphs up to the logits, which are written for that alone.
+
+    In probabilities an error of a class that has next to none is not seen.
+    """
+    bare = Deployed(network, True, softmax=False)
+    with TemporaryDirectory(dir=folder) as place:
+        files = write(bare, Path(place), replace(config, quantize="no"), iter(()))
+        return prove(files, bare, bar(pipeline, test))
+
+
 def metadata_of(deployed: Deployed) -> dict:
     """What files say of themselves."""
     info = asdict(deployed.network.info)
@@ -313,7 +324,7 @@ def describe(
     info = deployed.network.info
     found = {"model": info.name, "sha256": info.sha256, "dataset": config.dataset or info.dataset}
     found |= {"parameters": count_parameters(deployed.network), "with_preprocessing": config.with_preprocessing}
-    found |= {"threads": torch.get_num_threads(), "files": {}, **machine()}
+    found |= {"threads": torch.get_num_threads(), "measured_on": cpu_name(), "files": {}, **machine()}
     for name, function in files.items():
         content = (folder / name).read_bytes()
         found["files"][name] = proofs[name].results() | {
@@ -324,6 +335,18 @@ def describe(
     if PTE in files:
         found["files"][PTE]["max_batch"] = MAX_BATCH
     return found
+
+
+def recipe_of(options: dict) -> tuple[dict, list[str]]:
+    """A run's options, as its config.yaml has them, for other machines.
+
+    Returns:
+        Those that are no places, and flags for what the run reads, with their names for values.
+    """
+    recipe = {name: value for name, value in options.items() if name not in NOT_COMPUTED | PLACES}
+    given = {name: value for name, value in options.items() if name in {*INPUTS, "unlabeled"} and value}
+    counts = {name: len(value) if isinstance(value, list) else 1 for name, value in given.items()}
+    return recipe, [" ".join([f"--{name}", *[name.upper()] * count]) for name, count in counts.items()]
 
 
 def summary_of(folder: Path) -> dict:
@@ -338,17 +361,6 @@ def mapping_in(path: Path, read: Callable[[str], object]) -> dict:
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Put a finished folder where `target` is; an earlier one is gone only when the new one is there."""
-    if target.is_dir():
-        old = source.parent / "old"
-        os.rename(target, old)
-        os.rename(source, target)
-        shutil.rmtree(old)
-    else:
-        os.rename(source, target)
 
 
 def show(found: dict, target: Path) -> None:

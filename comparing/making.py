@@ -14,9 +14,9 @@ import distill
 import train_teacher
 from common import UserError, write_atomically
 from comparing.places import Places, finished
-from comparing.planned import PLACES, PlannedRun
+from comparing.planned import PlannedRun
 from comparing.records import describe, recorded
-from engine.config import NOT_COMPUTED
+from engine.config import INPUTS, NOT_COMPUTED
 from engine.distributed import run_script
 
 MAINS = {"train_teacher.py": train_teacher.main, "distill.py": distill.main}
@@ -58,7 +58,7 @@ def check_folder(run: PlannedRun, folder: Path) -> None:
     there = yaml.safe_load((folder / "config.yaml").read_text())
     wanted = run.config.as_dict() | ({"dataset": run.dataset} if run.dataset else {})
     for name, value in wanted.items():
-        known = type(value) in (bool, int, float, str) and name not in NOT_COMPUTED | PLACES | {"seed"}
+        known = type(value) in (bool, int, float, str) and name not in NOT_COMPUTED | INPUTS | {"seed"}
         if known and there.get(name, value) != value:
             raise UserError(
                 f"{folder}: was made with {name} {there[name]}, not {value}; move it away, or choose another --runs"

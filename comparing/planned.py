@@ -13,7 +13,7 @@ import yaml
 from common import UserError
 from distill import DistillConfig
 from engine.command_line import parse
-from engine.config import NOT_COMPUTED, RunConfig
+from engine.config import INPUTS, NOT_COMPUTED, RunConfig
 from engine.run_folder import plain
 from losses.registry import find_methods
 from models.own import is_own
@@ -22,13 +22,6 @@ from train_teacher import TeacherConfig
 CONFIGS = {"train_teacher.py": TeacherConfig, "distill.py": DistillConfig}
 ROOT = Path(__file__).parents[1]
 KEY_LENGTH = 12
-PLACES = {
-    "teacher",
-    "teacher_weights",
-    "teacher_classes",
-    "weights",
-    "vanilla_run",
-}  # options that name run folders: known by what they hold
 
 
 @dataclass
@@ -86,7 +79,7 @@ class PlannedRun:
         reads count by what they hold, the data set by its name.
         """
         config, places = self.config, {}
-        for name in PLACES & {each.name for each in fields(config)}:
+        for name in INPUTS & {each.name for each in fields(config)}:
             if run := getattr(self, name, None):
                 places[name] = run.key
             elif given := getattr(config, name):
@@ -115,10 +108,10 @@ class PlannedRun:
 
 
 def differing(config: RunConfig) -> dict:
-    """The options of a run that are not at their defaults, but for places and what is not computed."""
+    """The options of a run that are not at their defaults, but for run folders and what is not computed."""
     config_class = type(config).with_method(config.method)
     usual = asdict(config_class(method=config.method))
-    ignored = NOT_COMPUTED | PLACES | {"seed"}
+    ignored = NOT_COMPUTED | INPUTS | {"seed"}
     found = {name: value for name, value in asdict(config).items() if name not in ignored and value != usual[name]}
     return found | {"method": config.method}
 

@@ -94,7 +94,8 @@ class PlaceOptions:
         compile: compile the networks' blocks with torch.compile, each once, when they first run.
         cuda_graph: record the steady step as a CUDA graph and replay it: one launch instead of hundreds; of gtn, which
             draws its paths, the teacher's blocks and every candidate, each by itself. On one GPU, with --opt sgd, not
-            with fp16, for methods of your own only if they decide nothing on the host within an epoch.
+            with fp16, for one student at a time, for methods of your own only if they decide nothing on the host within
+            an epoch.
         kernels: triton or reference (plain PyTorch) for losses and gates; auto is Triton on an NVIDIA GPU.
         with_tracking: also log to the trackers of --report_to.
         report_to: tracker names known to Accelerate, comma-separated.
@@ -241,6 +242,11 @@ NOT_COMPUTED = {"output_dir", "overwrite", "resume_from_checkpoint", "with_track
 NOT_COMPUTED |= {"checkpointing_epochs", "tracker_project_name", "run_name", "process_timeout"}
 NOT_COMPUTED |= {"students", "methods"}  # of distill.py: each of their runs is as if it were alone
 NOT_COMPUTED |= {"cache_folder"}  # of distill.py: what is in it is checked
+
+# Options that name run folders and files which a run reads: known by what these hold.
+INPUTS = {"teacher", "teacher_weights", "teacher_classes", "weights", "vanilla_run"}
+# Options that name places on the machine of whoever trains.
+PLACES = INPUTS | {"unlabeled", "data_dir", "cache_dir", "cache_folder", "output_dir", "resume_from_checkpoint"}
 
 
 def union(classes: Iterable[type]) -> tuple[type, ...]:

@@ -45,8 +45,8 @@ def run_script(main: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to fail
             stream.reconfigure(errors="backslashreplace")
     message, code = _outcome(main)
-    # Every process meets a user's mistake alike; one of them says it. What only another meets, it says too.
-    if code == 1 or (code and int(os.environ.get("RANK", 0)) == 0):
+    # The processes of a machine meet a user's mistake alike; one of them says it. What only another meets, it says too.
+    if code == 1 or (code and 0 in (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))):
         print(f"{os.path.basename(sys.argv[0])}: {one_line(message)}", file=sys.stderr, flush=True)
     if code != 1:  # what fails in one process alone must not wait for the others
         _give_group_back()

@@ -44,7 +44,8 @@ class Loop:
 
     `fingerprints` say what the run was made from (data, teachers): a checkpoint of others is refused.
 
-    After `run` the objective is trained and in eval mode, and `progress` tells what happened.
+    After `run` the objective is trained and in eval mode, and `progress` tells what happened. With the same options and
+    data, loops of one `batch_kind` train on the same batches.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Loop:
         self.pipeline = Pipeline(data, config, self.accelerator.device, self.rank, self.world)
         kinds = (self.objective.copies, self.objective.cycle, data.unlabeled)
         self.train = self.pipeline.training(data.train, config.batch_size, *kinds)
+        self.batch_kind = (*kinds[:2], *data.mean, *data.std)
         self.own_images = {
             phase.name: self.pipeline.training(phase.split, min(config.batch_size, len(phase.split)))
             for phase in self.objective.phases

@@ -1,7 +1,5 @@
 """The run folder: its files, its lock, and what a summary says of the machine."""
 
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -11,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from weakref import WeakSet
 
 import torch
 import yaml
 
-from common import UserError, read_text, without_waiting, write_atomically
+from common import NO_LOCKS, UserError, lock, read_text, write_atomically
 
 OURS = ("summary.json", "model.safetensors", "model.json", "metrics.jsonl", "supernet.safetensors")
 OURS += ("evaluation.json", "evaluation.parquet", "report.html")
@@ -24,10 +21,6 @@ OUR_FOLDERS = ("plots", "checkpoints", "tensorboard", "anchors", "students", "ex
 LOCK = ".lock"
 RUN_KEYS = {"method", "dataset", "seed", "epochs", "output_dir", "checkpointing_epochs"}  # of any run's config.yaml
 PACKAGES = ("torch", "torchvision", "triton", "accelerate", "safetensors")
-
-
-_locks: WeakSet = WeakSet()  # of this process; a worker that outlives the run must not hold them
-os.register_at_fork(after_in_child=lambda: [lock.close() for lock in list(_locks)])
 
 
 class RunFolder:
@@ -103,17 +96,12 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--output_dir {self.path}: cannot be made ({error.strerror})") from None
         try:
-            self._lock = open(self.path / LOCK, "a", opener=without_waiting)  # noqa: SIM115 - held until the process ends
-        except OSError as error:
-            raise UserError(f"--output_dir {self.path}: cannot be written to ({error.strerror})") from None
-        _locks.add(self._lock)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock(self.path / LOCK)
         except BlockingIOError:
             raise UserError(f"--output_dir {self.path}: another run is writing to it now") from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
-                raise
+            if error.errno not in NO_LOCKS:
+                raise UserError(f"--output_dir {self.path}: cannot be written to ({error.strerror})") from None
         self._check()
 
     def begin(self, config: dict) -> None:
@@ -178,7 +166,7 @@ def machine() -> dict:
     cuda = torch.cuda.is_available()
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads, {_cpu_name()}",
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads, {cpu_name()}",
         "git_commit": _git_commit(),
     }
 
@@ -196,7 +184,8 @@ def peak_memory_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as the system calls it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

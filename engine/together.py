@@ -41,11 +41,12 @@ def run_together(loops: Mapping[str, Loop], next_batch: Callable[[], None]) -> d
     """Train loops that have the seed, the batch size and the training split in common: each as if it were alone.
 
     The one that is furthest behind takes the next step, so that all see a batch while it is at hand, also where they go
-    on from checkpoints of different epochs. In one process a loop that fails stops alone.
+    on from checkpoints of different epochs. Those that want another kind of batches than others, several copies or
+    another normalisation, have theirs in common. In one process a loop that fails stops alone.
 
     Args:
         loops: by name.
-        next_batch: called before the first of them sees another batch.
+        next_batch: called before the first of a kind sees another batch.
 
     Returns:
         What stopped those that failed.
@@ -57,9 +58,11 @@ def run_together(loops: Mapping[str, Loop], next_batch: Callable[[], None]) -> d
     failed, interruption = {}, None
     for loop in loops.values():
         loop.start()
-    batches = SharedBatches(next(iter(loops.values())).train, next_batch)
+    batches = {loop.batch_kind: SharedBatches(loop.train, next_batch) for loop in loops.values()}
+    kinds = list(batches)
+    turns = sorted(loops, key=lambda name: kinds.index(loops[name].batch_kind))  # a kind's use a batch up before others
     with StopSignals() as signals:
-        going = {name: loop.batches(signals, batches) for name, loop in loops.items()}
+        going = {name: loops[name].batches(signals, batches[loops[name].batch_kind]) for name in turns}
         while going:
             name = min(going, key=lambda name: loops[name].position)
             try:

@@ -14,12 +14,13 @@ class Deployed(nn.Module):
     """Images to logits or, with preprocessing, bytes to probabilities.
 
     Without preprocessing: float32 [N, 3, H, W], normalised as in training, to logits [N, C]. With it: uint8
-    [N, 3, H, W], RGB from 0 to 255, to probabilities [N, C]; the normalisation is part of the network.
+    [N, 3, H, W], RGB from 0 to 255, to probabilities [N, C]; the normalisation is part of the network. Where `softmax`
+    is False it ends with the logits.
     """
 
-    def __init__(self, network: Network, preprocessing: bool):
+    def __init__(self, network: Network, preprocessing: bool, softmax: bool = True):
         super().__init__()
-        self.network, self.preprocessing = network, preprocessing
+        self.network, self.preprocessing, self.softmax = network, preprocessing, softmax and preprocessing
         for name, values in (("mean", network.info.mean), ("std", network.info.std)):
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1))
         self.eval()
@@ -27,12 +28,11 @@ class Deployed(nn.Module):
     @property
     def output(self) -> str:
         """What the output is called."""
-        return "probabilities" if self.preprocessing else "logits"
+        return "probabilities" if self.softmax else "logits"
 
     def forward(self, images: Tensor) -> Tensor:
-        if not self.preprocessing:
-            return self.network(images)
-        return self.network((images.float() - self.mean) / self.std).softmax(1)
+        logits = self.network((images.float() - self.mean) / self.std if self.preprocessing else images)
+        return logits.softmax(1) if self.softmax else logits
 
     def given(self, images: Tensor) -> Tensor:
         """What the file is fed for images [N, 3, H, W] that are normalised as in training."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,17 +14,28 @@ from kernels import kd_loss
 from models import load_pretrained
 from models.network import Network
 from models.preprocessing import Preprocessed, fitted_to
-from reports.subject import Subject, learnt_from
+from reports.subject import Subject, learnt_from, run_options
 
 
 @dataclass
 class FinetuneOptions:
-    """What is taken over from a run, by the names of its options; the defaults for one that had no teacher."""
+    """What is taken over from a run, by the names of its options; the defaults for one that had no teacher.
+
+    Attributes:
+        model: of a run of train_teacher.py, whose alpha and temperature are those of its branches.
+    """
 
     teacher: list[str] = field(default_factory=list)
     temperature: float = 4.0
     alpha: float = 0.9
     batch_size: int = 64
+    model: str | None = None
+
+
+def finetune_options(folder: Path) -> FinetuneOptions:
+    """Those of the run in a folder. Raises UserError for a config.yaml that no run of ours writes."""
+    found = run_options(folder, FinetuneOptions)
+    return found if found.model is None else FinetuneOptions(batch_size=found.batch_size)
 
 
 def load_teachers(subject: Subject, places: Sequence[str], before: Sequence, what: str) -> list[Network | Preprocessed]:

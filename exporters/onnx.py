@@ -23,7 +23,18 @@ from common import UserError
 from exporters.deployed import Deployed, becoming
 
 OPSET = 18
-QUANTIZED = ["Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool"]
+INT8_OPERATORS = [
+    "Conv",
+    "Gemm",
+    "MatMul",
+    "Add",
+    "Relu",
+    "Clip",
+    "Concat",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+]
 
 
 def write_onnx(deployed: Deployed, path: Path, metadata: dict) -> None:
@@ -74,7 +85,7 @@ def write_int8(source: Path, path: Path, batches: Iterable[Tensor]) -> None:
             path,
             _Calibration(batches),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=QUANTIZED,
+            op_types_to_quantize=INT8_OPERATORS,
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,

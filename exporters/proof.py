@@ -48,6 +48,11 @@ class Proof:
         self.correct += int((guess == labels).sum())
         self.network_correct += int((reference == labels).sum())
 
+    def include(self, other: "Proof") -> None:
+        """Take over what another proof on the same images has found that is worse."""
+        for name in ("max_relative_error", "disagreements"):
+            setattr(self, name, max(getattr(self, name), getattr(other, name)))
+
     @property
     def drop(self) -> float:
         """Points of accuracy that the file loses."""

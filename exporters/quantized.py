@@ -22,7 +22,7 @@ WEIGHTED = CONVOLUTIONS | {aten.linear.default}
 SUMS = {aten.add.Tensor, aten.add_.Tensor}
 ACTIVATIONS = {aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default}
 OTHERS = {aten.cat.default, aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
-QUANTIZED = WEIGHTED | SUMS | ACTIVATIONS | OTHERS | {aten.mean.dim}
+ROUNDED = WEIGHTED | SUMS | ACTIVATIONS | OTHERS | {aten.mean.dim}
 MOMENTUM = 0.01  # of a range that follows the batches of training
 SMALLEST = 1e-6  # a range: scales are divided by
 
@@ -131,7 +131,7 @@ def _insert(module: fx.GraphModule) -> None:
     """Round weights, and activations where they are wanted, once each."""
     graph, wanted = module.graph, {}
     for node in graph.nodes:
-        if node.target not in QUANTIZED:
+        if node.target not in ROUNDED:
             continue
         tensors = [each for each in node.all_input_nodes if each.op != "get_attr"]
         wanted |= {each: None for each in (*tensors, node) if not (_joins_its_relu(each) or _is_result(each))}

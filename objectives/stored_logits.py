@@ -1,10 +1,11 @@
 """Teachers' logits for drawn views of the training images, on disk, where later runs find them."""
 
+import fcntl
 import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +16,11 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
 
-from common import UserError, write_atomically
+from common import UserError, lock, write_atomically
 from data.loader import Loader
 from engine.console import Console
 
+LOCK = ".lock"
 SHARD_BYTES = 2**26  # what a killed process may have computed in vain, and what is in memory beside a view
 
 
@@ -90,14 +92,17 @@ class StoredLogits:
         self.folder = self.place / self.digest[:16]
         if accelerator.is_main_process:
             write_atomically(self.folder / "key.json", written)
+            self._remove_leftovers()
+        accelerator.wait_for_everyone()
         shards = [shard for view in range(self.views) for shard in self.shards(view)]
         there = [self._is_there(shard) for shard in shards]
         console.print(f"teacher logits: {sum(there)} of {len(shards)} files are in {self.folder}")
-        for number, shard in enumerate(console.through(shards, len(shards), "teacher logits")):
-            if number % accelerator.num_processes == accelerator.process_index and not there[number]:
-                eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-                with accelerator.autocast(), eager:
-                    self._write(shard, predict)
+        with self._writing():
+            for number, shard in enumerate(console.through(shards, len(shards), "teacher logits")):
+                if number % accelerator.num_processes == accelerator.process_index and not there[number]:
+                    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+                    with accelerator.autocast(), eager:
+                        self._write(shard, predict)
         accelerator.wait_for_everyone()
         for shard in shards:
             if not self._is_there(shard):
@@ -117,6 +122,19 @@ class StoredLogits:
         if view != self._view[0]:
             self._view = view, self._read_view(view)
         return self._view[1]
+
+    def _remove_leftovers(self) -> None:
+        """Remove what killed processes have half written, where none writes now."""
+        with suppress(OSError), lock(self.folder / LOCK):  # others write, or there are no locks
+            for leftover in self.folder.glob(".view*.tmp"):
+                leftover.unlink(missing_ok=True)
+
+    def _writing(self) -> AbstractContextManager:
+        """Within it no process takes what this one writes for a leftover."""
+        try:
+            return lock(self.folder / LOCK, fcntl.LOCK_SH)
+        except OSError:
+            return nullcontext()
 
     @torch.no_grad()
     def _write(self, shard: Shard, predict: Callable[[Tensor], Tensor]) -> None:

@@ -81,7 +81,7 @@ def _names_of(teacher: Network, wanted: Sequence[str]) -> list[str] | None:
     return max(published_classes(teacher), key=lambda names: len({*names} & {*wanted}), default=None)
 
 
-def image_size(config: TeacherOptions, known: list[ModelInfo]) -> int | None:
+def image_size(config: TeacherOptions, known: Sequence[ModelInfo]) -> int | None:
     """Of the student's images: what the user asks for, else what the first teacher was trained on."""
     return config.image_size or (known[0].image_size if known else None)
 

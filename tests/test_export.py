@@ -15,6 +15,7 @@ from common import UserError
 from data.datasets import load_images
 from data.pipeline import Pipeline
 from data.splits import ImageSet, Split
+from engine.run_folder import cpu_name
 from export import calibration
 from exporters import onnx as exporters_onnx
 from exporters.deployed import Deployed
@@ -189,7 +190,7 @@ def test_a_run_becomes_proven_files(run, tmp_path):
     torch.testing.assert_close(program(torch.from_numpy(images)), expected)
 
 
-def test_classes_are_named_in_the_file_as_the_folders_of_the_images_are(tmp_path):
+def test_classes_are_named_in_the_files_as_the_folders_of_the_images_are(tmp_path, monkeypatch):
     names = ["wolf", "ant", "Käfer", "``` |\n# bee"]
     for label, name in enumerate(names):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -198,13 +199,17 @@ def test_classes_are_named_in_the_file_as_the_folders_of_the_images_are(tmp_path
     data, folder = f"folder:{tmp_path}/images", tmp_path / "run"
     words = ["--method", "none", "--student", "resnet8", "--dataset", data, "--output_dir", folder]
     succeeded(forked("distill.py", *words, "--batch_size", "16", "--epochs", "1"))
-    assert here("export.py", folder).returncode == 0
-    metadata = onnx.load(folder / "export/model.onnx").metadata_props
-    kept = json.loads(next(each.value for each in metadata if each.key == "class_names"))
-    assert kept == sorted(names) == load_images(data).class_names
+    int8 = ["--quantize", "int8", "--max_drop", "100"]
+    monkeypatch.setattr("export.machine", lambda: {"device": "NVIDIA H100"})
+    succeeded(here("export.py", folder, *int8))
+    for file in ("model.onnx", "model.int8.onnx"):
+        metadata = onnx.load(folder / "export" / file).metadata_props
+        kept = json.loads(next(each.value for each in metadata if each.key == "class_names"))
+        assert kept == sorted(names) == load_images(data).class_names
     card = (folder / "export/README.md").read_text()
     fenced = card.split("```json\n")[1].splitlines()
     assert json.loads(fenced[0]) == kept and fenced[1] == "```"
+    assert f"median on {cpu_name()}" in card and "H100" not in card  # whose GPU computes none of the files
 
 
 @pytest.fixture
@@ -286,6 +291,29 @@ def test_what_is_not_proven_is_not_shipped(run, tmp_path, monkeypatch):
     assert [each.name for each in target.iterdir()] == ["export.json"] and (target / "export.json").read_text() == "{}"
     assert list(tmp_path.iterdir()) == [target]
     assert exporters_onnx.load_onnx is load_onnx
+
+
+def test_with_preprocessing_it_is_the_logits_that_are_proven(run, tmp_path, monkeypatch):
+    """The probability of the third class is 0, in the file and in the network, whatever the file makes of its logit."""
+    model, folder = load_pretrained(run), tmp_path / "run"
+    with torch.no_grad():
+        model.fc.bias[2] = -1e4
+    save_pretrained(model, model.info, folder)
+
+    def wrong(deployed, path, metadata):
+        write_onnx(deployed, path, metadata)
+        written = onnx.load(path)
+        bias = next(each for each in written.graph.initializer if list(each.dims) == [10])
+        bias.CopyFrom(
+            numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(99) * (np.arange(10) == 2), bias.name)
+        )
+        onnx.save(written, path)
+
+    succeeded(here("export.py", folder, "--with_preprocessing"))
+    monkeypatch.setattr("export.write_onnx", wrong)
+    done = here("export.py", folder, "--with_preprocessing", "--overwrite")
+    assert done.returncode == 1 and "model.onnx is not shipped: its outputs differ" in done.stderr
+    assert {each.name for each in folder.iterdir()} == {"model.json", "model.safetensors", "export"}
 
 
 @pytest.mark.parametrize(

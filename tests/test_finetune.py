@@ -15,7 +15,7 @@ from data.batch import Batch
 from data.datasets import load_images
 from exporters import quantized
 from exporters.deployed import Deployed
-from exporters.finetune import FinetuneOptions, finetune
+from exporters.finetune import FinetuneOptions, finetune, finetune_options
 from exporters.int8 import write_trained_int8
 from exporters.onnx import load_onnx
 from exporters.quantized import Activation, Quantized, Weight
@@ -124,11 +124,18 @@ def runs(tmp_path_factory):
     """A teacher, and a student of it."""
     folder = tmp_path_factory.mktemp("finetune")
     common = ["--image_size", "8", "--batch_size", "64", "--epochs", "4"]
+    words = ["--temperature", "3", "--output_dir", folder / "s"]
     succeeded(forked("train_teacher.py", *TINY[:2], *common, "--output_dir", folder / "t"))
-    succeeded(
-        forked("distill.py", "--teacher", folder / "t", "--student", "resnet8", *common, "--output_dir", folder / "s")
-    )
+    succeeded(forked("distill.py", "--teacher", folder / "t", "--student", "resnet8", *common, *words))
     return folder
+
+
+def test_the_loss_is_that_of_the_students_run_and_no_teachers(runs):
+    """A teacher's config.yaml has an alpha and a temperature, too: those of its branches."""
+    found = finetune_options(runs / "s")
+    assert (found.teacher, found.alpha, found.temperature) == ([str(runs / "t")], 0.9, 3.0)
+    assert "alpha: 3.0" in (runs / "t/config.yaml").read_text()
+    assert finetune_options(runs / "t") == FinetuneOptions(batch_size=64)
 
 
 def test_an_int8_file_that_loses_too_much_is_distilled_once_more(runs, tmp_path):
@@ -144,18 +151,29 @@ def test_an_int8_file_that_loses_too_much_is_distilled_once_more(runs, tmp_path)
     save_pretrained(model, model.info, folder)
     words = ["export.py", folder, "--quantize", "int8", "--calibration_images", "100", "--with_preprocessing"]
     words += ["--output_dir", target, "--max_drop", "10"]
-    done = here(*words)
+    done = here(*words, "--finetune_epochs", "0")
     assert done.returncode == 1 and "--finetune_epochs 3 may mend it" in done.stderr and not target.exists()
-    succeeded(here(*words, "--finetune_epochs", "6", "--finetune_lr", "0.001"))
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace(f"teacher:\n- {runs / 't'}", "teacher: []"))
+    done = here(*words)
+    assert (
+        done.returncode == 1
+        and not target.exists()
+        and done.stderr.strip().endswith(
+            f"--finetune_epochs 3: the run {folder} had no teacher; name one with --teacher; nothing was written"
+        )
+    )
+    (folder / "config.yaml").write_text(config)
+    succeeded(here(*words, "--finetune_lr", "0.002"))
     found = json.loads((target / "export.json").read_text())["files"]["model.int8.onnx"]
     told = found["finetuned"]
     assert found["network_top1"] - told["top1_before"] > 10 >= found["network_top1"] - found["top1"]
-    assert told["teachers"] == [load_pretrained(runs / "t").info.sha256] and told["epochs"] == 6
+    assert told["teachers"] == [load_pretrained(runs / "t").info.sha256] and told["epochs"] == 3
     assert found["top1"] == pytest.approx(told["rounded_top1"], abs=1.4) and told["unlike_rounded"] <= 10
     data, function = load_images("digits", 8), load_onnx(target / "model.int8.onnx", 1)
     right = (function(data.test.images).argmax(1) == data.test.labels).double().mean()
     assert found["top1"] == pytest.approx(100 * right.item())
-    assert "6 more epochs of KD" in (target / "README.md").read_text()
+    assert "3 more epochs of KD" in (target / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -166,7 +184,7 @@ def test_an_int8_file_that_loses_too_much_is_distilled_once_more(runs, tmp_path)
         ("none", "had no teacher; name one with --teacher"),
         ("classes", "has 3 classes, the images 10, and names are not known on both sides"),
         ("no int8", "--finetune_epochs 1: goes with --quantize int8"),
-        ("no epochs", "goes with --finetune_epochs"),
+        ("no epochs", "goes with --finetune_epochs of --quantize int8"),
     ],
 )
 def test_a_teacher_that_cannot_teach_is_one_line(broken, message, runs, tmp_path):
@@ -186,7 +204,7 @@ def test_a_teacher_that_cannot_teach_is_one_line(broken, message, runs, tmp_path
     elif broken == "classes":
         words += ["--teacher", str(tmp_path / "other")]
     else:
-        words = ["--finetune_epochs", "1"] if broken == "no int8" else ["--teacher", str(tmp_path / "other")]
+        words = ["--finetune_epochs", "1"] if broken == "no int8" else [*words[:3], "0", "--teacher", "x"]
     (tmp_path / "s/config.yaml").write_text(config)
     done = here("export.py", tmp_path / "s", *words)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -43,6 +43,20 @@ def test_a_name_does_not_split_the_line(error, code, capsys):
     assert r"a\nb\x1b[31m\u2028c" in said
 
 
+@pytest.mark.parametrize(("rank", "local", "said"), [("0", "0", True), ("1", "1", False), ("2", "0", True)])
+def test_a_mistake_is_told_once_on_each_machine(rank, local, said, monkeypatch, capsys):
+    """A folder may be missing on the second of two machines alone."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local)
+
+    def main():
+        raise UserError("--teacher runs/t: is not there")
+
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    assert end.value.code == 2 and capsys.readouterr().err.count("runs/t: is not there\n") == said
+
+
 def images(folder, last: bytes):
     for number in range(4):
         (folder / f"{'ab'[number % 2]}").mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
 """Teachers' logits on disk: those of a run that asks the teacher, whoever computes them, and nothing else."""
 
+import fcntl
 import hashlib
+import os
 import shutil
 
 import pytest
@@ -8,7 +10,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 
-from common import UserError
+from common import UserError, lock
 from data.augment import Augmentation, Normalise
 from data.datasets import load_images
 from data.loader import DeviceLoader
@@ -34,7 +36,7 @@ def teacher(tmp_path_factory):
 
 
 def files(folder) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.*")}
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("[!.]*.*")}
 
 
 def test_with_a_view_an_epoch_runs_are_those_that_ask_the_teacher(teacher, tmp_path):
@@ -98,6 +100,26 @@ def filled(folder, views=2, top_k=None, compute=predict, key=None, **kind) -> St
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(stored_logits, "SHARD_BYTES", 4 * 24 * 12 * 2)  # two of the five batches
+
+
+def test_what_a_killed_process_has_half_written_is_removed_when_nobody_writes(tmp_path):
+    folder = filled(tmp_path, views=1).folder
+    for name in (".view00001-batches0000000-0000005.safetensors.1.tmp", ".notes.tmp"):
+        (folder / name).write_bytes(b"half")
+
+    half = [name for name in os.listdir(folder) if name.endswith(".tmp")]
+    with lock(folder / ".lock", fcntl.LOCK_SH):  # as a process that writes
+        filled(tmp_path, views=1)
+    assert [name for name in os.listdir(folder) if name.endswith(".tmp")] == half and len(half) == 2
+    filled(tmp_path, views=1)
+    assert [name for name in os.listdir(folder) if name.endswith(".tmp")] == [".notes.tmp"]
+
+    def computed(images):
+        with pytest.raises(BlockingIOError):
+            lock(folder / ".lock")
+        return predict(images)
+
+    filled(tmp_path, views=2, compute=computed)
 
 
 @pytest.mark.usefixtures("small_shards")

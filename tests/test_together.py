@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+from itertools import product
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from common import UserError
 from data.datasets import load_images
 from distill import DistillConfig
 from engine.console import Console
@@ -22,7 +25,7 @@ from losses.registry import find_methods
 from models import create_model
 from objectives.distillation import Distillation, build_methods
 from objectives.shared import SharedOutputs
-from tests.runs import TINY_GTN, forked, forked_two, here, succeeded
+from tests.runs import TINY_GTN, TINY_POOL, forked, forked_two, here, succeeded
 
 SMALL = ["--image_size", "8", "--batch_size", "128", "--epochs", "2"]
 
@@ -41,22 +44,45 @@ def outcome(folder):
     return (folder / "model.safetensors").read_bytes(), kept, (folder / "model.json").read_text()
 
 
+def alone(folder, *options):
+    """The outcome of a student's own run."""
+    succeeded(forked("distill.py", *options, "--output_dir", folder))
+    found = outcome(folder)
+    shutil.rmtree(folder)
+    return found
+
+
 def test_each_student_is_as_if_it_were_alone(teacher, tmp_path):
     """Methods on logits, on features and with a warm-up, which differ in what they need of the teacher."""
-    options = ["--teacher", teacher, *SMALL, "--warmup_epochs", "1"]
-    students, methods = ["resnet8", "pool:1"], ["at+kd", "ft"]
-    succeeded(
-        forked("distill.py", *options, "--students", *students, "--methods", *methods, "--output_dir", tmp_path / "all")
-    )
+    options, warmup = ["--teacher", teacher, *SMALL], {"at+kd": [], "ft": ["--warmup_epochs", "1"]}
+    students = ["resnet8", "pool:1"]
+    words = [*options, *warmup["ft"], "--students", *students, "--methods", *warmup]
+    succeeded(forked("distill.py", *words, "--output_dir", tmp_path / "all"))
     assert sorted(os.listdir(tmp_path / "all")) == ["pool1-at+kd", "pool1-ft", "resnet8-at+kd", "resnet8-ft"]
-    for student, method in zip(students, methods, strict=True):
-        one = ["--student", student, "--method", method, "--output_dir", tmp_path / "one"]
-        extra = [] if method == "ft" else ["--overwrite"]
-        given = [option for option in options if method == "ft" or option not in ("--warmup_epochs", "1")]
-        succeeded(forked("distill.py", *given, *one, *extra))
+    for student, method in product(students, warmup):
+        own = ["--student", student, "--method", method]
         together = tmp_path / "all" / f"{student.replace(':', '')}-{method}"
-        assert outcome(tmp_path / "one") == outcome(together)
-        shutil.rmtree(tmp_path / "one")
+        assert outcome(together) == alone(tmp_path / "one", *options, *warmup[method], *own), (student, method)
+
+
+def test_baselines_and_peers_beside_a_teachers_students_are_as_if_they_were_alone(teacher, tmp_path):
+    """Peers see two copies of a batch, and the teacher knows images by another mean than the data set's own: neither
+    changes what the others see, whatever comes first. Images of the teacher's size, and the student of its pool."""
+    folder = tmp_path / "t"
+    shutil.copytree(teacher, folder)
+    info = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(info | {"mean": [0.4] * 3, "std": [0.3] * 3}))
+    size, data = ["--image_size", "8"], ["--dataset", "digits"]
+    words = ["--teacher", folder, "--student", "pool:1", *SMALL[2:]]
+    methods = ["kdcl", "none", "kd", "dml"]
+    succeeded(forked("distill.py", *words, "--methods", *methods, "--output_dir", tmp_path / "all"))
+    found = {method: outcome(tmp_path / "all" / f"pool1-{method}") for method in methods}
+    assert found["kd"] == alone(tmp_path / "one", *words, "--method", "kd")
+    free = [*words[2:], *TINY_POOL, *size, *data]
+    for method in ("kdcl", "none"):
+        assert found[method] == alone(tmp_path / "one", *free, "--method", method), method
+    again = ["--config", tmp_path / "all/pool1-dml/config.yaml"]
+    assert found["dml"] == alone(tmp_path / "one", *again)
 
 
 def test_two_processes_and_a_cached_teacher(teacher, tmp_path):
@@ -165,6 +191,31 @@ def test_outputs_are_shared_within_a_batch_alone():
     assert len(made) == 4
 
 
+def test_the_usual_folder_of_several_names_the_teachers_data_set(teacher, monkeypatch):
+    made = []
+
+    def stop(config, *names):
+        made.append(config)
+        raise UserError("seen")
+
+    monkeypatch.setattr("distill.Run", stop)
+    here("distill.py", "--teacher", teacher, "--students", "resnet8", "pool:1")
+    assert re.fullmatch(r"runs/\d{4}-\d\d-\d\d-distilled-students-digits/resnet8", made[0].output_dir)
+
+
+@pytest.mark.parametrize("students", [["--students", "resnet8", "pool:1"], ["--student", "resnet8"]])
+def test_several_students_are_not_told_of_what_they_are_refused(teacher, students, tmp_path, monkeypatch):
+    def stop(*_):
+        raise UserError("introduced")
+
+    monkeypatch.setattr("distill.advice", lambda *_: "--cuda_graph is several times as fast")
+    monkeypatch.setattr("distill.run_together", stop)
+    monkeypatch.setattr("engine.loop.Loop.run", stop)
+    done = here("distill.py", "--teacher", teacher, *students, "--image_size", "8", "--output_dir", tmp_path / "x")
+    assert "introduced" in done.stderr and "loss: " in done.stdout
+    assert ("--cuda_graph" in done.stdout) == (students[0] == "--student")
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -173,6 +224,7 @@ def test_outputs_are_shared_within_a_batch_alone():
         (["--methods", "kd", "rco"], "--method rco: goes with no other"),
         (["--students", "resnet8", "--method", "rco"], "--method rco: goes with no other"),
         (["--methods", "kd", "--dkd_beta", "2"], "not read by --method kd"),
+        (["--methods", "kd", "none", "--cuda_graph"], "--cuda_graph: records a step with the teacher's own for each"),
         (["--students", "a.json", "--resume_from_checkpoint", "x"], "it can only be 'latest'"),
     ],
 )
