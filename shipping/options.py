@@ -42,7 +42,7 @@ class FleetConfig(DistillConfig, SearchOptions):
         calibration_images: training images from whose activations its ranges are taken.
         max_drop: points of top-1 that the int8 file may lose on the test split.
         finetune_epochs: where it loses more, distil the student for so many further epochs, with its roundings in the
-            forward pass; 0: never.
+            forward pass; 0: never; default: 3.
         license: for the model cards, for example apache-2.0.
         executor: where students are distilled: all together here, or each by itself on a Ray cluster or by Slurm.
         executor_options: NAME=VALUE of ray.remote, or of submitit's AutoExecutor.
@@ -58,7 +58,7 @@ class FleetConfig(DistillConfig, SearchOptions):
     quantize: Literal["no", "int8"] = "no"
     calibration_images: int = 512
     max_drop: float = 1.0
-    finetune_epochs: int = 0
+    finetune_epochs: int | None = None
     license: str | None = None
     executor: Literal["local", "ray", "slurm"] = "local"
     executor_options: list[str] = field(default_factory=list)
