@@ -124,7 +124,8 @@ def test_commands_for_a_cpu_run(tmp_path):
         if "search.py" in words:
             words += ["--paths", "20", "--first_steps", "2"]
         elif not {"evaluate.py", "export.py"} & set(words):
-            words += ["--epochs", "1", "--stop_after", "1", "--batch_size", "128", "--image_size", "8"]
+            batch_size = "16" if "--train_fraction" in words else "128"
+            words += ["--epochs", "1", "--stop_after", "1", "--batch_size", batch_size, "--image_size", "8"]
             words += ["--lr_warmup_epochs", "0"]
         assert variables in ({}, {"ACCELERATE_USE_CPU": "true"})
         processes = 1
