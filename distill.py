@@ -7,10 +7,10 @@ accelerate launch --config_file accelerate_config.yaml distill.py \\
     --config recipes/cifar100_kd.yaml --teacher runs/t --student nas_m --output_dir runs/s
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
-from shlex import quote
 
 import torch
 
@@ -18,7 +18,7 @@ from common import UserError
 from data.datasets import hold_out
 from data.splits import ImageSet, StreamSplit
 from data.unlabeled import with_unlabeled
-from engine.command_line import parse, set_to_defaults, unread_options
+from engine.command_line import changed_options, flags, parse, set_to_defaults, unread_options
 from engine.config import RunConfig, union
 from engine.distributed import RunError, run_script
 from engine.piece_graphs import advice
@@ -349,13 +349,15 @@ def describe_teachers(config: DistillConfig, teachers: list[Network]) -> list[di
 
 
 def next_command(config: DistillConfig, student: str | Path, size: int, alone: bool) -> str:
-    """The other half of a comparison: the same student trained alone, or distilled."""
-    other = "--method kd --teacher RUN_FOLDER" if alone else "--method none"
-    name = config.output_dir.rstrip("/") + ("-distilled" if alone else "-alone")
-    return (
-        f"python distill.py {other} --student {quote(str(student))} --dataset {quote(config.dataset)} "
-        f"--image_size {size} --epochs {config.epochs}{config.flags()} --output_dir {quote(name)}"
-    )
+    """The other half of a comparison: the same student trained alone, or distilled, with the run's other options."""
+    method, teacher = ("kd", ["RUN_FOLDER"]) if alone else ("none", [])
+    other = replace(config, method=method, teacher=teacher, student=str(student), image_size=size, pool=None)
+    other.output_dir = config.output_dir.rstrip("/") + ("-distilled" if alone else "-alone")
+    first = {"method": method, "teacher": teacher or None, "student": other.student}
+    last = {"seed": config.seed, "output_dir": other.output_dir}
+    left_out = {"resume_from_checkpoint", "overwrite", *first, *last}
+    options = {name: value for name, value in changed_options(other).items() if name not in left_out}
+    return shlex.join(["python", "distill.py", *flags(first | options | last)])
 
 
 if __name__ == "__main__":

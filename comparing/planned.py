@@ -3,7 +3,6 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -12,7 +11,7 @@ import yaml
 
 from common import UserError
 from distill import DistillConfig
-from engine.command_line import parse
+from engine.command_line import flags, parse
 from engine.config import INPUTS, NOT_COMPUTED, RunConfig
 from engine.run_folder import plain
 from losses.registry import find_methods
@@ -114,22 +113,6 @@ def differing(config: RunConfig) -> dict:
     ignored = NOT_COMPUTED | INPUTS | {"seed"}
     found = {name: value for name, value in asdict(config).items() if name not in ignored and value != usual[name]}
     return found | {"method": config.method}
-
-
-def flags(options: Mapping[str, object], prefix: str = "--") -> list[str]:
-    """Options as arguments; those without a value are left out."""
-    words = []
-    for name, value in options.items():
-        flag = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            words += flags(value, f"{flag}.")
-        elif value is True:
-            words.append(flag)
-        elif isinstance(value, (list, tuple)):
-            words += [flag, *map(str, value)] if value else [f"{flag}=[]"]
-        elif value is not None:
-            words += [f"{flag}=false"] if value is False else [flag, str(value)]
-    return words
 
 
 @cache

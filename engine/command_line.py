@@ -5,7 +5,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import TypeVar, get_args, get_type_hints
 
@@ -334,6 +334,28 @@ def set_to_defaults(config: ScriptOptions, names: Iterable[str]) -> None:
     for each in fields(config):
         if each.name in names:
             setattr(config, each.name, default_of(each))
+
+
+def changed_options(config: ScriptOptions) -> dict[str, object]:
+    """The options that are not at their defaults, and that the run's method reads."""
+    usual = {each.name: default_of(each) for each in fields(config) if each.name not in unread_options(config)}
+    return {name: value for name, value in config.as_dict().items() if name in usual and value != usual[name]}
+
+
+def flags(options: Mapping[str, object], prefix: str = "--") -> list[str]:
+    """Options as arguments; those without a value are left out."""
+    words = []
+    for name, value in options.items():
+        flag = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            words += flags(value, f"{flag}.")
+        elif value is True:
+            words.append(flag)
+        elif isinstance(value, (list, tuple)):
+            words += [flag, *map(str, value)] if value else [f"{flag}=[]"]
+        elif value is not None:
+            words += [f"{flag}=false"] if value is False else [flag, str(value)]
+    return words
 
 
 def _few(names: list[str], most: int = 6) -> str:

@@ -6,9 +6,8 @@ from typing import Literal
 from common import UserError
 from comparing.executors import check_executor
 from comparing.plan import assignments
-from comparing.planned import flags
 from distill import DistillConfig
-from engine.command_line import default_of
+from engine.command_line import default_of, flags
 from engine.config import ScriptOptions
 from searching.options import SearchOptions
 

@@ -19,9 +19,9 @@ from comparing.making import check_folder
 from comparing.order import execute
 from comparing.places import Places, work_list
 from comparing.plan import Plan, assignments, make_plan, read_plan
-from comparing.planned import CONFIGS, flags
+from comparing.planned import CONFIGS
 from comparing.records import recorded
-from engine.command_line import parse
+from engine.command_line import flags, parse
 from engine.forks import result_of
 from reports.statistics import student_interval
 from tests.runs import ROOT, Fork, forked, here, read_json, read_rows, succeeded

@@ -94,7 +94,8 @@ def test_the_next_command_that_is_printed_works(teacher):
 
 
 def test_distilling_draws_the_student_from_the_teachers_pool(teacher, tmp_path):
-    done = succeeded(forked("distill.py", "--teacher", teacher[0], *STUDENT, "--output_dir", tmp_path / "kd"))
+    options = [*STUDENT, "--lr", "0.02", "--train_fraction", "0.9", "--seed", "3"]
+    done = succeeded(forked("distill.py", "--teacher", teacher[0], *options, "--output_dir", tmp_path / "kd"))
     summary = summary_is_complete(tmp_path / "kd")
     digest = read_json(teacher[0] / "model.json")["sha256"]
     assert summary["teachers"] == [{"path": str(teacher[0]), "model": "resnet8", "sha256": digest}]
@@ -102,11 +103,14 @@ def test_distilling_draws_the_student_from_the_teachers_pool(teacher, tmp_path):
     assert [layer["out"] for layer in student.info.spec["layers"][1:7]] == [4, 4, 4, 8, 8, 8]
     assert student.info.mean == load_pretrained(teacher[0]).info.mean and student.info.image_size == 8
     assert set(read_rows(tmp_path / "kd" / "metrics.jsonl")[0]["losses"]) == {"ce", "kl"}
-    # The command it suggests trains the very same architecture alone.
+    # The command it suggests trains the very same architecture alone, with the same options.
     words = shlex.split(next(x for x in done.stdout.splitlines() if x.startswith("next: ")).removeprefix("next: "))
     succeeded(forked(words[1], *words[2:]))
     alone = load_pretrained(f"{tmp_path}/kd-alone")
     assert alone.info.spec == student.info.spec
+    configs = [yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in ("kd", "kd-alone")]
+    other = {name for name in configs[0] if configs[0][name] != configs[1][name]}
+    assert other <= {"method", "teacher", "student", "output_dir", "pool", "image_size", "alpha"}
     assert set(read_rows(tmp_path / "kd-alone" / "metrics.jsonl")[0]["losses"]) == {"ce"}
 
 
