@@ -280,8 +280,7 @@ def write(target: Path, chosen: dict, every: Field, others: dict, found: dict, c
 def show(found: dict, target: Path, console: Console) -> None:
     """The fronts, a row a budget, why each was chosen, and what to do with them; `found` is search.json's content."""
     chosen = found["students"]
-    sums = ", predicted by sums over layers, which may pass 100%" if found["scored_paths"] else ""
-    console.print(f"Pareto fronts by {found['ranked_by']}{sums}: at most {MOST} members of each, evenly along it")
+    console.print(f"Pareto fronts by {found['ranked_by']}: at most {MOST} members of each, evenly along it")
     for row in rows(found["fronts"]):
         console.cells(row)
     width = max(map(len, chosen))

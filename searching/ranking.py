@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit
 from scipy.stats import binom, spearmanr
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import KFold, cross_val_predict
@@ -82,18 +83,23 @@ def rank_correlation(members: Members, values: np.ndarray, places: np.ndarray, s
     return float(spearmanr(values[members.numbers(places)], scores).statistic)
 
 
-def predict(members: Members, places: np.ndarray, scores: Sequence[float]) -> tuple[np.ndarray, float | None]:
-    """(score of every member [members], Spearman) from those of some, at `places` [n, layers].
+def predict(
+    members: Members, places: np.ndarray, scores: Sequence[float], images: int
+) -> tuple[np.ndarray, float | None]:
+    """(top-1 of every member, in percent [members], Spearman) from those of some, at `places` [n, layers], on `images`.
 
-    Ridge regression over one-hot choices: a member's score is a sum over its layers, a table like those of its costs.
+    Ridge regression of log-odds over one-hot choices: those of a member are a sum over its layers, a table like those
+    of its costs, and no top-1 passes 100%. Half an image is added to the right and the wrong: there may be none.
     Spearman's correlation is that of cross-validation; None of too few members, or of scores that are all alike.
     """
+    right = np.asarray(scores) / 100 * images
+    odds = np.log((right + 0.5) / (images - right + 0.5))
     columns = np.concatenate([np.eye(options)[places[:, layer]] for layer, options in enumerate(members.shape)], axis=1)
-    model = RidgeCV(PENALTIES).fit(columns, scores)
+    model = RidgeCV(PENALTIES).fit(columns, odds)
     edges = np.cumsum(members.shape)[:-1]
-    predicted = members.sums(np.split(model.coef_, edges), model.intercept_)
+    predicted = 100 * expit(members.sums(np.split(model.coef_, edges), model.intercept_))
     if len(scores) < 2 * FOLDS or np.ptp(scores) == 0:
         return predicted, None
     parts = KFold(FOLDS, shuffle=True, random_state=0)  # the paths may be in order
-    unseen = cross_val_predict(RidgeCV(PENALTIES), columns, scores, cv=parts)
+    unseen = cross_val_predict(RidgeCV(PENALTIES), columns, odds, cv=parts)
     return predicted, float(spearmanr(unseen, scores).statistic)

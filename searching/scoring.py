@@ -116,7 +116,7 @@ def score_pool(
     judge = Judge(supernet, images.seen, images.held, images.labels)
     drawn = draw_paths(members, options.paths, options.seed)
     found = [judge(row)[0] for row in bar(drawn, len(drawn), "paths")]
-    scores, spearman = predict(members, drawn, found)
+    scores, spearman = predict(members, drawn, found, len(images.held))
     ranking = Ranking("the supernet's top-1", "predicted top-1 of the path, %", scores, len(drawn), spearman)
     ranking.median, ranking.chance = float(np.median(found)), by_chance(images.labels.cpu().numpy())
     message = f"{len(drawn)} paths on {len(images.held)} images have a top-1 of {min(found):.1f} to {max(found):.1f}%, "

@@ -382,7 +382,7 @@ def test_a_table_shows_a_front_evenly_with_its_ends():
     assert all(list(row) == list(cells[0]) for row in cells) and cells[0]["layers"] == "zero res3x2"
 
 
-def test_paths_are_balanced_different_and_a_sum_over_layers_is_predicted(members):
+def test_paths_are_balanced_different_and_log_odds_that_are_sums_over_layers_are_predicted(members):
     drawn = draw_paths(members, 120, 0)
     assert len(np.unique(drawn, axis=0)) == len(drawn) > 105
     assert not np.array_equal(drawn, draw_paths(members, 120, 1)) and np.array_equal(drawn, draw_paths(members, 120, 0))
@@ -390,12 +390,15 @@ def test_paths_are_balanced_different_and_a_sum_over_layers_is_predicted(members
         counts = np.bincount(drawn[:, layer], minlength=options)
         assert counts.max() - counts.min() <= 12
     random = np.random.default_rng(0)
-    true = members.sums([random.standard_normal(count) for count in members.shape], 50.0)
-    measured = true[members.numbers(drawn)] + 0.3 * random.standard_normal(len(drawn))
-    predicted, spearman = predict(members, drawn, measured)
+    true = 1 / (1 + np.exp(-members.sums([random.standard_normal(count) for count in members.shape], 1.0)))
+    right = random.binomial(2000, true[members.numbers(drawn)])
+    predicted, spearman = predict(members, drawn, right / 20, 2000)
     assert spearmanr(predicted, true).statistic > 0.98 and 0.9 < spearman < 1
-    assert abs(predicted - true).mean() < 0.2
-    _, none = predict(members, drawn, random.standard_normal(len(drawn)))
+    assert abs(predicted / 100 - true).mean() < 0.02
+    right[:2] = 2000, 0  # whose odds have no logarithm
+    predicted, _ = predict(members, drawn, right / 20, 2000)
+    assert predicted.min() > 0 and predicted.max() < 100
+    _, none = predict(members, drawn, random.uniform(20, 30, len(drawn)), 2000)
     assert abs(none) < 0.35
 
 
