@@ -94,7 +94,6 @@ PANELS = {
         Line("100 classes", ("tin100_few",), 100, share_of_images),
         Line("100 classes, Muon", ("tin100_few_muon", "tin100_images_muon"), 100, share_of_images),
         Line("CIFAR-10", ("cifar10_few",), 10, share_of_images),
-        Line("100 classes, 25 epochs, validation", ("tin100_dev",), 100, share_of_images, ("gtn_tune",)),
     ],
     "epochs of making it generic": [
         Line("digits", ("digits_branches",), 10, epochs, ("gtn", "gtn 3 epochs", "gtn 20 epochs", "gtn 40 epochs")),
