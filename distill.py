@@ -353,10 +353,11 @@ def next_command(config: DistillConfig, student: str | Path, size: int, alone: b
     method, teacher = ("kd", ["RUN_FOLDER"]) if alone else ("none", [])
     other = replace(config, method=method, teacher=teacher, student=str(student), image_size=size, pool=None)
     other.output_dir = config.output_dir.rstrip("/") + ("-distilled" if alone else "-alone")
+    set_to_defaults(other, unread_options(other))
     first = {"method": method, "teacher": teacher or None, "student": other.student}
     last = {"seed": config.seed, "output_dir": other.output_dir}
     left_out = {"resume_from_checkpoint", "overwrite", *first, *last}
-    options = {name: value for name, value in changed_options(other).items() if name not in left_out}
+    options = {name: value for name, value in changed_options(other, DistillConfig).items() if name not in left_out}
     return shlex.join(["python", "distill.py", *flags(first | options | last)])
 
 

@@ -336,9 +336,9 @@ def set_to_defaults(config: ScriptOptions, names: Iterable[str]) -> None:
             setattr(config, each.name, default_of(each))
 
 
-def changed_options(config: ScriptOptions) -> dict[str, object]:
-    """The options that are not at their defaults, and that the run's method reads."""
-    usual = {each.name: default_of(each) for each in fields(config) if each.name not in unread_options(config)}
+def changed_options(config: ScriptOptions, config_class: type[ScriptOptions]) -> dict[str, object]:
+    """The options of a script that are not at its defaults; `config` may have others besides."""
+    usual = {each.name: default_of(each) for each in fields(config_class.with_method(config.method))}
     return {name: value for name, value in config.as_dict().items() if name in usual and value != usual[name]}
 
 

@@ -17,7 +17,7 @@ from comparing.order import execute
 from comparing.places import Places
 from comparing.plan import assignments
 from comparing.planned import PlannedRun
-from engine.command_line import parse
+from engine.command_line import changed_options, parse
 from engine.config import NOT_COMPUTED
 from engine.distributed import Interrupted, RunError
 from engine.run_folder import plain
@@ -152,7 +152,7 @@ class Fleet:
 
     def planned(self, name: str) -> PlannedRun:
         """A student distilled by itself: to the same weights as with the others, on the same kind of machine."""
-        given = self.config.given(distill.DistillConfig)
+        given = changed_options(self.config, distill.DistillConfig)
         options = {each: value for each, value in given.items() if each not in ("output_dir", "overwrite", "pool")}
         options |= {"teacher": [self.teacher], "student": str(self.spec(name)), "seed": self.config.seed}
         return PlannedRun(name, "distill.py", options, source="teacher", seed=self.config.seed, place=name)

@@ -1,13 +1,13 @@
 """The options of fleet.py: those of distill.py, which it is checked as, and some of search.py and export.py."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from common import UserError
 from comparing.executors import check_executor
 from comparing.plan import assignments
 from distill import DistillConfig
-from engine.command_line import default_of, flags
+from engine.command_line import changed_options, flags
 from engine.config import ScriptOptions
 from searching.options import SearchOptions
 
@@ -75,12 +75,7 @@ class FleetConfig(DistillConfig, SearchOptions):
             raise UserError("--output_dir: name the folder of the fleet, for example runs/fleet")
         check_executor(self.executor, assignments("--executor_options", self.executor_options), False)
 
-    def given(self, config_class: type[ScriptOptions]) -> dict:
-        """The options of a script that are not at its defaults."""
-        usual = {each.name: default_of(each) for each in fields(config_class.with_method(self.method))}
-        return {name: value for name, value in self.as_dict().items() if name in usual and value != usual[name]}
-
     def words(self, script: str, config_class: type[ScriptOptions], run: str = "", **own) -> list[str]:
         """What follows `python`: the script, a run folder, its options that are not at their defaults, and its own."""
-        given = {name: value for name, value in self.given(config_class).items() if name not in own}
+        given = {name: value for name, value in changed_options(self, config_class).items() if name not in own}
         return [script, *([run] if run else []), *flags(given | own)]
