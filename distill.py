@@ -19,7 +19,7 @@ from data.datasets import hold_out
 from data.splits import ImageSet, StreamSplit
 from data.unlabeled import with_unlabeled
 from engine.command_line import changed_options, flags, parse, set_to_defaults, unread_options
-from engine.config import RunConfig, union
+from engine.config import NOT_COMPUTED, RunConfig, union
 from engine.distributed import RunError, run_script
 from engine.piece_graphs import advice
 from engine.run import Run
@@ -356,8 +356,8 @@ def next_command(config: DistillConfig, student: str | Path, size: int, alone: b
     set_to_defaults(other, unread_options(other))
     first = {"method": method, "teacher": teacher or None, "student": other.student}
     last = {"seed": config.seed, "output_dir": other.output_dir}
-    left_out = {"resume_from_checkpoint", "overwrite", *first, *last}
-    options = {name: value for name, value in changed_options(other, DistillConfig).items() if name not in left_out}
+    changed, said = changed_options(other, DistillConfig), NOT_COMPUTED | {*first, *last}
+    options = {name: value for name, value in changed.items() if name not in said}
     return shlex.join(["python", "distill.py", *flags(first | options | last)])
 
 
