@@ -38,6 +38,7 @@ from models import (
 from models.compiled import compile_regions
 from models.foreign import check_classes, describe_stages
 from models.freezing import freeze
+from models.fused import fuse
 from models.network import Network, count_parameters
 from models.own import trust
 from models.pool import Pool
@@ -235,6 +236,8 @@ class Student:
             objective = Peers([self.network, *peers], methods[0], weight)
         else:
             objective = distillation(config, methods, self.network, teachers, data, shared)
+        for teacher in teachers:
+            fuse(teacher)
         self.weights = objective.term_weights
         cached = cache_logits(config, objective, data)
         self.loop = run.loop(objective, data, {f"the teacher {each['path']}": each["sha256"] for each in self.taught})

@@ -23,6 +23,7 @@ from engine.objective import weighted_sum
 from engine.run_folder import machine
 from losses.registry import METHODS
 from models import create_model
+from models.fused import fuse
 from models.network import Network
 from objectives.distillation import Distillation, build_methods
 
@@ -101,6 +102,7 @@ def make_objective(
     classes = teacher.fc.out_features
     student = create_model(names[0], classes, image_size=SIDE)
     methods, weights = build_methods([METHODS[name]], student, [teacher], SIDE, classes, labels, options, names)
+    fuse(teacher)
     return Distillation(student, [teacher], methods, weights, options=options)
 
 

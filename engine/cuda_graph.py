@@ -6,6 +6,8 @@ a step that decides nothing on the host can be replayed.
 """
 
 from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +18,7 @@ from data.batch import Batch
 from engine.objective import Phase
 
 Terms = list[tuple[dict[str, Tensor], int]]  # loss terms of a batch's parts, and the images of each
+Result = TypeVar("Result")
 
 
 def check_capturable(accelerator: Accelerator, capturable: bool) -> None:
@@ -83,3 +86,30 @@ class CudaGraphCapture:
             function()
         self.graph = graph
         return graph.replay
+
+
+def beside(function: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
+    """Start `function`, which nothing depends on until its result is asked for of what is returned.
+
+    In a graph its kernels are a branch of their own, so that a GPU that they do not fill runs others at the same time.
+    Elsewhere it is called at once.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        result = function()
+        return lambda: result
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        result = function()
+
+    def joined() -> Result:
+        torch.cuda.current_stream().wait_stream(side)
+        return result
+
+    return joined
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for good: streams are taken from a few in turn, and a loader's must not come to be in a capture."""
+    return torch.cuda.Stream(device)

@@ -13,8 +13,8 @@ A graph reads and writes where it did when it was captured, which is what can go
 - The gradients of weights are the graph's own memory until the optimiser has taken them: one backward pass a step.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -173,7 +173,9 @@ class Recorded:
         self.written: set[int] = set()  # where the gradients of the weights were left
         self.x = piece.place.buffer("input", turn, x)
         leaf = self.x.data.requires_grad_(for_x)  # its memory, but not its count of changes
-        self.inputs = [leaf] * for_x + weights
+        # Leaves of their own for the weights too: those of the step under way belong to its stream, not to a capture's.
+        learning = [weight.detach().requires_grad_() for weight in weights]
+        self.inputs = [leaf] * for_x + learning
         kind = x.device.type
         dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         raw: list[Tensor] = []  # the output, with its graph
@@ -181,7 +183,7 @@ class Recorded:
         def forward() -> Tensors:
             # A cast of a weight that autocast keeps may be older than the graph, or younger.
             casts = torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
-            with casts, torch.set_grad_enabled(bool(self.inputs)):
+            with casts, torch.set_grad_enabled(bool(self.inputs)), standing_in(piece.module, weights, learning):
                 raw[:] = [piece.run(leaf)]
             return [raw[0].detach()]
 
@@ -233,6 +235,21 @@ class _Replay(torch.autograd.Function):
         if any(weight.grad is not None and weight.grad.data_ptr() in recorded.written for weight in recorded.weights):
             raise RuntimeError("an earlier backward pass left gradients, in the memory that this one writes to")
         return None, *recorded.backward(gradient)
+
+
+@contextmanager
+def standing_in(module: nn.Module, weights: Sequence[nn.Parameter], others: Sequence[Tensor]) -> Iterator[None]:
+    """`others` in the place of a module's `weights`."""
+    by_weight = dict(zip(map(id, weights), others, strict=True))
+    places = [(part._parameters, name) for part in module.modules() for name in part._parameters]
+    replaced = [(at, name, at[name]) for at, name in places if id(at[name]) in by_weight]
+    for at, name, weight in replaced:
+        at[name] = by_weight[id(weight)]
+    try:
+        yield
+    finally:
+        for at, name, weight in replaced:
+            at[name] = weight
 
 
 def _norm_of(module: nn.Module) -> nn.Module | None:

@@ -262,7 +262,7 @@ def forward_tile(
                 below_s = x - _load_row(rows, MAX, j, row, K, N)[:, None]
                 e = tl.exp2(below_s * scale)
                 s_sum = tl.sum(e, 1)
-                shift = tl.log2(s_sum / t_sum) * (LN2 * temperature)
+                shift = tl.log2(tl.div_rn(s_sum, t_sum)) * (LN2 * temperature)  # 0 where they are equal
                 d = (below_t - below_s + shift[:, None]) * (1 / temperature)
                 p, q = e_t * (1 / t_sum)[:, None], e * (1 / s_sum)[:, None]
                 if REVERSE:
@@ -297,7 +297,7 @@ def _sum_divergence(
     """The divergences of whole rows whose softmax statistics are known, in a sweep, by terms that do not
     cancel."""
     scale = LOG2E / temperature
-    shift = tl.log2(s_sum / t_sum) * LN2
+    shift = tl.log2(tl.div_rn(s_sum, t_sum)) * LN2  # 0 where they are equal: a fast division gives almost 1 there
     kl = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, C, BLOCK_C):
         columns = start + tl.arange(0, BLOCK_C)[None, :]

@@ -35,6 +35,10 @@ class Bottleneck(EndsInReLU):
         out = relu(self.bn2(self.conv2(relu(self.bn1(self.conv1(x))))))
         return self.bn3(self.conv3(out)) + (x if self.downsample is None else self.downsample(x))
 
+    def residual(self) -> tuple[tuple[nn.Conv2d, nn.BatchNorm2d], ...]:
+        """The convolutions beside the shortcut, each with the BatchNorm that follows it."""
+        return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
+
 
 RESNETS = {
     "resnet18": (BasicBlock, 1, (2, 2, 2, 2)),

@@ -26,6 +26,10 @@ class BasicBlock(EndsInReLU):
         out = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
         return out + (x if self.downsample is None else self.downsample(x))
 
+    def residual(self) -> tuple[tuple[nn.Conv2d, nn.BatchNorm2d], ...]:
+        """The convolutions beside the shortcut, each with the BatchNorm that follows it."""
+        return (self.conv1, self.bn1), (self.conv2, self.bn2)
+
 
 def chain(in_channels: int, out_channels: int, stride: int, kernel: int, blocks: int) -> nn.Sequential:
     """Basic blocks in a row, the first of which changes channels and size."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from common import UserError
 from data.batch import Batch
+from engine.cuda_graph import beside
 from engine.objective import Average, Objective, Phase
 from losses.logits import KD, with_labels
 from losses.method import Method, MethodContext, Outputs
@@ -166,14 +167,9 @@ class Distillation(Objective):
         images = rotate(batch.images) if self.rotations else batch.images
         if self.epoch < 0:
             return self._warm_up(images, batch)
+        teacher = beside(lambda: self._known_outputs(images, batch), images.device)
         student = outputs_of(self.student, images, self.student_features)
-        if self.view is not None:
-            teacher = Outputs(self.view.logits(batch.indices))
-        elif self.cached_logits is None:
-            teacher = self._teacher_outputs(images, batch)
-        else:
-            teacher = Outputs(self.cached_logits[batch.indices, batch.views])
-        batch, terms = batch._replace(epoch=self.epoch), {}
+        teacher, batch, terms = teacher(), batch._replace(epoch=self.epoch), {}
         for method in self.methods:
             with as_theirs(type(method)):
                 found = method(*self._outputs_for(method, student, teacher, batch), batch)
@@ -248,6 +244,14 @@ class Distillation(Objective):
         for teacher in self.frozen:  # follow the student to its device and memory format
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+    def _known_outputs(self, images: Tensor, batch: Batch) -> Outputs | None:
+        """The teachers' outputs: their logits from disk or memory, where they are there."""
+        if self.view is not None:
+            return Outputs(self.view.logits(batch.indices))
+        if self.cached_logits is not None:
+            return Outputs(self.cached_logits[batch.indices, batch.views])
+        return self._teacher_outputs(images, batch)
 
     def _teacher_outputs(self, images: Tensor, batch: Batch) -> Outputs | None:
         """The teachers' outputs for a batch's images, or for their rotations."""

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from tests.runs import TINY, TINY_GTN, forked, read_json, read_rows, succeeded
+from tests.runs import TINY, TINY_GTN, forked, python, read_json, read_rows, succeeded
 
 pytest.importorskip("triton")
-INTERPRETER = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}  # read when triton is imported
+GPU = torch.cuda.is_available()
+INTERPRETER = {} if GPU else {"TRITON_INTERPRET": "1"}  # read when triton is imported
 
 
 def test_the_kernels_meet_their_formulas():
@@ -15,17 +16,21 @@ def test_the_kernels_meet_their_formulas():
 
 
 def test_both_scripts_train_alike_with_either_implementation(tmp_path):
-    """All of train_teacher.py and distill.py, batch by batch the same losses but for rounding."""
-    losses = {}
-    for choice in ("triton", "reference"):
-        teacher, student = tmp_path / f"teacher-{choice}", tmp_path / f"student-{choice}"
-        fixed = ("--kernels", choice, "--batch_size", "360", "--lr", "0.01")
-        succeeded(forked("train_teacher.py", *TINY_GTN, *fixed, "--output_dir", teacher, **INTERPRETER))
+    """All of train_teacher.py and distill.py, batch by batch the same losses but for rounding, on a GPU those of CUDA
+    graphs too."""
+    forms = {"triton": (), "reference": ()} | ({"graphs": ("--cuda_graph",)} if GPU else {})
+    losses, start = {}, python if GPU else forked  # what is forked from has one thread
+    for form, words in forms.items():
+        teacher, student = tmp_path / f"teacher-{form}", tmp_path / f"student-{form}"
+        kernels = "reference" if form == "reference" else "triton"
+        fixed = ("--kernels", kernels, "--batch_size", "360", "--lr", "0.01", *words)
+        succeeded(start("train_teacher.py", *TINY_GTN, *fixed, "--output_dir", teacher, **INTERPRETER))
         source = tmp_path / "teacher-triton"
         arguments = ("--teacher", source, "--student", "pool:1", *TINY[2:], *fixed, "--output_dir", student)
-        done = succeeded(forked("distill.py", *arguments, **INTERPRETER))
-        assert f"kernels: {choice}" in done.stdout
-        assert read_json(student / "summary.json")["kernels"].startswith(choice)
-        losses[choice] = [read_rows(run / "metrics.jsonl")[0]["losses"] for run in (teacher, student)]
-    for fused, plain in zip(losses["triton"], losses["reference"], strict=True):
-        assert fused == pytest.approx(plain, rel=1e-3)
+        done = succeeded(start("distill.py", *arguments, **INTERPRETER))
+        assert f"kernels: {kernels}" in done.stdout
+        assert read_json(student / "summary.json")["kernels"].startswith(kernels)
+        losses[form] = [read_rows(run / "metrics.jsonl")[0]["losses"] for run in (teacher, student)]
+    for form in losses:
+        for found, plain in zip(losses[form], losses["reference"], strict=True):
+            assert found == pytest.approx(plain, rel=1e-3), form
