@@ -60,6 +60,7 @@ class Case:
     precision: str = "bf16"
     compile: bool = False
     cuda_graph: bool = False
+    share_branches: bool = False
 
 
 GRAPHED = {"cuda_graph": True}
@@ -68,6 +69,8 @@ CASES = {PLAIN: Case(None, precision="no"), KD: Case("kd"), GRAPH: Case("kd", **
 CASES |= {"kd, batch 1024": Case("kd", 1024), "kd, batch 1024, one CUDA graph": Case("kd", 1024, **GRAPHED)}
 CASES |= {f"sftn of pool:{i}": Case("sftn", student=f"pool:{i}") for i in range(1, 4)}
 CASES |= {"gtn": Case("gtn"), "gtn, graphs of its pieces": Case("gtn", **GRAPHED), "vanilla": Case("vanilla")}
+CASES |= {"gtn, shared branches, graphs of its pieces": Case("gtn", share_branches=True, **GRAPHED)}
+CASES |= {"vanilla, one CUDA graph": Case("vanilla", **GRAPHED)}
 CASES |= {"gtn, paper's pool": Case("gtn", **PAPERS)}
 CASES |= {"gtn, paper's pool, graphs of its pieces": Case("gtn", **PAPERS, **GRAPHED)}
 CASES |= {"kd, compiled": Case("kd", compile=True), COMPILED: Case("kd", compile=True, **GRAPHED)}
@@ -112,6 +115,7 @@ def row(case: Case, windows: int) -> dict:
     torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         given = {"pool": POOLS[case.pool], "cuda_graph": case.cuda_graph, "lr": 1e-4}
+        given |= {"share_branches": case.share_branches}
         config = make_config(case.objective, case.student, case.batch_size, case.precision, folder, **given)
         loop = make_loop(case.objective, case.teacher, config, random_set(IMAGES))
         if case.compile:
