@@ -105,7 +105,8 @@ def _log_sigmoid(z):
 
 @triton.jit
 def _target_divergence(z_s, z_t):
-    """KL between two Bernoulli distributions, in nats, from their log odds."""
+    """KL between two Bernoulli distributions, in nats, from their log odds in bits."""
+    z_s, z_t = z_s * LN2, z_t * LN2
     yes_s, yes_t, no_s, no_t = _log_sigmoid(z_s), _log_sigmoid(z_t), _log_sigmoid(-z_s), _log_sigmoid(-z_t)
     yes = _terms(tl.exp(yes_t), tl.exp(yes_s), yes_t - yes_s)
     return yes + _terms(tl.exp(no_t), tl.exp(no_s), no_t - no_s)
@@ -144,8 +145,8 @@ def _load_row(rows, PLANE: tl.constexpr, k, row, K, N):
 
 @triton.jit
 def _log_odds(x_y, largest, log_sum, scale):
-    """In nats: the labelled logit against the softmax statistics of the other classes, `scale` = log2(e) / T."""
-    return ((x_y - largest) * scale - log_sum) * LN2
+    """In bits: the labelled logit against the softmax statistics of the other classes, `scale` = log2(e) / T."""
+    return (x_y - largest) * scale - log_sum
 
 
 @triton.jit
@@ -591,8 +592,10 @@ def gradients(
             s_y = _load_at_label(students, offsets, label, known)
             z_s, z_t = _log_odds(s_y, largest, log_sum, scale), _log_odds(t_y, t_max, t_log_sum, scale)
             onehot = tl.where(at_label, 1.0, 0.0)
-            ds += (g * (tl.sigmoid(z_s) - tl.sigmoid(z_t)))[:, None] * (onehot - q)
-            dt += (g * tl.sigmoid(z_t) * tl.sigmoid(-z_t) * (z_t - z_s))[:, None] * (onehot - p)
+            further = (z_t - z_s) * LN2  # of products a multiply-add would round one only, and equal ones differ
+            yes_s, yes_t, no_t = tl.sigmoid(z_s * LN2), tl.sigmoid(z_t * LN2), tl.sigmoid(z_t * -LN2)
+            ds += (g * (yes_s - yes_t))[:, None] * (onehot - q)
+            dt += (g * yes_t * no_t * further)[:, None] * (onehot - p)
         if grad_ce is not None:
             g = tl.load(grad_ce + k * ce_stride_k + row * ce_stride_n).to(tl.float32) * of_labelled
             g = tl.where(known, g, float("nan"))
@@ -743,9 +746,9 @@ def _plan(
 ) -> _Plan:
     count, batch, classes = shape
     planes = planes_of(form)
-    # The stride of a dimension of one is anything; 0 leaves the others what they are.
-    strides = [0 if size == 1 else stride for size, stride in zip(shape[:2], strides, strict=False)]
-    strides.append(0 if batch == 1 else teacher_stride)
+    # The stride of a dimension of one is anything. A row alone gets that of many, and so their machine code and bits.
+    rows = (each if batch > 1 else classes for each in (strides[1], teacher_stride))
+    strides = [strides[0] if count > 1 else 0, *rows]
     align = math.gcd(16, *strides)
     constants = {
         "K": count,
