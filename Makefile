@@ -70,6 +70,7 @@ gpu-check: .venv/installed
 
 gpu-bench: .venv/installed
 	$(BIN)/python -m benchmarks.kernels --minutes 4
+	$(BIN)/python -m benchmarks.fused
 	$(BIN)/python -m benchmarks.gpu_steps --minutes 4
 
 # DATA is a parquet glob of 100 classes, for example parquet:data/tin100-*.parquet; TEACHER is resnet32x4 or wrn40_2. Each

@@ -32,18 +32,24 @@ def fuse(module: nn.Module, devices: tuple[str, ...] = ("cuda",)) -> None:
         if not isinstance(network, Network) or isinstance(network, Foreign):
             continue
         if not isinstance(network.stages[0], FusedStage):
-            network.stages = tuple(FusedStage(stage, network, devices) for stage in network.stages)
+            network.stages = tuple(FusedStage(stage, devices) for stage in network.stages)
+            network.register_load_state_dict_post_hook(_forget)
+
+
+def _forget(network: Network, _) -> None:
+    """What was made of weights that the network no longer has."""
+    for stage in network.stages:
+        stage.layers.clear()
 
 
 class FusedStage(nn.Module):
-    """A stage of `network`, fused where it can be; `network` forgets what was made of weights that it no longer has."""
+    """A stage of a network, fused where it can be."""
 
-    def __init__(self, stage: nn.Module, network: Network, devices: tuple[str, ...]):
+    def __init__(self, stage: nn.Module, devices: tuple[str, ...]):
         super().__init__()
         # In a tuple it is not registered a second time.
         self.stage, self.devices = (stage,), devices
-        self._layers: dict[tuple, list[Layer]] = {}
-        network.register_load_state_dict_post_hook(lambda *_: self._layers.clear())
+        self.layers: dict[tuple, list[Layer]] = {}  # by device and dtype
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -51,10 +57,10 @@ class FusedStage(nn.Module):
             return self.stage[0](x)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         key = (x.device, dtype)
-        if key not in self._layers:
-            self._layers[key] = list(fused(self.stage[0], dtype))
+        if key not in self.layers:
+            self.layers[key] = list(fused(self.stage[0], dtype))
         x = x.to(dtype)
-        for layer in self._layers[key]:
+        for layer in self.layers[key]:
             x = layer(x)
         return x
 
