@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     views: Tensor | None = None  # [n] int64: which of `Augmentation.views`; None where they are not known
     epoch: int = 0  # the training's, from 0; in a method's warm-up, the warm-up's own
     partners: Tensor | None = None  # [n] int64: of mixed images, the labels of those that they were mixed with
-    share: float = 1.0  # of the images' own labels; the partners have the rest
+    share: Tensor | None = None  # float32, of mixed images: that of their own labels; the partners have the rest
     unlabeled: int = 0  # so many images of the label UNLABELED stand behind each that has one
 
     @property

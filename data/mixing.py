@@ -32,7 +32,10 @@ def mix(batch: Batch, config, iteration: int, rank: int) -> Batch:
         share = 1 - (bottom - top) * (right - left) / (height * width)
     else:
         images = torch.lerp(others, images, share)
-    return batch._replace(images=images, partners=batch.labels.roll(1, 0), share=share)
+    # Filled in and not copied from the host, which would wait for the device.
+    return batch._replace(
+        images=images, partners=batch.labels.roll(1, 0), share=torch.full((), share, device=images.device)
+    )
 
 
 def _side(length: int, share: float, draw: random.Random) -> tuple[int, int]:

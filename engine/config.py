@@ -93,9 +93,9 @@ class PlaceOptions:
         process_timeout: seconds that a process waits for the others before it gives up; default: PyTorch's.
         compile: compile the networks' blocks with torch.compile, each once, when they first run.
         cuda_graph: record the steady step as a CUDA graph and replay it: one launch instead of hundreds; of gtn, which
-            draws its paths, the teacher's blocks and every candidate, each by itself. On one GPU, with --opt sgd, not
-            with fp16, for one student at a time, for methods of your own only if they decide nothing on the host within
-            an epoch.
+            draws its paths, the teacher's blocks and every candidate, each by itself. On one GPU, not with fp16, for
+            one student at a time, for methods of your own only if they decide nothing on the host within an epoch.
+            Optimisers but sgd take their part of the step as it comes.
         kernels: triton or reference (plain PyTorch) for losses and gates; auto is Triton on an NVIDIA GPU.
         with_tracking: also log to the trackers of --report_to.
         report_to: tracker names known to Accelerate, comma-separated.
@@ -201,10 +201,6 @@ class RunConfig(DataOptions, TrainingOptions, PlaceOptions, ScriptOptions):
             )
         if self.streaming and (self.aa != "none" or self.reprob):
             raise UserError("--streaming: cannot be combined with --aa or --reprob, drawn by an image's number")
-        if self.mixes and self.cuda_graph:
-            raise UserError("--cuda_graph: cannot be combined with --mixup or --cutmix, which differ from step to step")
-        if self.cuda_graph and self.opt != "sgd":
-            raise UserError(f"--cuda_graph: is for --opt sgd, not {self.opt}, which counts its steps on the host")
         if self.nesterov and self.opt != "sgd":
             raise UserError(f"--nesterov: is for --opt sgd, not {self.opt}")
         if self.pretrained and self.weights is not None:

@@ -5,13 +5,13 @@ than the device to run it. Captured are the kernels and where their data lies, n
 a step that decides nothing on the host can be replayed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import UserError
 from data.batch import Batch
@@ -35,41 +35,60 @@ def check_capturable(accelerator: Accelerator, capturable: bool) -> None:
 
 
 class StepGraph:
-    """`update` of batches of one shape, replayed where it can be.
+    """Steps of batches of one shape, replayed where they can be.
 
     The learning rate, and whatever else is fixed for an epoch, are captured as they are: each epoch takes its first
     batch as it comes (momentum and algorithms are there after it), and captures its second.
 
     Args:
-        update: a whole step, forward pass to optimiser.
+        gradients: forward and backward passes.
+        apply: the optimiser's part, which leaves no gradients.
+        whole: capture that too; else it follows every replay, as an optimiser must that decides something on the host.
+        parameters: that have gradients.
         capture: runs a function of the device and returns what runs it again, on the same memory. Running it the first
             time need not compute anything.
     """
 
-    def __init__(self, update: Callable[[Batch], Terms], capture: Callable[[Callable[[], None]], Callable[[], None]]):
-        self.update, self.capture = update, capture
+    def __init__(
+        self,
+        gradients: Callable[..., Terms],
+        apply: Callable[..., None],
+        whole: bool,
+        parameters: Sequence[nn.Parameter],
+        capture: Callable[[Callable[[], None]], Callable[[], None]],
+    ):
+        self.gradients, self.apply, self.whole = gradients, apply, whole
+        self.parameters, self.capture = parameters, capture
         self.key: tuple | None = None  # what the graph is, or will be, captured for
         self.replay: Callable[[], None] | None = None
 
     def __call__(self, batch: Batch, phase: Phase | None, epoch: int) -> Terms:
-        if phase is not None:
-            return self.update(batch, phase)
         key = (epoch, batch.images.shape, batch.loss_scale)
-        if key != self.key:
-            self.key, self.replay = key, None
-            return self.update(batch)
+        if phase is not None or key != self.key:
+            if phase is None:
+                self.key, self.replay = key, None
+            terms = self.gradients(batch, phase)
+            self.apply(phase)
+            return terms
         if self.replay is None:
             self.static_batch = Batch(*(each.clone() if isinstance(each, Tensor) else each for each in batch))
             self.replay = self.capture(self._run)
+            self.static_gradients = [(each, each.grad) for each in self.parameters]
         for static, new in zip(self.static_batch, batch, strict=True):
             if isinstance(static, Tensor):
                 static.copy_(new, non_blocking=True)
         self.replay()
+        if not self.whole:
+            for parameter, gradient in self.static_gradients:
+                parameter.grad = gradient
+            self.apply()
         # The next replay writes over the captured terms.
         return [({name: term.clone() for name, term in terms.items()}, images) for terms, images in self.static_terms]
 
     def _run(self) -> None:
-        self.static_terms = self.update(self.static_batch)
+        self.static_terms = self.gradients(self.static_batch)
+        if self.whole:
+            self.apply()
 
 
 class CudaGraphCapture:

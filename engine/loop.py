@@ -76,7 +76,8 @@ class Loop:
         self.scalers = {"scaler": accelerator.scaler} if accelerator.scaler else {}
         if config.mixes and not objective.mixable:
             raise UserError(f"--mixup, --cutmix: --method {config.method} needs images of one label each")
-        self.graph = recorded_steps(self._update, objective, config, accelerator) if config.cuda_graph else None
+        parts = (self._gradients, self._apply)
+        self.graph = recorded_steps(*parts, objective, config, accelerator) if config.cuda_graph else None
         self._load_data(data)
         self.progress = Progress()
         self.signs: dict[str, int] = {}  # of failure, and for how many epochs they have been there
@@ -233,15 +234,16 @@ class Loop:
             if self.graph is not None and steady:
                 losses = self.graph(batch, phase, self.progress.epoch)
             else:
-                losses = self._update(batch, phase)
+                losses = self._gradients(batch, phase)
+                self._apply(phase)
         for terms, images in losses:
             totals.add(iteration, terms, images)
         if phase is None and objective.average is not None:
             objective.average.update(iteration)
         self.progress.iteration += 1
 
-    def _update(self, batch: Batch, phase: Phase | None = None) -> Terms:
-        """A step: forward and backward passes of all parts of the batch, and the optimiser's."""
+    def _gradients(self, batch: Batch, phase: Phase | None = None) -> Terms:
+        """Forward and backward passes of all parts of the batch."""
         # Gradients of the weights are averaged over processes by DDP or by the averager, with the last part's.
         network, averager = (self.network, self.averager) if phase is None else (self.objective, None)
         parts, losses = batch.parts(self.config.gradient_accumulation_steps, self.world), []
@@ -260,6 +262,10 @@ class Loop:
             phase.before_update(self._average)
         elif self.config.clip_grad is not None:
             self.accelerator.clip_grad_norm_(parameters_of(self.optimizers["weights"]), self.config.clip_grad)
+        return losses
+
+    def _apply(self, phase: Phase | None = None) -> None:
+        """The optimiser's part of a step."""
         stepper = self.steppers[phase.name if phase else "weights"]
         stepper.step()
         stepper.zero_grad()
@@ -267,7 +273,6 @@ class Loop:
             phase.after_update()
         else:
             self.objective.after_step()
-        return losses
 
     def _average(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "mean")

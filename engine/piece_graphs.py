@@ -31,16 +31,23 @@ Tensors = Sequence[Tensor | None]
 WARM_UPS = 3  # passes before one is captured, in which libraries choose their algorithms
 
 
-def recorded_steps(update: Callable, objective: Objective, config: RunConfig, accelerator: Accelerator):
-    """What runs the loop's steady steps with --cuda_graph: `update`, as one graph or as graphs of its pieces.
+def recorded_steps(
+    gradients: Callable[..., Terms],
+    apply: Callable[..., None],
+    objective: Objective,
+    config: RunConfig,
+    accelerator: Accelerator,
+):
+    """What runs the loop's steady steps with --cuda_graph: its two parts as one graph, or as graphs of their pieces.
 
     Raises:
         UserError: steps that cannot be captured.
     """
     check_recordable(objective, config, accelerator)
     if objective.capturable:
-        return StepGraph(update, CudaGraphCapture())
-    return PieceGraphs(update, objective.pieces(), CudaPieces())
+        whole = config.opt == "sgd"  # the others count their steps on the host
+        return StepGraph(gradients, apply, whole, objective.trained_parameters(), CudaGraphCapture())
+    return PieceGraphs(gradients, apply, objective.pieces(), CudaPieces())
 
 
 def check_recordable(objective: Objective, config: RunConfig, accelerator: Accelerator) -> None:
@@ -53,7 +60,7 @@ def check_recordable(objective: Objective, config: RunConfig, accelerator: Accel
 
 def advice(objective: Objective, config: RunConfig, accelerator: Accelerator) -> str | None:
     """What to say where --cuda_graph is possible and not asked for."""
-    if config.cuda_graph or config.opt != "sgd" or config.mixes:
+    if config.cuda_graph:
         return None
     with suppress(UserError):
         check_recordable(objective, config, accelerator)
@@ -91,16 +98,22 @@ class CudaPieces:
 
 
 class PieceGraphs:
-    """`update` with each of the `places`' modules replayed.
+    """Steps with each of the `places`' modules replayed.
 
     Args:
-        update: a whole step, of the weights or of a phase.
+        gradients, apply: the parts of a step, of the weights or of a phase.
         places: the modules by place, Tensor to Tensor each: see above.
         device: captures; CudaPieces.
     """
 
-    def __init__(self, update: Callable[..., Terms], places: Iterable[Iterable[nn.Module]], device: CudaPieces):
-        self.update, self.pieces, inference = update, [], device.pool()
+    def __init__(
+        self,
+        gradients: Callable[..., Terms],
+        apply: Callable[..., None],
+        places: Iterable[Iterable[nn.Module]],
+        device: CudaPieces,
+    ):
+        self.gradients, self.apply, self.pieces, inference = gradients, apply, [], device.pool()
         for modules in places:
             place = Place(device, inference)
             self.pieces += [Piece(module, place) for module in modules if _norm_of(module) is not None]
@@ -111,10 +124,12 @@ class PieceGraphs:
             vars(piece.module)["forward"] = piece
             piece.place.turn = 0
         try:
-            return self.update(batch, phase)
+            terms = self.gradients(batch, phase)
         finally:
             for piece in self.pieces:
                 del vars(piece.module)["forward"]
+        self.apply(phase)
+        return terms
 
 
 class Place:

@@ -62,7 +62,7 @@ COMMON: Table = {
              (4, first_weights("resnet14", 4))),
     "image_size": ("12", lambda loop: loop.train.one(0).images.shape[-1], 12),
     "batch_size": ("100", lambda loop: len(loop.train.one(0).labels), 100),
-    "gradient_accumulation_steps": ("2", lambda loop: len(loop._update(loop.train.one(0))), 2),
+    "gradient_accumulation_steps": ("2", lambda loop: len(loop._gradients(loop.train.one(0))), 2),
     "epochs": ("8", rates, RATES),
     "lr": ("0.03", rates, RATES),
     "lr_batch_size": ("50", rates, RATES),

@@ -87,7 +87,6 @@ def test_a_students_pool_is_optional_and_can_be_given_in_parts():
         (["--momentum", "1"], "--momentum 1.0"),
         (["--val_fraction", "1"], "--val_fraction 1.0"),
         (["--nesterov", "--momentum", "0"], "--nesterov"),
-        (["--cuda_graph", "--opt", "adamw"], "--cuda_graph: is for --opt sgd, not adamw"),
         (["--seed", "-1"], "--seed -1"),
         (["--process_timeout", "1e55"], "--process_timeout 1e+55: must be above 0 seconds and at most 2592000"),
         (["--checkpointing_epochs", "0"], "--checkpointing_epochs 0"),

@@ -176,32 +176,62 @@ def deterministic(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("name", ["kd", "crd", "sftn"])
-def test_a_replayed_step_is_the_step(tmp_path, name, deterministic):
-    """What is captured reads the static batch, and only the steady batches of an epoch but its first are replayed."""
+REPLAYED = [(name, {}) for name in ("kd", "crd", "sftn")]
+REPLAYED += [("kd", {"opt": "adamw"}), ("kd", {"mixup": 0.4, "cutmix": 1.0}), ("sftn", {"mixup": 0.4, "opt": "adamw"})]
+
+
+@pytest.mark.parametrize(("name", "options"), REPLAYED)
+def test_a_replayed_step_is_the_step(tmp_path, name, options, deterministic):
+    """What is captured reads the static batch, and only the steady batches of an epoch but its first are replayed; an
+    optimiser that counts steps takes its own behind them."""
     replayed, losses = [], []
     for replay in (False, True):
-        loop = loop_of(make(name), tmp_path / str(replay), epochs=2)
+        loop = loop_of(make(name), tmp_path / str(replay), epochs=2, **options)
         if replay:
-            capture = capture_or_call()
-            loop.graph = StepGraph(loop._update, lambda step, capture=capture: watched(capture(step), replayed))
+            loop.graph = step_graph(loop, replayed)
         losses.append([row["losses"] for row in loop.run().history])
     assert len(replayed) == 2 * (len(loop.train) - 2)  # the last batch of an epoch is smaller
     for eager, captured in zip(*losses, strict=True):
         assert captured == pytest.approx(eager, rel=1e-3 if torch.cuda.is_available() else 1e-9)
 
 
-def capture_or_call():
-    """The device's way of capturing a step; on the host the function itself is its replay."""
-    return CudaGraphCapture() if torch.cuda.is_available() else lambda step: step
+def step_graph(loop: Loop, replayed: list) -> StepGraph:
+    """As a run's; `replayed` grows with every replay."""
+    whole, parameters = loop.config.opt == "sgd", loop.objective.trained_parameters()
+    device_captures = CudaGraphCapture() if torch.cuda.is_available() else CapturedHere(parameters, whole)
+
+    def capture(function):
+        replay = device_captures(function)
+        return lambda: (replayed.append(1), replay())
+
+    return StepGraph(loop._gradients, loop._apply, whole, parameters, capture)
 
 
-def watched(function, calls: list):
-    def call():
-        calls.append(1)
-        function()
+class CapturedHere:
+    """Runs a function again where a graph would be replayed: gradients that it leaves are written into the memory that
+    they had when it was captured, and which of them the parameters have is not its concern."""
 
-    return call
+    def __init__(self, parameters, whole: bool):
+        self.parameters, self.whole = parameters, whole
+
+    def __call__(self, function):
+        if self.whole:
+            return function
+        for each in self.parameters:
+            assert each.grad is None
+            each.grad = torch.full_like(each, torch.nan)
+        static = [each.grad for each in self.parameters]
+
+        def replay():
+            before = [each.grad for each in self.parameters]
+            for each in self.parameters:
+                each.grad = None
+            function()
+            for each, kept, memory in zip(self.parameters, before, static, strict=True):
+                memory.copy_(each.grad)
+                each.grad = kept
+
+        return replay
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it can")
@@ -264,7 +294,7 @@ def test_a_run_with_everything_that_makes_it_fast_resumes_with_the_same_bits(tmp
             compile_regions(network, backend="eager")
         changes = {"epochs": 2, "crop_padding": 1, "gradient_accumulation_steps": 2, "compile": True}
         loop = loop_of(objective, folder, **changes, **options)
-        loop.graph = StepGraph(loop._update, capture_or_call())
+        loop.graph = step_graph(loop, [])
         return loop
 
     whole = fast(tmp_path / "whole")

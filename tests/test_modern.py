@@ -142,7 +142,7 @@ def test_cutmix_boxes_have_the_area_that_is_drawn_away_from_the_border():
         rows, columns = mixed.images[0, 0].any(1).nonzero().flatten(), mixed.images[0, 0].any(0).nonzero().flatten()
         if len(rows) and min(rows[0], columns[0]) > 0 and max(rows[-1], columns[-1]) < 399:
             areas.append(len(rows) / len(columns))
-            assert 1 - mixed.share == pytest.approx(len(rows) * len(columns) / 400**2)
+            assert 1 - mixed.share.item() == pytest.approx(len(rows) * len(columns) / 400**2, abs=1e-6)
     assert len(areas) > 30 and min(areas) == max(areas) == 1  # squares, as the images are
 
 
@@ -159,7 +159,7 @@ def test_the_cross_entropy_of_mixed_images_is_that_of_both_labels(name, tmp_path
         return {term: value.item() for term, value in terms.items() if term.endswith("ce") or term == "kl"}
 
     state = {key: value.clone() for key, value in objective.state_dict().items()}
-    own, theirs, both = ce(batch.labels), ce(partners), ce(batch.labels, partners=partners, share=0.3)
+    own, theirs, both = ce(batch.labels), ce(partners), ce(batch.labels, partners=partners, share=torch.tensor(0.3))
     assert own != theirs
     for term, value in both.items():
         assert value == pytest.approx(0.3 * own[term] + 0.7 * theirs[term], rel=1e-5)
