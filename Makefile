@@ -6,8 +6,8 @@
 # make browser-check   report.html in a real Chromium
 # make executors-check   compare.py on Ray, by submitit, and with Optuna, which it installs beside .venv
 # make executorch-check   ExecuTorch files, with what it installs beside .venv
-# make gpu-check   on a machine with an NVIDIA GPU: the kernels' whole test grid and CUDA graphs against eager steps
-# make gpu-bench   there: what the kernels and the training steps take, under 9 minutes
+# make gpu-check   on a machine with an NVIDIA GPU: the kernels' whole test grid, CUDA graphs and fused teachers against eager steps
+# make gpu-bench   there: what kernels, teachers and training steps take, some 9 minutes
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -65,7 +65,7 @@ executorch-check: .venv-executorch/installed
 gpu-check: .venv/installed
 	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'no NVIDIA GPU here')"
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 12 \
-		tests/test_piece_graphs.py tests/test_loop.py \
+		tests/test_piece_graphs.py tests/test_fused.py tests/test_loop.py \
 		tests/test_triton.py::test_both_scripts_train_alike_with_either_implementation tests/triton_grid.py
 
 gpu-bench: .venv/installed

@@ -236,8 +236,9 @@ class Student:
             objective = Peers([self.network, *peers], methods[0], weight)
         else:
             objective = distillation(config, methods, self.network, teachers, data, shared)
-        for teacher in teachers:
-            fuse(teacher)
+        if not config.compile:
+            for teacher in teachers:
+                fuse(teacher)
         self.weights = objective.term_weights
         cached = cache_logits(config, objective, data)
         self.loop = run.loop(objective, data, {f"the teacher {each['path']}": each["sha256"] for each in self.taught})

@@ -87,7 +87,10 @@ def measure(teacher: nn.Module, student: nn.Module, size: int) -> dict[str, floa
 
     error = relative_error(teacher, images[:64], teach()[:64])
     times = {"teacher_ms": teach, "in_turn_ms": in_turn, "side_by_side_ms": lambda: learn(beside(teach, images.device))}
-    found = {name: device_time([run])[0]["p50"] for name, run in times.items()}
+    measured = {name: device_time([run]) for name, run in times.items()}
+    if not all(graphed for _, graphed in measured.values()):
+        raise RuntimeError("a pass could not be captured, and what is not captured runs nothing side by side")
+    found = {name: time["p50"] for name, (time, _) in measured.items()}
     return found | {"teacher_kernels": len(device_work(teach)), "error": error}
 
 

@@ -44,6 +44,7 @@ class StepGraph:
         gradients: forward and backward passes.
         apply: the optimiser's part, which leaves no gradients.
         whole: capture that too; else it follows every replay, as an optimiser must that decides something on the host.
+            What the objective does after a step is captured, or follows, with it.
         parameters: that have gradients.
         capture: runs a function of the device and returns what runs it again, on the same memory. Running it the first
             time need not compute anything.
@@ -67,6 +68,7 @@ class StepGraph:
         if phase is not None or key != self.key:
             if phase is None:
                 self.key, self.replay = key, None
+                self.static_terms = self.static_gradients = []  # whose memory the next graph may have
             terms = self.gradients(batch, phase)
             self.apply(phase)
             return terms
@@ -130,5 +132,5 @@ def beside(function: Callable[[], Result], device: torch.device) -> Callable[[],
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for good: streams are taken from a few in turn, and a loader's must not come to be in a capture."""
+    """One for all captures, as what libraries keep for each stream is then made once."""
     return torch.cuda.Stream(device)

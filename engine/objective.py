@@ -127,6 +127,11 @@ class Objective(nn.Module, ABC):
     def begin_epoch(self, epoch: int) -> None:
         """Called before every epoch: from 0, or from -warmup_epochs where there is a warm-up."""
 
+    @property
+    def follows_steps(self) -> bool:
+        """Whether `after_step` does anything."""
+        return False
+
     def after_step(self) -> None:
         """Called after every step of the weights."""
 

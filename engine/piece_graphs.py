@@ -45,7 +45,7 @@ def recorded_steps(
     """
     check_recordable(objective, config, accelerator)
     if objective.capturable:
-        whole = config.opt == "sgd"  # the others count their steps on the host
+        whole = config.opt == "sgd"  # the one that is known to decide nothing on the host
         return StepGraph(gradients, apply, whole, objective.trained_parameters(), CudaGraphCapture())
     return PieceGraphs(gradients, apply, objective.pieces(), CudaPieces())
 
@@ -53,6 +53,8 @@ def recorded_steps(
 def check_recordable(objective: Objective, config: RunConfig, accelerator: Accelerator) -> None:
     """Raises UserError for steps that cannot be captured."""
     check_capturable(accelerator, objective.capturable or bool(objective.pieces()))
+    if objective.capturable and objective.follows_steps and config.opt != "sgd":
+        raise UserError(f"--cuda_graph: --method {config.method} has work of its own after a step; only with --opt sgd")
     for option, none in (("compile", False), ("gradient_accumulation_steps", 1), ("freeze", [])):
         if not objective.capturable and getattr(config, option) != none:
             raise UserError(f"--cuda_graph: cannot be combined with --{option} by a method that draws its paths")
@@ -60,7 +62,7 @@ def check_recordable(objective: Objective, config: RunConfig, accelerator: Accel
 
 def advice(objective: Objective, config: RunConfig, accelerator: Accelerator) -> str | None:
     """What to say where --cuda_graph is possible and not asked for."""
-    if config.cuda_graph:
+    if config.cuda_graph or config.opt != "sgd" or config.mixes:  # of the others nobody has measured what it brings
         return None
     with suppress(UserError):
         check_recordable(objective, config, accelerator)

@@ -592,7 +592,8 @@ def gradients(
             s_y = _load_at_label(students, offsets, label, known)
             z_s, z_t = _log_odds(s_y, largest, log_sum, scale), _log_odds(t_y, t_max, t_log_sum, scale)
             onehot = tl.where(at_label, 1.0, 0.0)
-            further = (z_t - z_s) * LN2  # of products a multiply-add would round one only, and equal ones differ
+            # Scaled after the subtraction: a multiply-add rounds only one of two products, and equal odds would differ.
+            further = (z_t - z_s) * LN2
             yes_s, yes_t, no_t = tl.sigmoid(z_s * LN2), tl.sigmoid(z_t * LN2), tl.sigmoid(z_t * -LN2)
             ds += (g * (yes_s - yes_t))[:, None] * (onehot - q)
             dt += (g * yes_t * no_t * further)[:, None] * (onehot - p)

@@ -27,6 +27,9 @@ def fuse(module: nn.Module, devices: tuple[str, ...] = ("cuda",)) -> None:
     WRNs. All else runs as it did, and so do networks of other libraries, and `features` of "preact" and "both".
     Parameters and their names stay. Weights that are loaded later are used from then on; ones that are changed in
     another way are not.
+
+    On a GPU the convolutions are cuDNN's, which has to be in use, and is not asked for the same bits each time: where
+    `torch.backends.cudnn.deterministic` is set networks run as they did.
     """
     for network in module.modules():
         if not isinstance(network, Network) or isinstance(network, Foreign):
@@ -53,7 +56,7 @@ class FusedStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
-        if kind not in self.devices or torch.is_grad_enabled():
+        if kind not in self.devices or torch.is_grad_enabled() or (x.is_cuda and not _has_cudnn()):
             return self.stage[0](x)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         key = (x.device, dtype)
@@ -85,11 +88,15 @@ def fused(module: nn.Module, dtype: torch.dtype) -> Iterator[Layer]:
 
 def flat(module: nn.Module) -> Iterator[nn.Module]:
     """The parts of a sequence, and of sequences in it."""
-    if isinstance(module, nn.Sequential):
+    if type(module).forward is nn.Sequential.forward:
         for part in module:
             yield from flat(part)
     else:
         yield module
+
+
+def _has_cudnn() -> bool:
+    return torch.version.hip is None and torch.backends.cudnn.enabled and not torch.backends.cudnn.deterministic
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -105,17 +112,23 @@ class Convolution:
         self.weight = (convolution.weight.double() * scale[:, None, None, None]).to(dtype)
         self.bias = (norm.bias.double() + scale * (bias - norm.running_mean.double())).to(dtype)
         self.geometry = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
+        self.in_one_kernel = True
 
     def __call__(self, x: Tensor) -> Tensor:
         return conv2d(x, self.weight, self.bias, *self.geometry)
 
     def rectified(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """ReLU of the sum of the convolution's output and of a shortcut."""
-        if not x.is_cuda:
-            return relu(self(x) if shortcut is None else self(x) + shortcut)
-        if shortcut is None:
-            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
-        return torch.cudnn_convolution_add_relu(x, self.weight, shortcut, 1.0, self.bias, *self.geometry)
+        if x.is_cuda and self.in_one_kernel:
+            try:
+                if shortcut is None:
+                    return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.geometry)
+                return torch.cudnn_convolution_add_relu(x, self.weight, shortcut, 1.0, self.bias, *self.geometry)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # cuDNN has no such kernel for these shapes on this GPU
+                self.in_one_kernel = False
+        return relu(self(x) if shortcut is None else self(x) + shortcut)
 
 
 class ResidualBlock:
@@ -123,10 +136,10 @@ class ResidualBlock:
 
     def __init__(self, block: BasicBlock | Bottleneck, dtype: torch.dtype):
         *self.first, self.last = (Convolution(*pair, dtype) for pair in block.residual())
-        self.downsample = block.downsample and Convolution(*block.downsample, dtype)
+        self.downsample = None if block.downsample is None else Convolution(*block.downsample, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        shortcut = self.downsample(x) if self.downsample else x
+        shortcut = x if self.downsample is None else self.downsample(x)
         for convolution in self.first:
             x = convolution.rectified(x)
         return self.last.rectified(x, shortcut)

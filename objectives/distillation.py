@@ -236,6 +236,10 @@ class Distillation(Objective):
             if parameter.grad is not None:
                 parameter.grad = average(parameter.grad)
 
+    @property
+    def follows_steps(self) -> bool:
+        return any(type(method).after_step is not Method.after_step for method in self.methods)
+
     def after_step(self) -> None:
         for method in self.methods:
             method.after_step()

@@ -1,6 +1,7 @@
 """The training loop's step: in parts, and without waiting for the device."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -19,6 +20,7 @@ from engine.console import Console
 from engine.cuda_graph import CudaGraphCapture, StepGraph
 from engine.loop import Loop
 from engine.objective import Objective, weighted_sum
+from engine.piece_graphs import check_recordable
 from engine.run_folder import RunFolder
 from engine.schedule import learning_rate
 from engine.totals import Totals
@@ -178,6 +180,7 @@ def deterministic(monkeypatch):
 
 REPLAYED = [(name, {}) for name in ("kd", "crd", "sftn")]
 REPLAYED += [("kd", {"opt": "adamw"}), ("kd", {"mixup": 0.4, "cutmix": 1.0}), ("sftn", {"mixup": 0.4, "opt": "adamw"})]
+REPLAYED += [("kd", {"opt": "adamw", "clip_grad": 0.5, "gradient_accumulation_steps": 2})]
 
 
 @pytest.mark.parametrize(("name", "options"), REPLAYED)
@@ -232,6 +235,15 @@ class CapturedHere:
                 each.grad = kept
 
         return replay
+
+
+def test_what_a_method_does_after_a_step_is_captured_with_the_optimiser_or_refused(tmp_path):
+    gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1, scaler=None)
+    loop = loop_of(make("crd"), tmp_path)
+    check_recordable(loop.objective, loop.config, gpu)
+    with pytest.raises(UserError, match=r"--cuda_graph: --method .* only with --opt sgd"):
+        check_recordable(loop.objective, replace(loop.config, opt="adamw"), gpu)
+    check_recordable(make("kd"), replace(loop.config, opt="adamw"), gpu)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it can")

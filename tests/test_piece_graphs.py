@@ -213,9 +213,10 @@ def test_what_pieces_cannot_do_is_refused(tmp_path, options, named):
     assert advice(loop.objective, loop.config, GPU_ALONE) is None
 
 
-def test_where_steps_could_be_captured_the_user_is_told(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"opt": "adamw"}, {"mixup": 0.2}, {"cuda_graph": True}])
+def test_where_captured_steps_are_known_to_be_faster_the_user_is_told(tmp_path, options):
     loop = loop_of(tmp_path)
-    assert "--cuda_graph" in advice(loop.objective, loop.config, GPU_ALONE)
-    assert advice(loop.objective, replace(loop.config, cuda_graph=True), GPU_ALONE) is None
+    said = advice(loop.objective, replace(loop.config, **options), GPU_ALONE)
+    assert said is None if options else "--cuda_graph" in said
     cpu = SimpleNamespace(**vars(GPU_ALONE) | {"device": torch.device("cpu")})
     assert advice(loop.objective, loop.config, cpu) is None
