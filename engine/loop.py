@@ -76,8 +76,7 @@ class Loop:
         self.scalers = {"scaler": accelerator.scaler} if accelerator.scaler else {}
         if config.mixes and not objective.mixable:
             raise UserError(f"--mixup, --cutmix: --method {config.method} needs images of one label each")
-        parts = (self._gradients, self._apply)
-        self.graph = recorded_steps(*parts, objective, config, accelerator) if config.cuda_graph else None
+        self.graph = config.cuda_graph and recorded_steps(self._gradients, self._apply, objective, config, accelerator)
         self._load_data(data)
         self.progress = Progress()
         self.signs: dict[str, int] = {}  # of failure, and for how many epochs they have been there
@@ -231,7 +230,7 @@ class Loop:
             batch = mix(batch, self.config, iteration, self.rank)
         steady = batch.labeled * self.world == self.config.batch_size
         with self._eager_unless(steady):
-            if self.graph is not None and steady:
+            if self.graph and steady:
                 losses = self.graph(batch, phase, self.progress.epoch)
             else:
                 losses = self._gradients(batch, phase)
@@ -269,10 +268,7 @@ class Loop:
         stepper = self.steppers[phase.name if phase else "weights"]
         stepper.step()
         stepper.zero_grad()
-        if phase is not None:
-            phase.after_update()
-        else:
-            self.objective.after_step()
+        (phase.after_update if phase else self.objective.after_step)()
 
     def _average(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "mean")
