@@ -132,4 +132,4 @@ def test_distilling_asks_fused_teachers(tmp_path, monkeypatch):
         losses.append(read_rows(run / "metrics.jsonl")[0]["losses"])
     stages = next(part for part in asked[0].modules() if isinstance(part, Network)).stages
     assert len(asked) == 1 and all(stage.layers for stage in stages)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2 if GPU else 1e-3)  # in TF32
