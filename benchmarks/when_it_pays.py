@@ -94,6 +94,7 @@ PANELS = {
         Line("100 classes", ("tin100_few",), 100, share_of_images),
         Line("100 classes, Muon", ("tin100_few_muon", "tin100_images_muon"), 100, share_of_images),
         Line("CIFAR-10", ("cifar10_few",), 10, share_of_images),
+        Line("CIFAR-10, Muon", ("cifar10_few_muon",), 10, share_of_images),
     ],
     "epochs of making it generic": [
         Line("digits", ("digits_branches",), 10, epochs, ("gtn", "gtn 3 epochs", "gtn 20 epochs", "gtn 40 epochs")),
