@@ -256,7 +256,7 @@ class _Replay(torch.autograd.Function):
 
 @contextmanager
 def standing_in(module: nn.Module, weights: Sequence[nn.Parameter], others: Sequence[Tensor]) -> Iterator[None]:
-    """`others` in the place of a module's `weights`."""
+    """`others` in the place of a module's `weights`; torch.func.functional_call would call the piece in turn."""
     by_weight = dict(zip(map(id, weights), others, strict=True))
     places = [(part._parameters, name) for part in module.modules() for name in part._parameters]
     replaced = [(at, name, at[name]) for at, name in places if id(at[name]) in by_weight]
